@@ -1,0 +1,1 @@
+"""Where work runs: the only package that assembles the others."""

@@ -1,0 +1,1 @@
+"""Bytes to batches: sources, store, order, stream."""

@@ -1,0 +1,1 @@
+"""Weights to evidence: metrics, baselines, gates."""

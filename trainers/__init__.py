@@ -1,0 +1,1 @@
+"""Batches to weights: the step, the engine, the queue, the momentum encoder, checkpoints."""

@@ -1,0 +1,1 @@
+"""Towers: what turns a field into a vector."""

@@ -1,0 +1,1 @@
+"""Losses over embeddings. An objective sees vectors and ids, never a model."""
