@@ -129,6 +129,17 @@ class Batch:
     rows: np.ndarray
     chunks: tuple[np.ndarray, ...]
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of this worker's texts."""
+        return len(self.queries.values) + len(self.documents.values)
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens the model computes for them, padding included."""
+        lengths = np.concatenate([self.queries.lengths, self.documents.lengths])
+        return sum(len(chunk) * int(lengths[chunk].max()) for chunk in self.chunks if len(chunk))
+
 
 class Tokenize(Protocol):
     """Texts of one field ("query" or "document") to token lists: prompt, truncation and special tokens in."""

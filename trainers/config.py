@@ -33,11 +33,22 @@ class ModelConfig(Section):
     pooling: Literal["mean", "cls", "last"] | None = Field(
         None, description="None: what the Sentence Transformers folder says, else mean"
     )
-    bidirectional: bool = Field(True, description="drop a decoder's causal mask")
-    max_tokens: int = Field(192, gt=2, description="tokens kept of a text, prompt and special tokens included")
+    bidirectional: bool | None = Field(
+        None, description="drop a decoder's causal mask; None: as the Sentence Transformers folder has it, else true"
+    )
+    max_tokens: int | None = Field(
+        None,
+        gt=2,
+        description="tokens kept of a text, prompt and special tokens included; "
+        "None: what the Sentence Transformers folder says, else 192",
+    )
     query_prompt: str | None = Field(None, description="None: what the Sentence Transformers folder says, else empty")
     document_prompt: str | None = None
-    pool_prompt: bool = Field(True, description="whether the prompt's tokens take part in mean pooling")
+    pool_prompt: bool | None = Field(
+        None,
+        description="whether the prompt's tokens take part in pooling; "
+        "None: what the Sentence Transformers folder says, else true",
+    )
     trust_remote_code: bool = False
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="auto: eager on a CPU (its bf16 backward is faster), sdpa on a GPU"

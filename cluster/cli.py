@@ -1,0 +1,286 @@
+"""`gyre COMMAND TARGET [key.path=value …]`: each command is a thin call of a typed function.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 refused by a gate. Everything heavy is
+imported inside the commands, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DONE, FAILED, WRONG, REFUSED = 0, 1, 2, 3
+
+app = typer.Typer(
+    name="gyre",
+    help="Trains embedding models by contrastive learning on a Ray cluster; one machine is a cluster of one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result to FILE, for machines.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.path=value …]", help="Keys of the recipe to set.")]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, recipes/quickstart.yaml say.")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A folder, a run, models:/NAME@ALIAS, models:/NAME/VERSION, or a hub id."),
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, the beginning of one, or its folder.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A registered model.")]
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _check_json(file: Path | None) -> None:
+    """Before the work, not after it: whether the result can be written."""
+    from data_services.schema import UsageError
+
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise UsageError(f"--json {file}: {'this is a folder' if file.is_dir() else 'no such folder'}; name a file")
+
+
+def _write_json(file: Path | None, result: Any) -> None:
+    if file is None:
+        return
+    making = file.with_name(file.name + ".making")
+    making.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    making.replace(file)
+
+
+@app.command(epilog="Example: gyre train recipes/quickstart.yaml optimizer.lr=1e-3 --json result.json")
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this run.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Train, evaluate, register and export what a recipe says."""
+    from cluster.config import load_recipe
+    from cluster.console import Progress, show_trained
+    from cluster.paths import run_home
+
+    _check_json(json_file)
+    console, loaded = _console(), load_recipe(recipe, overrides or [])
+    from cluster import launch
+
+    with Progress(console) as progress:
+        result = launch.train(loaded, resume=resume, on_progress=progress).as_dict()
+    _write_json(json_file, result)
+    show_trained(console, result, run_home(loaded.cluster.storage))
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    },
+    epilog="Example: RAY_ADDRESS=http://head:8265 gyre submit train recipes/quickstart.yaml",
+)
+def submit(
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND …", help="Any gyre command and its arguments.")],
+    address: Annotated[str | None, typer.Option(metavar="URL", help="The job server; else from RAY_ADDRESS.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Don't follow the log.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Run a command as a job on a running cluster: ships the working tree, streams the log."""
+    from cluster import jobs
+    from cluster.console import show_job
+
+    _check_json(json_file)
+    console = _console()
+    job = jobs.submit(command, address=address, detach=detach)
+    _write_json(json_file, job.as_dict())
+    show_job(console, job)
+    if not detach and job.status != "SUCCEEDED":
+        raise typer.Exit(job.exit_code or FAILED)
+
+
+@app.command(epilog="Example: gyre evaluate models:/quickstart@champion --suite builtin:stdlib-code")
+def evaluate(
+    model: Model,
+    suite: Annotated[str, typer.Option(help="A source of queries and documents.")] = "builtin:stdlib-code",
+    split: Annotated[str, typer.Option(help="A split of it.")] = "heldout",
+    k: Annotated[int, typer.Option(min=1, help="Cutoff of the metrics.")] = 10,
+    json_file: Json = None,
+) -> None:
+    """Score a model beside BM25."""
+    from cluster import models
+    from cluster.console import show_evaluation
+
+    _check_json(json_file)
+    found = models.evaluate(model, suite, split, k)
+    _write_json(json_file, found.as_dict())
+    show_evaluation(_console(), found)
+
+
+@app.command("models", epilog="Example: gyre models quickstart")
+def list_models(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One model; else all.")] = None,
+    json_file: Json = None,
+) -> None:
+    """List registered versions with aliases and scores."""
+    from cluster import registry
+    from cluster.console import show_versions
+
+    _check_json(json_file)
+    versions = registry.list_models(name)
+    _write_json(json_file, [v.as_dict() for v in versions])
+    show_versions(_console(), versions)
+
+
+@app.command(epilog="Example: gyre promote quickstart 2")
+def promote(name: Name, version: Annotated[int, typer.Argument(metavar="VERSION")], json_file: Json = None) -> None:
+    """Make a version the champion, if it passes its gate; else exit 3."""
+    from cluster import registry
+    from cluster.console import show_move
+    from data_services.schema import Refused
+
+    _check_json(json_file)
+    try:
+        moved = registry.promote(name, version)
+    except Refused as refused:
+        if isinstance(refused, registry.GateFailed):
+            from evaluation.report import gate_text
+
+            typer.echo(gate_text(refused.result))
+            _write_json(json_file, {"refused": str(refused), "gates": refused.rows()})
+        raise
+    _write_json(json_file, moved.as_dict())
+    show_move(_console(), moved)
+
+
+@app.command(epilog="Example: gyre rollback quickstart")
+def rollback(name: Name, json_file: Json = None) -> None:
+    """Make the version before the champion the champion again."""
+    from cluster import registry
+    from cluster.console import show_move
+
+    _check_json(json_file)
+    moved = registry.rollback(name)
+    _write_json(json_file, moved.as_dict())
+    show_move(_console(), moved)
+
+
+@app.command(epilog="Example: gyre export 3f2a9c models/mine")
+def export(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    json_file: Json = None,
+) -> None:
+    """Copy a run's model out, as a Sentence Transformers folder."""
+    from cluster import models
+
+    _check_json(json_file)
+    done = models.export(run, folder)
+    _write_json(json_file, done.as_dict())
+    typer.echo(f"{done.folder}\nload it with SentenceTransformer({str(done.folder)!r})")
+
+
+@app.command(epilog='Example: gyre query "parse a date from a string" --model models:/quickstart@champion')
+def query(
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to look for.")],
+    model: Annotated[str, typer.Option("--model", metavar="MODEL", help="As for evaluate.")],
+    corpus: Annotated[
+        str, typer.Option(help="A folder of text files, or the built-in corpus.")
+    ] = "builtin:stdlib-code",
+    k: Annotated[int, typer.Option(min=1, help="How many hits.")] = 5,
+    json_file: Json = None,
+) -> None:
+    """Show the documents nearest to a text."""
+    from cluster import models
+    from cluster.console import show_hits
+
+    _check_json(json_file)
+    found = models.query(text, model, corpus, k)
+    _write_json(json_file, found.as_dict())
+    show_hits(_console(), found)
+
+
+@app.command(epilog="Example: gyre doctor --json doctor.json")
+def doctor(json_file: Json = None) -> None:
+    """Say what this machine can and can't do, with versions; exit 1 where something must be mended."""
+    from cluster.console import show_diagnosis
+    from cluster.doctor import examine
+
+    _check_json(json_file)
+    found = examine()
+    _write_json(json_file, found.as_dict())
+    show_diagnosis(_console(), found)
+    if not found.healthy:
+        raise typer.Exit(FAILED)
+
+
+@app.command(epilog="Example: gyre checkpoints 3f2a9c")
+def checkpoints(run: Run, json_file: Json = None) -> None:
+    """List and verify a run's checkpoints; exit 1 where one is damaged."""
+    from cluster import models
+    from cluster.console import show_checkpoints
+
+    _check_json(json_file)
+    saved = models.checkpoints(run)
+    _write_json(json_file, [s.as_dict() for s in saved])
+    show_checkpoints(_console(), saved)
+    if any(s.damage for s in saved):
+        raise typer.Exit(FAILED)
+
+
+def main() -> None:
+    """The console script. A known error is one sentence; any other leaves its traceback in a file."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    try:
+        app(prog_name="gyre")
+    except Exception as error:  # noqa: BLE001  the last place that can turn it into a sentence
+        sys.exit(_explain(error))
+
+
+def _explain(error: Exception) -> int:
+    """Prints one sentence on standard error; returns the exit code."""
+    from data_services.schema import Refused, RunError, UsageError
+
+    codes = {UsageError: WRONG, RunError: FAILED, Refused: REFUSED}
+    code = next((c for kind, c in codes.items() if isinstance(error, kind)), None)
+    if code is not None:
+        print(f"gyre: {error}", file=sys.stderr)
+        return code
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    print(f"gyre: unexpected {what[:300]} (traceback: {_save_traceback(error)})", file=sys.stderr)
+    return FAILED
+
+
+def _save_traceback(error: Exception) -> str:
+    import tempfile
+    import time
+    import traceback
+
+    from cluster.paths import log_folder
+
+    text = "".join(traceback.format_exception(error))
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    for folder in (log_folder(), Path(tempfile.gettempdir())):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        except OSError:
+            continue
+        return str(folder / name)
+    return "nowhere could be written"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""The recipe: every room's section put together, read from YAML, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import json
+import sys
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from cluster.recipe_file import apply_overrides, read_yaml
+from data_services.schema import Section, UsageError
+from data_services.stream import DataConfig
+from evaluation.gates import GateConfig
+from evaluation.metrics import metric_names
+from evaluation.retrieval import EvaluationConfig
+from trainers.config import (
+    CheckpointConfig,
+    EngineConfig,
+    ModelConfig,
+    MomentumConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    QueueConfig,
+)
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
+
+
+class RegistryConfig(Section):
+    """`registry:` where the trained model is registered, and what it must reach to become champion."""
+
+    name: str | None = Field(None, pattern=NAME, description="registered model; None: the recipe's name")
+    gate: GateConfig | None = Field(None, description="None: every version may become champion")
+
+
+class ClusterConfig(Section):
+    """`cluster:` where the run is placed. RAY_ADDRESS goes before `address`; with neither, Ray runs here."""
+
+    address: str | None = Field(None, description="host:port of a running cluster's head")
+    workers: int = Field(1, gt=0, description="W, processes that train")
+    cpus_per_worker: int = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    cpus_for_data: int = Field(1, gt=0, description="CPUs that read and tokenise, beside the workers'")
+    threads_per_worker: int | None = Field(None, gt=0, description="None: cpus_per_worker")
+    storage: str | None = Field(None, description="folder all nodes share, for runs; None: GYRE_HOME")
+    max_failures: int = Field(3, ge=0, description="deaths of workers healed before the run gives up")
+
+    @property
+    def threads(self) -> int:
+        """OMP_NUM_THREADS of a worker."""
+        return self.threads_per_worker or self.cpus_per_worker
+
+
+class Recipe(Section):
+    """One run, completely described."""
+
+    name: str = Field(pattern=NAME, description="names the experiment, and the registered model by default")
+    seed: int = Field(0, ge=0, lt=2**63)
+    data: DataConfig
+    model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    queue: QueueConfig = QueueConfig()
+    momentum: MomentumConfig = MomentumConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    registry: RegistryConfig = RegistryConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        if self.data.batch < self.cluster.workers:
+            raise ValueError(
+                f"data.batch ({self.data.batch}) is smaller than cluster.workers ({self.cluster.workers}): "
+                "every worker needs at least one query; raise the one or lower the other"
+            )
+        if self.data.steps is not None and self.optimizer.warmup_steps >= self.data.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) leaves nothing of data.steps "
+                f"({self.data.steps}); lower it"
+            )
+        gate, evaluation = self.registry.gate, self.evaluation
+        if gate is not None and (gate.over_bm25 is not None or gate.minimum is not None):
+            measured = metric_names(evaluation.k)
+            if not evaluation.validation:
+                raise ValueError("registry.gate needs evaluation.validation, which is empty; name a split")
+            if gate.metric not in measured:
+                raise ValueError(
+                    f"registry.gate.metric is {gate.metric!r}, which evaluation.k = {evaluation.k} doesn't measure: "
+                    f"choose one of {', '.join(measured)}, or change evaluation.k"
+                )
+        return self
+
+    @property
+    def registered_name(self) -> str:
+        return self.registry.name or self.name
+
+    def canonical(self) -> str:
+        """The recipe as JSON with sorted keys: equal recipes, however they were written, give equal text."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    def fingerprint(self) -> str:
+        """sha256 of the canonical JSON, hexadecimal."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+
+# Keys that may change between the parts of one run: none of them enters a batch, a loss or a weight.
+FREE_ON_RESUME = ("cluster.", "checkpoint.", "registry.", "evaluation.")
+
+
+def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings and lists as (dotted key, value), in order: `data.sources.0.path`."""
+    items: Iterator[tuple[Any, Any]]
+    if isinstance(value, Mapping) and value:
+        items = iter(value.items())
+    elif isinstance(value, list | tuple) and value:
+        items = iter(enumerate(value))
+    else:
+        yield path, value
+        return
+    for key, inner in items:
+        yield from flatten(inner, f"{path}.{key}" if path else str(key))
+
+
+def differences(saved: Recipe, given: Recipe, free: Sequence[str] = FREE_ON_RESUME) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys that differ, with (saved, given), but for those that begin with one of `free`. None: absent."""
+    old, new = (dict(flatten(r.model_dump(mode="json"))) for r in (saved, given))
+    keys = [k for k in [*old, *(k for k in new if k not in old)] if not k.startswith(tuple(free))]
+    return {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe and applies `key.path=value` overrides, whose values are YAML.
+
+    Raises UsageError, one sentence with the file, the full path of the key and what was expected.
+    """
+    raw = read_yaml(Path(path))
+    given = apply_overrides(raw, overrides)
+    return parse_recipe(raw, str(path), given)
+
+
+def parse_recipe(raw: Mapping[str, Any], where: str, overridden: Sequence[str] = ()) -> Recipe:
+    """`raw` as a Recipe; errors name `where` it is from, or the command line for the keys `overridden` there."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+    first = min(problems, key=lambda p: p["type"] != "extra_forbidden")  # a misspelt key explains a missing one
+    key = ".".join(str(part) for part in first["loc"])
+    if any(key == k or key.startswith(k + ".") or k.startswith(key + ".") for k in overridden if key):
+        where = "command line"
+    more = f" ({len(problems) - 1} more to mend)" if len(problems) > 1 else ""
+    raise UsageError(f"{where}: {_sentence(key, first)}{more}")
+
+
+def _sentence(key: str, problem: Any) -> str:
+    kind, message, value = problem["type"], problem["msg"], problem["input"]
+    if kind == "extra_forbidden":
+        return f"unknown key {key}{_nearest(key)}"
+    if kind == "missing":
+        return f"{key} is missing{_described(key)}"
+    if kind == "value_error":
+        told = str(problem["ctx"]["error"])
+        return f"{key}: {told}" if key else told
+    if kind in ("model_type", "model_attributes_type"):
+        message = "Input should be a section with keys of its own"
+    if key and kind.endswith("_type") and value is None:
+        return f"{key} is empty: {message.replace('Input', 'it')}{_described(key)}"
+    return f"{key or 'the recipe'} is {_shown(value)}: {message.replace('Input', 'it', 1)}{_described(key)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _nearest(key: str) -> str:
+    """The known key that was probably meant: first among its neighbours, then by its last name anywhere."""
+    parent, _, leaf = key.rpartition(".")
+    known = dict(known_keys(Recipe))
+    generic = ".".join("0" if part.isdigit() else part for part in parent.split("."))
+    beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == generic]
+    if close := difflib.get_close_matches(leaf, beside, 1, 0.6):
+        return f"; did you mean {parent + '.' if parent else ''}{close[0]}?"
+    elsewhere = {k.rpartition(".")[2]: k for k in reversed(known)}
+    if close := difflib.get_close_matches(leaf, list(elsewhere), 1, 0.8):
+        return f"; did you mean {elsewhere[close[0]]}?"
+    return f"; known there: {', '.join(beside)}" if beside else ""
+
+
+def _described(key: str) -> str:
+    generic = ".".join("0" if part.isdigit() else part for part in key.split("."))
+    text = dict(known_keys(Recipe)).get(generic)
+    return f" ({text})" if text else ""
+
+
+def known_keys(section: type[BaseModel], path: str = "") -> Iterator[tuple[str, str | None]]:
+    """Every dotted key of a section with its description; an element of a list is `0`."""
+    for name, field in section.model_fields.items():
+        key = f"{path}{name}"
+        yield key, field.description
+        for inner, suffix in _sections_of(field.annotation):
+            yield from known_keys(inner, f"{key}.{suffix}")
+
+
+def _sections_of(annotation: Any, suffix: str = "") -> Iterator[tuple[type[BaseModel], str]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, suffix
+    elif (origin := get_origin(annotation)) in (Union, types.UnionType, Annotated):
+        for inner in get_args(annotation):
+            yield from _sections_of(inner, suffix)
+    elif origin in (list, tuple):
+        for inner in get_args(annotation):
+            yield from _sections_of(inner, f"{suffix}0.")
+
+
+def import_object(path: str, key: str) -> Any:
+    """The object a recipe names by import path, `package.module:Name`; the working directory comes first.
+
+    Raises UsageError that names `key`, the module or name that isn't there, and the nearest one.
+    """
+    module_name, colon, name = path.partition(":")
+    if not (colon and module_name and name):
+        raise UsageError(f"{key} is {path!r}: write an import path as package.module:Name")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{key}: no module {error.name!r}, needed for {path!r}; is it installed, or in {here}?"
+        ) from error
+    if not hasattr(module, name):
+        close = difflib.get_close_matches(name, dir(module), 1)
+        raise UsageError(
+            f"{key}: module {module_name!r} has no {name!r}" + (f"; did you mean {close[0]}?" if close else "")
+        )
+    return getattr(module, name)

@@ -1,0 +1,215 @@
+"""What a person sees: a live line on a terminal, plain lines elsewhere, tables, hits, what to type next."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from cluster.paths import home
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+    from cluster.doctor import Diagnosis
+    from cluster.jobs import JobResult
+    from cluster.models import Evaluation, QueryResult, SavedStep
+    from cluster.registry import Move, Version
+
+PLAIN_EVERY_S = 5.0
+_MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}
+_FIGURES = (
+    ("loss", "loss", "{:.4f}"),
+    ("pairs_per_s", "pairs/s", "{:,.0f}"),
+    ("tokens_per_s", "tokens/s", "{:,.0f}"),
+    ("queue_age", "queue age", "{:.1f}"),
+)
+
+
+class Progress:
+    """Takes the events of a run (`on_progress`) and shows them; use it as a context.
+
+    {"kind": "phase", "text"}, {"kind": "note", "text"}, {"kind": "table", "title", "rows": {model: {metric:
+    value}}} and {"kind": "step", "step", "steps", "loss", "pairs_per_s", "tokens_per_s", "queue_age", "eta_s"}.
+    On a terminal the newest step is one live line; otherwise there is a line at most every PLAIN_EVERY_S
+    seconds, and one for the first and the last step.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console, clock
+        self._live: Live | None = None
+        self._printed_at = -PLAIN_EVERY_S
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_live()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        kind = event["kind"]
+        if kind == "step":
+            self._step(event)
+            return
+        self._end_live()
+        if kind == "table":
+            self._console.print(table(event["rows"], self._console, event.get("title")), soft_wrap=True)
+        else:
+            self._console.print(escape(event["text"]), style="bold" if kind == "phase" else None, highlight=False)
+
+    def _step(self, event: Mapping[str, Any]) -> None:
+        line, now = step_line(event), self._clock()
+        if self._console.is_terminal:
+            if self._live is None:
+                from rich.live import Live
+
+                self._live = Live(console=self._console, refresh_per_second=4)
+                self._live.start()
+            self._live.update(Text(line))
+        elif now - self._printed_at >= PLAIN_EVERY_S or event["step"] >= event["steps"]:
+            self._printed_at = now
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _end_live(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def step_line(event: Mapping[str, Any]) -> str:
+    """`step 120/300 · loss 0.4312 · 1,204 pairs/s · …`; figures that the event lacks are left out."""
+    parts = [f"step {event['step']}/{event['steps']}"]
+    for key, label, form in _FIGURES:
+        if event.get(key) is not None:
+            shown = form.format(event[key])
+            parts.append(f"{shown} {label}" if label.endswith("/s") else f"{label} {shown}")
+    if event.get("eta_s") is not None:
+        parts.append(f"ETA {duration(event['eta_s'])}")
+    return " · ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """45 s, 3:05, 1:02:03"""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, hours = whole // 60 % 60, whole // 3600
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def table(rows: Mapping[str, Mapping[str, float]], console: Console, title: str | None) -> Table | str:
+    """Results for a terminal as a table, otherwise as plain lines."""
+    from evaluation.report import results_table, results_text
+
+    if console.is_terminal:
+        return results_table(rows, title)
+    return f"{title}\n{results_text(rows)}" if title else results_text(rows)
+
+
+def _show_table(console: Console, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Boxed on a terminal; elsewhere columns that a script can read, never cut at a width."""
+    if console.is_terminal:
+        shown = Table()
+        for name in header:
+            shown.add_column(name, overflow="fold")
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
+        return
+    cells = [list(header), *([Text.from_markup(c).plain for c in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    for row in cells:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+
+def show_trained(console: Console, result: Mapping[str, Any], root: Path) -> None:
+    """The last lines of a training: where everything is and what to type next. root: the run's home."""
+    registered, aliases = result["model_name"], ", ".join(result["aliases"])
+    where = {
+        "run": result["run_id"],
+        "checkpoint": result["checkpoint"],
+        "model": result["export"],
+        "registered": f"{registered} version {result['model_version']} ({aliases})",
+        "gate": result["gate"],
+    }
+    for name, value in where.items():
+        console.print(f"{name:11}{value}", highlight=False, soft_wrap=True, markup=False)
+    console.print()
+    console.print("next", style="bold")
+    from cluster.tracking import tracking_uri
+
+    elsewhere = f"export GYRE_HOME={shlex.quote(str(root))}" if root != home() else None
+    for line in filter(
+        None,
+        (
+            elsewhere,
+            f'gyre query "parse a date from a string" --model models:/{registered}@candidate',
+            f"gyre models {registered}",
+            f"mlflow ui --backend-store-uri {tracking_uri(root)}",
+        ),
+    ):
+        console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
+
+
+def show_evaluation(console: Console, found: Evaluation) -> None:
+    title = f"{found.suite}, {found.split}: {found.queries} queries, {found.documents} candidates"
+    console.print(table(found.rows, console, title), soft_wrap=True)
+
+
+def show_versions(console: Console, versions: list[Version]) -> None:
+    if not versions:
+        console.print("no model is registered yet; `gyre train recipes/quickstart.yaml` makes one")
+        return
+    rows = []
+    for v in versions:
+        trained = v.scores.get("heldout", {}).get("trained", {})
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in list(trained.items())[:2])
+        rows.append([v.name, str(v.version), ", ".join(v.aliases), scores, v.run_id[:12]])
+    _show_table(console, ("model", "version", "aliases", "held-out scores", "run"), rows)
+
+
+def show_move(console: Console, moved: Move) -> None:
+    before = f"; before it: version {moved.previous}" if moved.previous is not None else ""
+    console.print(f"{moved.name}: champion is version {moved.version}{before}", highlight=False)
+
+
+def show_hits(console: Console, found: QueryResult, lines: int = 12) -> None:
+    for place, hit in enumerate(found.hits, 1):
+        console.print(f"[bold]{place}. {escape(hit.name)}[/]  {hit.score:.3f}", highlight=False, soft_wrap=True)
+        text = hit.text.split("\n")
+        shown = "\n".join([*text[:lines], *(["…"] if len(text) > lines else [])])
+        console.print(textwrap.indent(shown, "   "), markup=False, highlight=console.is_terminal)
+        console.print()
+
+
+def show_diagnosis(console: Console, found: Diagnosis) -> None:
+    versions = ((name, version or "not installed") for name, version in found.versions.items())
+    _show_table(console, ("package", "version"), versions)
+    console.print(f"{found.cores} cores, {found.memory_gib:.1f} GiB memory", highlight=False)
+    rows = [(f.what, _MARKS[f.verdict], escape(f.value), escape(f.remedy)) for f in found.findings]
+    _show_table(console, ("what", "", "found", "what to do"), rows)
+
+
+def show_checkpoints(console: Console, saved: list[SavedStep]) -> None:
+    if not saved:
+        console.print("no committed checkpoint")
+        return
+    rows = []
+    for s in saved:
+        state = f"[red]{escape(s.damage)}[/]" if s.damage else "[green]whole[/]"
+        rows.append([str(s.step), str(s.world_size), f"{s.size_bytes / 1e6:.1f} MB", state, escape(str(s.folder))])
+    _show_table(console, ("step", "workers", "size", "state", "folder"), rows)
+
+
+def show_job(console: Console, job: JobResult) -> None:
+    follow = f"; follow it with `ray job logs {job.job_id} --follow`" if job.exit_code is None else ""
+    console.print(f"job {job.job_id} {job.status.lower()}{follow}", highlight=False, soft_wrap=True)

@@ -1,0 +1,192 @@
+"""Training on the cluster: Ray Train places the workers, Ray Data executes the plan, the driver follows."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from cluster.paths import RunPaths
+from cluster.prepare import Prepared
+from cluster.worker import Task, train_on_worker
+from data_services.schema import RunError
+from trainers.checkpoint import Checkpoint, latest
+
+if TYPE_CHECKING:
+    from cluster.tracking import Tracker
+
+Progress = Callable[[dict[str, Any]], None]
+POLL_S = 0.3
+
+
+def fit(ready: Prepared, tracker: Tracker, tell: Progress) -> float:
+    """Runs the workers to the end of the plan; returns the time of the first optimizer step seen.
+
+    Ray Train's fit blocks, so it has a thread; this one follows the metrics and turns SIGINT and SIGTERM into a
+    request to checkpoint and stop.
+    """
+    recipe, run = ready.recipe, ready.run
+    if run.export.exists() and (done := latest(run.checkpoints)) and done.step == ready.plan.steps:
+        return time.time()
+    run.stop_request.unlink(missing_ok=True)
+    trainer = ray_trainer(ready, tracker.run_id)
+    outcome: list[BaseException | None] = []
+
+    def target() -> None:
+        try:
+            trainer.fit()
+            outcome.append(None)
+        except BaseException as error:  # noqa: BLE001  handed to the thread that waits
+            outcome.append(error)
+
+    follower = Follower(run, ready.plan.steps, recipe.data.batch, tracker, tell)
+    thread = threading.Thread(target=target, name="ray-train", daemon=True)
+    with stop_on_signal(run, tell) as stopped:
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_S)
+            follower.poll()
+        follower.poll()
+    tracker.flush()
+    newest = latest(run.checkpoints)
+    if outcome and outcome[0] is not None:
+        raise run_error(outcome[0], run, newest) from outcome[0]
+    if stopped:
+        at = f"at step {newest.step}" if newest else "before the first checkpoint"
+        raise RunError(f"stopped {at}; go on with: gyre train RECIPE --resume {run.run_id}")
+    return follower.first_step_at
+
+
+def ray_trainer(ready: Prepared, tracker_run: str) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from data_services.stream import PlanFeed, ray_dataset
+
+    recipe, run = ready.recipe, ready.run
+    cluster = recipe.cluster
+    task = Task(
+        recipe=recipe,
+        run=run,
+        steps=ready.plan.steps,
+        prompt_tokens=(ready.tokenize.prompt_tokens("query"), ready.tokenize.prompt_tokens("document")),
+        lineage=ready.lineage(tracker_run),
+    )
+    reader = ready.reader
+
+    def dataset() -> Any:
+        """Evaluated whenever a group of workers starts: the plan from the newest committed checkpoint on."""
+        newest = latest(run.checkpoints)
+        return ray_dataset(reader, cluster.workers, newest.step if newest else 0, recipe.engine.budget_tokens)
+
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    return TorchTrainer(
+        ray_worker,
+        train_loop_config={"task": task},
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(timeout_s=300),
+        run_config=RunConfig(
+            name="ray_train",
+            storage_path=str(run.root),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+        ),
+        datasets={"plan": dataset},
+        dataset_config=PlanFeed(),
+    )
+
+
+def ray_worker(config: Mapping[str, Any]) -> None:
+    """The function Ray Train runs on each worker."""
+    import ray.train
+
+    from data_services.stream import worker_batches
+
+    def batches(start: int) -> Iterator[Any]:
+        return worker_batches(ray.train.get_dataset_shard("plan"), ray.train.get_context().get_world_rank(), start)
+
+    train_on_worker(config["task"], batches)
+
+
+def run_error(error: BaseException, run: RunPaths, newest: Any) -> RunError:
+    """The first worker's own sentence where it has one, else the last line of its traceback."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    cause = next(iter(failures.values()))
+    told = str(getattr(cause, "cause", cause)).strip().splitlines() or [repr(cause)]
+    (run.root / "failure.log").write_text(str(error))
+    kept = f"the last checkpoint is step {newest.step}" if newest else "there is no checkpoint yet"
+    return RunError(
+        f"training failed: {told[-1]} ({kept}; all of it in {run.root / 'failure.log'}; go on with "
+        f"gyre train RECIPE --resume {run.run_id})"
+    )
+
+
+@contextmanager
+def stop_on_signal(run: RunPaths, tell: Progress) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM ask the workers to checkpoint and stop; a second one ends the process as usual."""
+    received: list[int] = []
+
+    def request(number: int, _frame: Any) -> None:
+        received.append(number)
+        run.stop_request.touch()
+        tell({"kind": "note", "text": f"{signal.Signals(number).name}: checkpoint, then stop (again to stop at once)"})
+        signal.signal(number, previous[number])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Follower:
+    """Reads what rank 0 appends to the metrics file: to the tracker, and to whoever watches."""
+
+    def __init__(self, run: RunPaths, steps: int, batch: int, tracker: Tracker, tell: Progress) -> None:
+        self.path, self.steps, self.batch = run.metrics, steps, batch
+        self.tracker, self.tell = tracker, tell
+        self.first_step_at = time.time()
+        self._offset = self._seen = 0
+
+    def poll(self) -> None:
+        """Takes in the whole lines that have come since. After a restart the file is shorter: rank 0 cut it."""
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            self._offset = min(self._offset, file.seek(0, 2))
+            file.seek(self._offset)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            metrics = json.loads(line)
+            self._take(metrics.pop("step"), metrics)
+
+    def _take(self, step: int, metrics: dict[str, float]) -> None:
+        if not self._seen:
+            self.first_step_at = time.time()
+        self._seen += 1
+        self.tracker.log(step, metrics)
+        self.tell(
+            {
+                "kind": "step",
+                "step": step + 1,
+                "steps": self.steps,
+                "loss": metrics["loss"],
+                "pairs_per_s": metrics["pairs_per_s"],
+                "tokens_per_s": metrics["tokens_per_s"],
+                "queue_age": metrics.get("queue_age_steps"),
+                "eta_s": (self.steps - step - 1) * self.batch / metrics["pairs_per_s"],
+            }
+        )

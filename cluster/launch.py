@@ -1,0 +1,194 @@
+"""`gyre train`: one recipe through all rooms, from its sources to a registered model.
+
+The driver prepares (data, model folder, plan), lets Ray Train place the workers and Ray Data execute the plan,
+follows the metrics that rank 0 writes to the run's folder, then evaluates, registers and reports. Everything that
+must survive lies in that folder; the driver can be killed at any moment and `resume` goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.config import Recipe
+from cluster.fit import Progress, fit
+from cluster.paths import RunPaths, find_run, home
+from cluster.prepare import Prepared, check_resumable, data_fingerprint, prepare, tokenizer_of
+from trainers.checkpoint import latest, write_json
+
+if TYPE_CHECKING:
+    from cluster.tracking import Tracker
+    from data_services.store import StoredSource
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run gives. metrics: {"bm25" | "untrained" | "trained": {metric: value}} on the held-out split."""
+
+    run_id: str
+    checkpoint: str
+    export: str
+    model_name: str
+    model_version: int
+    aliases: tuple[str, ...]
+    gate: str
+    metrics: dict[str, dict[str, float]]
+    validation: dict[str, dict[str, float]]
+    throughput: dict[str, float]
+    seconds: dict[str, float]
+    world_size: int
+    zero_stage: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | None = None) -> TrainResult:
+    """Trains, evaluates, registers and exports; blocks until done.
+
+    resume       id or folder of a run to go on with; the recipe must be the one it was made with
+    on_progress  receives {"kind": "phase" | "step" | "table" | "note", …} as things happen
+
+    Raises UsageError for a recipe or resume that can't be, RunError for a run that failed or was stopped (its
+    checkpoints stay), within seconds where it is the cluster that can't hold the workers.
+    """
+    from cluster.session import connect
+
+    tell = on_progress or (lambda event: None)
+    began = time.time()
+    root = Path(recipe.cluster.storage).absolute() if recipe.cluster.storage else home()
+    earlier = find_run(resume, root) if resume else None
+    if earlier:
+        check_resumable(earlier, recipe)
+    tell({"kind": "phase", "text": "connecting to Ray"})
+    with connect(recipe.cluster, root):
+        tell({"kind": "phase", "text": "preparing data and model"})
+        ready = prepare(recipe, root, earlier)
+        tracker = open_tracker(ready, root)
+        tell({"kind": "phase", "text": f"run {ready.run.run_id}: {ready.plan.steps} steps"})
+        try:
+            first_step = fit(ready, tracker, tell)
+            tell({"kind": "phase", "text": "evaluating"})
+            result = conclude(ready, tracker, tell, began, first_step)
+        except BaseException:
+            tracker.finish("FAILED")
+            raise
+        tracker.finish("FINISHED")
+    return result
+
+
+def open_tracker(ready: Prepared, root: Path) -> Tracker:
+    """The run's MLflow run: found again where a checkpoint or an earlier driver began one."""
+    from cluster.tracking import Tracker
+
+    marker = ready.run.tracker
+    if marker.exists():
+        return Tracker.resume(json.loads(marker.read_text())["run_id"], root)
+    tags = {"gyre.recipe": ready.recipe.fingerprint(), "gyre.data": data_fingerprint(ready.sources)}
+    tracker = Tracker.start(ready.recipe.name, ready.run.run_id, tags, root)
+    tracker.log_params(ready.recipe)
+    write_json(marker, {"run_id": tracker.run_id})
+    return tracker
+
+
+# After training.
+
+
+def conclude(ready: Prepared, tracker: Tracker, tell: Progress, began: float, first_step: float) -> TrainResult:
+    """Scores every model on every split, registers the export with that evidence, writes the result."""
+    from cluster import registry
+
+    recipe, run = ready.recipe, ready.run
+    scores = score_everywhere(ready)
+    for split, rows in scores.items():
+        tracker.log_result({f"{split}.{model}.{name}": v for model, row in rows.items() for name, v in row.items()})
+    evaluation = recipe.evaluation
+    validation, heldout = (scores.get(split or "", {}) for split in (evaluation.validation, evaluation.heldout))
+    if heldout:
+        tell({"kind": "table", "title": f"{evaluation.heldout} split", "rows": heldout})
+    tell({"kind": "phase", "text": "registering"})
+    version = registry.register(
+        recipe.registered_name,
+        run.export,
+        run_id=tracker.run_id,
+        scores={"validation": validation, "heldout": heldout},
+        gate=recipe.registry.gate,
+        tags={
+            "gyre.run": run.run_id,
+            "gyre.recipe": recipe.fingerprint(),
+            "gyre.data": data_fingerprint(ready.sources),
+        },
+        root=ready.root,
+    )
+    newest = latest(run.checkpoints)
+    assert newest is not None, "a finished run has its last checkpoint"
+    result = TrainResult(
+        run_id=run.run_id,
+        checkpoint=str(newest.folder),
+        export=str(run.export),
+        model_name=version.name,
+        model_version=version.version,
+        aliases=version.aliases,
+        gate=registry.gate_result(version).sentence,
+        metrics=heldout,
+        validation=validation,
+        throughput=throughput(run.metrics),
+        seconds={"to_first_step": first_step - began, "total": time.time() - began},
+        world_size=recipe.cluster.workers,
+        zero_stage=recipe.engine.zero_stage,
+    )
+    write_json(run.result, result.as_dict())
+    tracker.log_artifacts(run.recipe)
+    tracker.log_artifacts(run.result)
+    return result
+
+
+def throughput(metrics: Path) -> dict[str, float]:
+    """Means over the run's steps, the first five left out: they warm up caches and allocators."""
+    with open(metrics) as file:
+        steps = [json.loads(line) for line in file]
+    steady = steps[5:] or steps
+    seconds = sum(s["seconds"] for s in steady)
+    return {
+        "pairs_per_s": sum(s["pairs_per_s"] * s["seconds"] for s in steady) / seconds,
+        "tokens_per_s": sum(s["tokens_per_s"] * s["seconds"] for s in steady) / seconds,
+        "data_wait_fraction": sum(s["data_wait_s"] for s in steady) / seconds,
+        "padding_share": sum(s["padding_share"] for s in steady) / len(steady),
+        "mfu": sum(s["mfu"] * s["seconds"] for s in steady) / seconds,
+        "peak_memory_bytes": max(s["peak_memory_bytes"] for s in steps),
+    }
+
+
+def score_everywhere(ready: Prepared) -> dict[str, dict[str, dict[str, float]]]:
+    """{split: {"bm25" | "untrained" | "trained": {metric: value}}}, each split a task of the cluster."""
+    import ray
+
+    cluster = ready.recipe.cluster
+    task = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)(score_split)
+    asked = {split: task.remote(ready.recipe, ready.run, pool) for split, pool in ready.pools.items()}
+    return {split: ray.get(reference) for split, reference in asked.items()}
+
+
+def score_split(recipe: Recipe, run: RunPaths, pool: StoredSource) -> dict[str, dict[str, float]]:
+    """BM25, the model before training and after it, over the same candidates."""
+    import torch
+
+    from data_services.sources import retrieval_pool
+    from evaluation.metrics import metric_names
+    from evaluation.retrieval import bm25, evaluate_encoder, evaluate_retrieval
+    from trainers.encoders.text import LocalEncoder, build_encoder
+    from trainers.export import load_exported
+
+    queries, documents, relevant = retrieval_pool(pool)
+    k = recipe.evaluation.k
+    ranking, _ = bm25(queries, documents, k, recipe.evaluation.bm25)
+    rows = {"bm25": evaluate_retrieval(ranking, relevant, metric_names(k), queries=queries)}
+    torch.manual_seed(recipe.seed)
+    encoders = {"untrained": build_encoder(recipe.model, run.model), "trained": load_exported(run.export)}
+    for name, encoder in encoders.items():
+        local = LocalEncoder(encoder, tokenizer_of(run.model))
+        rows[name] = evaluate_encoder(local, queries, documents, relevant, k)
+    return {name: scores.metrics for name, scores in rows.items()}

@@ -1,0 +1,260 @@
+"""What is done with a trained model: score it, search with it, hand it out, look at its checkpoints.
+
+MODEL everywhere is a folder, a run (its id, the beginning of one, or its folder), `models:/NAME@ALIAS`,
+`models:/NAME/VERSION`, or a hub id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.paths import find_run, home
+from data_services.schema import Encoder, RunError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+BUILTIN = "builtin:stdlib-code"
+MAX_FILE_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model on this machine: how it was named, and its folder."""
+
+    name: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """rows: {"bm25": {metric: value}, model: {metric: value}}, over the same queries and candidates."""
+
+    model: str
+    suite: str
+    split: str
+    queries: int
+    documents: int
+    rows: dict[str, dict[str, float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A document that answers a query: its cosine similarity, its name, its text."""
+
+    score: float
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class QueryResult:
+    """The best hits of one query, best first."""
+
+    query: str
+    model: str
+    corpus: str
+    documents: int
+    hits: list[Hit]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Export:
+    """An exported Sentence Transformers folder."""
+
+    run_id: str
+    folder: Path
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"run_id": self.run_id, "folder": str(self.folder)}
+
+
+@dataclass(frozen=True)
+class SavedStep:
+    """A committed checkpoint. damage: one sentence, empty where every file is as it was written."""
+
+    step: int
+    world_size: int
+    folder: Path
+    size_bytes: int
+    damage: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"folder": str(self.folder)}
+
+
+def resolve(model: str, root: Path | None = None) -> ModelRef:
+    """MODEL as a folder on this machine. Raises UsageError that says what was tried."""
+    if model.startswith("models:"):
+        from cluster.registry import model_folder
+
+        folder, version = model_folder(model, root)
+        return ModelRef(f"{version.name}/{version.version}", folder)
+    path = Path(model).expanduser()
+    if (path / "config.json").is_file() or (path / "modules.json").is_file():
+        return ModelRef(path.name, path.absolute())
+    if path.is_dir() and not (path / "recipe.json").is_file():
+        raise UsageError(f"{path} is no model: it has neither config.json nor modules.json")
+    if "/" in model and not path.is_dir():
+        from trainers.encoders.model_folder import resolve as download
+
+        return ModelRef(model, download(model, key="MODEL"))
+    run = find_run(model, root)
+    if not run.export.is_dir():
+        raise UsageError(
+            f"run {run.run_id} has no exported model yet; finish it: gyre train RECIPE --resume {run.run_id}"
+        )
+    return ModelRef(run.run_id, run.export)
+
+
+@contextmanager
+def open_encoder(folder: Path) -> Iterator[Encoder]:
+    """The model of a folder as an encoder on this process's device, with its prompts, length and pooling."""
+    from data_services.tokenizer import FolderTokenizer
+    from trainers.config import ModelConfig
+    from trainers.encoders.model_folder import prepare_model_folder
+    from trainers.encoders.text import LocalEncoder, build_encoder
+
+    config = ModelConfig(path=str(folder))
+    with tempfile.TemporaryDirectory(prefix="gyre-") as place:
+        spec = prepare_model_folder(config, Path(place) / "model")
+        encoder = build_encoder(config, Path(place) / "model")
+        yield LocalEncoder(encoder, FolderTokenizer(Path(place) / "model", spec.max_tokens, spec.prompts))
+
+
+def evaluate(
+    model: str, suite: str = BUILTIN, split: str = "heldout", k: int = 10, root: Path | None = None
+) -> Evaluation:
+    """Scores MODEL and BM25 on the pool of a source: every positive is a candidate for every query.
+
+    suite: a source's path, as in `data.sources` of a recipe; split: one it has.
+    """
+    from data_services.sources import SourceConfig, open_source, retrieval_pool
+    from evaluation.metrics import metric_names
+    from evaluation.retrieval import bm25, evaluate_encoder, evaluate_retrieval
+
+    ref = resolve(model, root)
+    pool = retrieval_pool(open_source(SourceConfig(path=suite, split=split), root or home()))
+    lexical, _ = bm25(pool.queries, pool.documents, k)
+    rows = {"bm25": evaluate_retrieval(lexical, pool.relevant, metric_names(k), queries=pool.queries).metrics}
+    with open_encoder(ref.folder) as encoder:
+        rows[ref.name] = evaluate_encoder(encoder, pool.queries, pool.documents, pool.relevant, k).metrics
+    return Evaluation(ref.name, suite, split, len(pool.queries), len(pool.documents), rows)
+
+
+def query(text: str, model: str, corpus: str = BUILTIN, k: int = 5, root: Path | None = None) -> QueryResult:
+    """The k documents of a corpus nearest to `text`.
+
+    corpus: the built-in one, or a folder of text files (one document a file). The corpus's vectors are kept
+    under the home, by the contents of model and corpus: only the first query of a corpus waits for them.
+    """
+    from evaluation.retrieval import rank
+
+    if not text.strip():
+        raise UsageError("the query is empty")
+    ref = resolve(model, root)
+    names, texts = _corpus(corpus, root or home())
+    with open_encoder(ref.folder) as encoder:
+        documents = _corpus_vectors(encoder, ref.folder, texts, (root or home()) / "vectors")
+        positions, scores = rank(encoder.encode([text], "query"), documents, min(k, len(texts)))
+    hits = [Hit(float(s), names[i], texts[i]) for i, s in zip(positions[0], scores[0], strict=True)]
+    return QueryResult(text, ref.name, corpus, len(texts), hits)
+
+
+def _corpus(corpus: str, root: Path) -> tuple[list[str], list[str]]:
+    from data_services.sources import builtin_corpus
+
+    if corpus == BUILTIN:
+        found = builtin_corpus(root)
+        return found.names, found.texts
+    folder = Path(corpus).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"no corpus {corpus!r}: give a folder of text files, or {BUILTIN}")
+    named = sorted((str(p.relative_to(folder)), text) for p in folder.rglob("*") if (text := _text_of(p)))
+    if not named:
+        raise UsageError(f"{folder} has no text file to search")
+    return [name for name, _ in named], [text for _, text in named]
+
+
+def _text_of(path: Path) -> str | None:
+    """The text of a UTF-8 file under a megabyte, None for anything else and for hidden files."""
+    if path.name.startswith(".") or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
+        return None
+    try:
+        return path.read_text("utf-8").strip() or None
+    except UnicodeDecodeError:
+        return None
+
+
+def _corpus_vectors(encoder: Encoder, folder: Path, texts: list[str], cache: Path) -> np.ndarray:
+    import numpy as np
+
+    digest = hashlib.sha256(json.dumps(texts).encode())
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(str(file.relative_to(folder)).encode())
+        digest.update(file.read_bytes())
+    kept = cache / f"{digest.hexdigest()[:32]}.npy"
+    if False:
+        return np.load(kept)
+    vectors = encoder.encode(texts, "document")
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=cache, suffix=".making", delete=False) as making:
+        np.save(making, vectors)
+    Path(making.name).replace(kept)
+    return vectors
+
+
+def export(run: str, folder: Path, root: Path | None = None) -> Export:
+    """Copies a run's Sentence Transformers folder to `folder`, whole or not at all.
+
+    Raises UsageError for a run that isn't there or hasn't finished, and for a folder that isn't empty.
+    """
+    found = find_run(run, root)
+    if not found.export.is_dir():
+        raise UsageError(
+            f"run {found.run_id} has no exported model yet; finish it: gyre train RECIPE --resume {found.run_id}"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already and not empty; name a new folder")
+    making = folder.with_name(folder.name + ".making")
+    try:
+        shutil.rmtree(making, ignore_errors=True)
+        shutil.copytree(found.export, making)
+        if folder.exists():
+            folder.rmdir()
+        making.rename(folder)
+    except OSError as error:
+        shutil.rmtree(making, ignore_errors=True)
+        raise RunError(f"{folder} can't be written: {error}") from error
+    return Export(found.run_id, folder.absolute())
+
+
+def checkpoints(run: str, root: Path | None = None) -> list[SavedStep]:
+    """The committed checkpoints of a run, oldest first, every file verified."""
+    from trainers.checkpoint import committed
+
+    found = find_run(run, root)
+    saved = []
+    for checkpoint in committed(found.checkpoints):
+        damage = ""
+        try:
+            checkpoint.verify()
+        except RunError as error:
+            damage = str(error)
+        size = sum(p.stat().st_size for p in checkpoint.folder.iterdir())
+        saved.append(SavedStep(checkpoint.step, checkpoint.world_size, checkpoint.folder, size, damage))
+    return saved

@@ -1,0 +1,110 @@
+"""Where state lies: everything a command writes is under one home, and this file alone knows its layout.
+
+HOME/                     GYRE_HOME, else ./runs
+  mlflow.db mlartifacts/  the tracking store, unless MLFLOW_TRACKING_URI names a server
+  data/                   sources converted to Parquet
+  logs/                   tracebacks of commands that failed before, or outside, a run
+  RUN_ID/                 one run: see RunPaths
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_services.schema import UsageError
+
+
+def home() -> Path:
+    """GYRE_HOME, else `runs` in the working directory; absolute."""
+    return Path(os.environ.get("GYRE_HOME") or "runs").expanduser().absolute()
+
+
+def run_home(storage: str | None) -> Path:
+    """Home of a run: the recipe's shared storage where it names one."""
+    return Path(storage).expanduser().absolute() if storage else home()
+
+
+def log_folder(root: Path | None = None) -> Path:
+    """Where a command leaves the traceback of an unexpected error."""
+    return (root or home()) / "logs"
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of one run.
+
+    recipe       the recipe as it was read, defaults filled in (JSON)
+    result       the typed result of the finished run (JSON)
+    model        config, tokenizer and initial weights, prepared before training
+    checkpoints  committed checkpoints, newest last
+    export       the Sentence Transformers folder
+    metrics      one JSON line a step, written by rank 0 as training goes
+    data         fingerprint of every source (JSON)
+    tracker      id of the run in the tracking store (JSON)
+    stop_request created to ask the workers to checkpoint and stop
+    """
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.json"
+
+    @property
+    def result(self) -> Path:
+        return self.root / "result.json"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data.json"
+
+    @property
+    def tracker(self) -> Path:
+        return self.root / "tracker.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def stop_request(self) -> Path:
+        return self.root / "stop"
+
+    @property
+    def run_id(self) -> str:
+        return self.root.name
+
+
+def find_run(run: str, root: Path | None = None) -> RunPaths:
+    """The run named by its id, a unique beginning of it (4 characters or more), or its folder.
+
+    Raises UsageError where there is none or more than one.
+    """
+    folder = Path(run).expanduser()
+    if (folder / "recipe.json").is_file():
+        return RunPaths(folder.absolute())
+    base = root or home()
+    found = sorted(p.parent for p in base.glob("*/recipe.json"))
+    exact = [p for p in found if p.name == run]
+    matches = exact or [p for p in found if len(run) >= 4 and p.name.startswith(run)]
+    if len(matches) == 1:
+        return RunPaths(matches[0])
+    if matches:
+        raise UsageError(f"run {run!r} is ambiguous: {', '.join(p.name for p in matches)}")
+    newest = sorted(found, key=lambda p: (p / "recipe.json").stat().st_mtime, reverse=True)[:3]
+    there = f"the newest there: {', '.join(p.name for p in newest)}" if newest else "there are none yet"
+    raise UsageError(f"no run {run!r} under {base}; {there}")

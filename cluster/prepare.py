@@ -1,0 +1,165 @@
+"""Before training: sources as Parquet, the model folder, the plan, and what a resume must agree with."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cluster.config import Recipe, differences
+from cluster.paths import RunPaths
+from data_services.schema import Column, UsageError
+from trainers.checkpoint import write_json
+
+if TYPE_CHECKING:
+    from data_services.order import Plan
+    from data_services.store import StoredSource
+    from data_services.stream import BatchReader
+    from data_services.tokenizer import FolderTokenizer
+
+TOKENIZER_RECORDS = 200_000  # more don't change a vocabulary of thousands
+READ_RECORDS = 1024
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run made ready.
+
+    root     home of all runs
+    sources  in the recipe's order
+    pools    what models are scored on, by split
+    """
+
+    recipe: Recipe
+    root: Path
+    run: RunPaths
+    sources: tuple[StoredSource, ...]
+    pools: dict[str, StoredSource]
+    plan: Plan
+    tokenize: FolderTokenizer
+
+    @property
+    def reader(self) -> BatchReader:
+        from data_services.stream import BatchReader
+
+        return BatchReader(self.plan, self.sources, self.tokenize, self.recipe.data.negatives)
+
+    def lineage(self, tracker_run: str) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.fingerprint(),
+            "data": data_fingerprint(self.sources),
+            "plan": self.plan.state(),
+            "tracker_run": tracker_run,
+        }
+
+
+def check_resumable(run: RunPaths, recipe: Recipe) -> None:
+    """Raises UsageError with the list of what differs between the run's recipe and this one."""
+    saved = Recipe.model_validate_json(run.recipe.read_text())
+    changed = differences(saved, recipe)
+    if changed:
+        told = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in sorted(changed.items()))
+        raise UsageError(
+            f"run {run.run_id} was made with another recipe: {told}. Resume with the recipe it was made with, or "
+            "start a new run (model.init_from takes another model's weights)"
+        )
+
+
+def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None) -> Prepared:
+    """Sources as Parquet, the model folder, the plan. A new run's folder appears only once all of that is there."""
+    from data_services.sources import open_source
+
+    sources = tuple(open_source(source, root) for source in recipe.data.sources)
+    pools = open_pools(recipe, root)
+    plan = plan_of(recipe, sources)
+    if earlier:
+        check_data(earlier, sources)
+        return Prepared(recipe, root, earlier, sources, pools, plan, tokenizer_of(earlier.model))
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    run = RunPaths(root / f"{recipe.name}-{stamp}-{secrets.token_hex(2)}")
+    building = RunPaths(run.root.with_name(f".{run.root.name}.new"))
+    building.root.mkdir(parents=True)
+    try:
+        make_model_folder(recipe, building.model, sources)
+        write_json(building.recipe, recipe.model_dump(mode="json"))
+        write_json(building.data, {s.name: s.fingerprint for s in sources})
+        building.root.rename(run.root)
+    finally:
+        shutil.rmtree(building.root, ignore_errors=True)
+    return Prepared(recipe, root, run, sources, pools, plan, tokenizer_of(run.model))
+
+
+def open_pools(recipe: Recipe, root: Path) -> dict[str, StoredSource]:
+    """The splits that the finished model is scored on, opened before training so that a missing one is told then."""
+    from data_services.sources import open_source
+
+    evaluation, first = recipe.evaluation, recipe.data.sources[0]
+    path = evaluation.pool or first.path
+    splits = [s for s in (evaluation.validation, evaluation.heldout) if s]
+    return {s: open_source(first.model_copy(update={"path": path, "split": s}), root) for s in splits}
+
+
+def plan_of(recipe: Recipe, sources: tuple[StoredSource, ...]) -> Plan:
+    from data_services.order import SourceShape
+    from data_services.stream import make_plan
+
+    shapes = [
+        SourceShape(s.name, s.rows, tuple(s.row_groups), s.fingerprint, config.weight)
+        for s, config in zip(sources, recipe.data.sources, strict=True)
+    ]
+    return make_plan(recipe.data, recipe.seed, shapes)
+
+
+def make_model_folder(recipe: Recipe, folder: Path, sources: tuple[StoredSource, ...]) -> None:
+    """Config, tokenizer and, for a pretrained model, weights: one folder that every worker reads."""
+    from data_services.tokenizer import train_bpe
+    from trainers.encoders.model_folder import prepare_model_folder
+
+    def train_tokenizer(vocabulary: int, target: Path) -> None:
+        train_bpe(training_texts(sources), vocabulary, target)
+
+    prepare_model_folder(recipe.model, folder, train_tokenizer)
+
+
+def training_texts(sources: tuple[StoredSource, ...]) -> Iterator[str]:
+    """Queries and documents of the sources, of at most TOKENIZER_RECORDS records each, spread over the source."""
+    for source in sources:
+        step = max(1, source.rows // TOKENIZER_RECORDS)
+        for first in range(0, source.rows, READ_RECORDS * step):
+            table = source.read(np.arange(first, min(first + READ_RECORDS * step, source.rows), step))
+            for record in table.select([Column.QUERY, Column.POSITIVES, Column.NEGATIVES]).to_pylist():
+                yield record[Column.QUERY]
+                yield from record[Column.POSITIVES]
+                yield from record[Column.NEGATIVES]
+
+
+def tokenizer_of(folder: Path) -> FolderTokenizer:
+    from data_services.tokenizer import FolderTokenizer
+    from trainers.encoders.model_folder import ModelSpec
+
+    spec = ModelSpec.load(folder)
+    return FolderTokenizer(folder, spec.max_tokens, spec.prompts)
+
+
+def check_data(run: RunPaths, sources: tuple[StoredSource, ...]) -> None:
+    """Raises UsageError where a source isn't what it was when the run began."""
+    saved, now = json.loads(run.data.read_text()), {s.name: s.fingerprint for s in sources}
+    changed = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
+    if changed:
+        raise UsageError(
+            f"run {run.run_id} was made with other data: {', '.join(changed)} changed since. Bring the data back, or "
+            "start a new run"
+        )
+
+
+def data_fingerprint(sources: tuple[StoredSource, ...]) -> str:
+    return "+".join(s.fingerprint for s in sources)
+
+

@@ -1,0 +1,136 @@
+"""A tokenizer for code and prose trained on the spot, and any tokenizer folder as a `Tokenize`.
+
+The trained one lower-cases and splits identifiers: `readHTTPResponse_v2` is read, http, response, _, v, 2.
+White space gives no tokens, so indentation is free.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_services.schema import Ragged, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PAD, UNKNOWN, START = "[PAD]", "[UNK]", "[CLS]"
+_SPECIAL = (PAD, UNKNOWN, START)
+_BYTES = 256
+# Between a lower-case letter or digit and a capital (camelCase), and before the last capital of a run where a
+# word begins there (HTTPResponse). It has to run before lower-casing, hence as a normalizer.
+_CAMEL_CASE = r"(?<=[\p{Ll}\p{N}])(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})"
+# Letters, up to three digits, underscores, or a run of punctuation; what is between them is white space.
+_WORD = r"[\p{L}\p{M}]+|\p{N}{1,3}|_+|[^\s\p{L}\p{M}\p{N}_]+"
+
+
+def train_bpe(texts: Iterable[str], vocabulary: int, folder: Path) -> None:
+    """Trains a byte-level BPE of `vocabulary` tokens at most and writes it as a Transformers folder.
+
+    Ids: 0 [PAD], 1 [UNK] (never produced: every byte is a token), 2 [CLS], which begins each text. The same
+    texts give the same files. Raises UsageError where the vocabulary has no room for a single merge.
+
+    Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units"; byte-level as in
+    Radford et al. 2019, section 2.2.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    smallest = _BYTES + len(_SPECIAL) + 1
+    if vocabulary < smallest:
+        raise UsageError(
+            f"a vocabulary of {vocabulary} tokens is too small; byte-level BPE needs {smallest} or more"
+        )
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(_CAMEL_CASE), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORD), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        min_frequency=2,
+        special_tokens=list(_SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A", pair=f"{START} $A {START} $B", special_tokens=[(START, _SPECIAL.index(START))]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNKNOWN, cls_token=START, padding_side="right"
+    )
+    wrapped.save_pretrained(folder)
+
+
+class FolderTokenizer:
+    """The tokenizer of a folder with prompts and truncation, token for token what SentenceTransformer makes.
+
+    folder      a Transformers tokenizer folder with a fast tokenizer
+    max_tokens  special tokens and prompt included; longer texts are cut where the tokenizer's
+                `truncation_side` says
+    prompts     by field ("query", "document"), put in front of the text as text; a field without one has none
+
+    It pickles as its arguments and loads the folder when first used. Raises UsageError where the folder has
+    no fast tokenizer.
+    """
+
+    def __init__(self, folder: Path, max_tokens: int, prompts: Mapping[str, str]) -> None:
+        self.folder, self.max_tokens, self.prompts = Path(folder), max_tokens, dict(prompts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FolderTokenizer, (self.folder, self.max_tokens, self.prompts)
+
+    def __call__(self, texts: Sequence[str], field: str) -> Ragged:
+        prompt = self.prompts.get(field, "")
+        return self._encode([prompt + text for text in texts] if prompt else list(texts))
+
+    def prompt_tokens(self, field: str) -> int:
+        """Leading tokens that a pooling without the prompt leaves out.
+
+        As Sentence Transformers counts them: the prompt alone, special tokens included, less a last token
+        that is special.
+        """
+        prompt = self.prompts.get(field, "")
+        if not prompt:
+            return 0
+        ids = self._encode([prompt])[0]
+        return len(ids) - int(ids[-1] in self._tokenizer.all_special_ids)
+
+    def _encode(self, texts: list[str]) -> Ragged:
+        lists = [encoding.ids for encoding in self._encode_batch(texts)]
+        offsets = np.zeros(len(lists) + 1, np.int64)
+        np.cumsum([len(ids) for ids in lists], out=offsets[1:])
+        values = np.fromiter(itertools.chain.from_iterable(lists), np.int32, offsets[-1])
+        return Ragged(values, offsets)
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerFast:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self.folder} holds no tokenizer: {str(error).splitlines()[0]}") from error
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise UsageError(f"the tokenizer of {self.folder} has no fast form (tokenizer.json); convert it")
+        return tokenizer
+
+    @cached_property
+    def _encode_batch(self) -> Callable[[list[str]], list[Any]]:
+        """The Rust tokenizer without the dictionaries that Transformers builds around it."""
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_padding()
+        side = self._tokenizer.truncation_side
+        backend.enable_truncation(self.max_tokens, strategy="longest_first", direction=side)
+        return backend.encode_batch_fast

@@ -1,0 +1,252 @@
+import gzip
+import json
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from data_services import builtin
+from data_services.schema import Column, UsageError
+from data_services.sources import SourceConfig, builtin_corpus, open_source, retrieval_pool
+
+ROWS = [{"query": f"q{i}", "positive": f"p{i}", "hard": [f"n{i}"] * (i % 3), "other": i} for i in range(10)]
+
+
+def write_jsonl(path, rows=ROWS):
+    opener = gzip.open if path.suffix == ".gz" else open
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    return path
+
+
+def write_parquet(path, rows=ROWS):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def opened(path, home, **fields):
+    return open_source(SourceConfig(path=str(path), **fields), home)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_every_format_gives_the_same_records(tmp_path, name):
+    write = write_parquet if name.endswith(".parquet") else write_jsonl
+    source = opened(write(tmp_path / name), tmp_path / "home", negatives="hard")
+    assert source.name == "a"
+    table = source.table().to_pylist()
+    assert [(row[Column.QUERY], row[Column.POSITIVES], row[Column.NEGATIVES]) for row in table] == [
+        (row["query"], [row["positive"]], row["hard"]) for row in ROWS
+    ]
+    assert [row[Column.ID] for row in table] == [f"{name}:{i + 1}" for i in range(10)]
+
+
+def test_a_list_of_positives_and_absent_negatives_are_fine(tmp_path):
+    rows = [
+        {"query": "a", "positive": ["x", "y"], "hard": "z"},
+        {"query": "b", "positive": "x", "hard": None},
+    ]
+    table = opened(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path, negatives="hard").table()
+    assert table[Column.POSITIVES].to_pylist() == [["x", "y"], ["x"]]
+    assert table[Column.NEGATIVES].to_pylist() == [["z"], []]
+
+
+BAD_LINES = [
+    ('{"query": 1', "not JSON"),
+    ("[" * 100_000, "not JSON"),
+    ("[1]", "a list, not an object of fields"),
+    ('{"query": "q"}', "no field 'positive'"),
+    ('{"query": 3, "positive": "p"}', "field 'query' is a number, not text"),
+    ('{"query": null, "positive": "p"}', "field 'query' is null, not text"),
+    ('{"query": " ", "positive": "p"}', "field 'query' is empty"),
+    ('{"query": ["a", "b"], "positive": "p"}', "field 'query' is a list, not one text"),
+    ('{"query": "q", "positive": []}', "field 'positive' is an empty list"),
+    ('{"query": "q", "positive": ["p", {}]}', "field 'positive' is an object, not text"),
+    ('{"query": "\\ud800", "positive": "p"}', "field 'query' has half of a surrogate pair, which is no text"),
+    ('{"query": "q", "positive": "p", "hard": [true]}', "field 'hard' is a boolean, not text"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
+def test_a_malformed_row_is_quarantined_with_its_place_and_reason(tmp_path, line, reason):
+    good = {"query": "q", "positive": "p", "hard": []}
+    path = write_jsonl(tmp_path / "a.jsonl", [good, "", line, good])
+    source = opened(path, tmp_path / "home", negatives="hard")
+    quarantine = pq.read_table(source.folder / "quarantine.parquet").to_pylist()
+    assert [(row["origin"], row["reason"]) for row in quarantine] == [("a.jsonl:3", reason)]
+    assert source.quarantined == {reason: 1}
+    assert source.table()[Column.ID].to_pylist() == ["a.jsonl:1", "a.jsonl:4"]
+
+
+def test_bytes_that_are_no_text_are_quarantined_and_a_byte_order_mark_is_not(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"query": "q", "positive": "p"}\r\n{"query": "\xff", "positive": "p"}\n')
+    source = opened(path, tmp_path / "home")
+    assert (source.rows, source.quarantined) == (1, {"not UTF-8": 1})
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields", "message"),
+    [
+        ([], {}, "source a has no usable row: it is empty"),
+        (["{", "["], {}, r"no usable row: 2 × not JSON \(first: a.jsonl:1\)"),
+        (ROWS, {"query": "docstring"}, "no field 'docstring'; its fields are hard, other, positive, query"),
+        (ROWS, {"negatives": "hrad"}, "no field 'hrad'; its fields are"),
+        (ROWS, {"query": "other"}, "10 × field 'other' is a number, not text"),
+        (ROWS, {"split": "test"}, "is a single file and has no split 'test'; leave `split` out"),
+    ],
+)
+def test_a_source_that_cannot_be_used_is_one_sentence(tmp_path, rows, fields, message):
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UsageError, match=message):
+        opened(path, tmp_path / "home", **fields)
+    assert not list((tmp_path / "home").glob("data/*"))
+
+
+def test_a_wrong_field_of_a_large_source_is_told_early(tmp_path, monkeypatch):
+    (tmp_path / "early_source.py").write_text(
+        "def rows():\n"
+        "    yield from ({'text': 'q', 'positive': 'p'} for _ in range(1_001))\n"
+        "    raise AssertionError('read on')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match="no field 'query'; its fields are positive, text"):
+        opened("early_source:rows", tmp_path / "home")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("pairs.jsnl", r"pairs.jsnl does not exist; beside it is pairs.jsonl"),
+        ("nowhere/pairs.jsonl", "nowhere/pairs.jsonl does not exist"),
+        ("notes.txt", r"is none of .parquet, .jsonl, .jsonl.gz"),
+        ("nothing", "is a folder without .parquet, .jsonl, .jsonl.gz files"),
+        ("broken.parquet", "broken.parquet is not a Parquet file"),
+        ("broken.jsonl.gz", "broken.jsonl.gz is not a whole gzip file"),
+        ("cut.jsonl.gz", "cut.jsonl.gz is not a whole gzip file"),
+    ],
+)
+def test_a_path_that_cannot_be_read_is_named(tmp_path, path, message):
+    write_jsonl(tmp_path / "pairs.jsonl")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "broken.parquet").write_text("x")
+    (tmp_path / "broken.jsonl.gz").write_text("x")
+    (tmp_path / "cut.jsonl.gz").write_bytes(write_jsonl(tmp_path / "whole.jsonl.gz").read_bytes()[:40])
+    with pytest.raises(UsageError, match=message):
+        opened(tmp_path / path, tmp_path / "home")
+
+
+def test_a_missing_column_of_a_parquet_file_is_named(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match="no field 'anchor'; its fields are hard, other, positive, query"):
+        opened(path, tmp_path / "home", query="anchor")
+
+
+def test_a_folder_gives_its_files_in_order_and_a_split_is_the_files_named_so(tmp_path):
+    plain, named = tmp_path / "plain", tmp_path / "named"
+    for folder, names in ((plain, ["b", "a"]), (named, ["train-0", "train-1", "test", "sub/dev/x"])):
+        for name in names:
+            write_jsonl(folder / f"{name}.jsonl", [{"query": name, "positive": "p"}])
+    (plain / ".hidden.jsonl").write_text("{")
+
+    def queries(folder, split):
+        return opened(folder, tmp_path / "home", split=split).table()[Column.QUERY].to_pylist()
+
+    assert queries(plain, "train") == ["a", "b"]
+    assert queries(named, "train") == ["train-0", "train-1"]
+    assert queries(named, "test") == ["test"]
+    assert queries(named, "dev") == ["sub/dev/x"]
+    with pytest.raises(UsageError, match="has no split 'heldout'; it has train, dev, test"):
+        queries(named, "heldout")
+    with pytest.raises(UsageError, match="its files name no splits; leave `split` out"):
+        queries(plain, "test")
+
+
+def test_a_function_of_the_user_is_a_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_pairs.py").write_text(
+        "number = 3\n"
+        "def pairs(split):\n    return ({'query': f'{split} {i}', 'positive': 'p'} for i in range(number))\n"
+        "def plain():\n    yield {'query': 'q', 'positive': 'p'}\n    yield 'no mapping'\n"
+        "text = 'x'\n"
+    )
+    home = tmp_path / "home"
+    source = opened("my_pairs:pairs", home, split="dev")
+    assert source.table()[Column.QUERY].to_pylist() == ["dev 0", "dev 1", "dev 2"]
+    assert opened("my_pairs:pairs", home, split="dev") == source
+    import my_pairs
+
+    my_pairs.number = 4
+    assert opened("my_pairs:pairs", home, split="dev").rows == 4  # what it yields is what counts
+    assert opened("my_pairs:plain", home).quarantined == {"a text, not an object of fields": 1}
+    for path, split, message in [
+        ("my_pairs:plain", "dev", "takes no argument `split`, but split is 'dev'"),
+        ("my_pairs:pears", "train", "module 'my_pairs' has no function 'pears'"),
+        ("my_pairs:text", "train", "module 'my_pairs' has no function 'text'"),
+        ("no_such_module:pairs", "train", "can't import 'no_such_module'"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            opened(path, home, split=split)
+
+
+def test_a_changed_file_is_noticed_and_a_touched_one_keeps_its_fingerprint(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl")
+    first = opened(path, tmp_path / "home")
+    os.utime(path, (1, 1))
+    assert opened(path, tmp_path / "home") == first
+    write_jsonl(path, ROWS[:-1])
+    changed = opened(path, tmp_path / "home")
+    assert changed.fingerprint != first.fingerprint
+    assert (first.table().num_rows, changed.table().num_rows) == (10, 9)
+
+
+def test_fields_and_splits_have_slots_of_their_own(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl")
+    folders = {opened(path, tmp_path / "home", **fields).folder for fields in ({}, {"query": "positive"})}
+    assert len(folders) == 2
+
+
+@pytest.mark.parametrize("wrong", [{"weight": 0.0}, {"query": ""}, {"positives": "x"}])
+def test_wrong_config_is_refused(wrong):
+    with pytest.raises(ValidationError):
+        SourceConfig(path="x", **wrong)
+
+
+def test_the_builtin_corpus_is_stored_as_it_is(tmp_path):
+    source = opened("builtin:stdlib-code", tmp_path, split="validation")
+    pairs = builtin.stdlib_code()["validation"]
+    assert source.name == "stdlib-code-validation"
+    assert source.rows == len(pairs)
+    assert len(source.row_groups) > 4
+    rows = np.array([len(pairs) - 1, 0])
+    assert source.read(rows)[Column.QUERY].to_pylist() == [pairs[i].query for i in rows]
+    assert source.read(rows)[Column.ID].to_pylist() == [pairs[i].name for i in rows]
+    assert opened("builtin:stdlib-code", tmp_path, split="validation") == source
+
+
+def test_unknown_builtin_and_split_name_what_there_is(tmp_path):
+    with pytest.raises(UsageError, match="no built-in source builtin:stdlib; nearest: builtin:stdlib-code"):
+        opened("builtin:stdlib", tmp_path)
+    with pytest.raises(UsageError, match="no split 'test'; it has heldout, train, validation"):
+        opened("builtin:stdlib-code", tmp_path, split="test")
+
+
+def test_the_corpus_to_search_is_every_text_once(tmp_path):
+    corpus = builtin_corpus(tmp_path)
+    everything = {pair.positive for pairs in builtin.stdlib_code().values() for pair in pairs}
+    assert set(corpus.texts) == everything
+    assert len(corpus.texts) == len(everything) == len(corpus.names)
+    assert corpus.names == sorted(corpus.names)
+
+
+def test_a_retrieval_pool_is_unique_by_text(tmp_path):
+    rows = [("a", ["x", "y"]), ("b", ["y"]), ("a", ["z"]), ("c", ["x"])]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"query": q, "positive": p} for q, p in rows])
+    pool = retrieval_pool(opened(path, tmp_path / "home"))
+    assert pool.queries == ["a", "b", "c"]
+    assert pool.documents == ["x", "y", "z"]
+    assert pool.relevant == [{0, 1, 2}, {1}, {0}]

@@ -1,0 +1,219 @@
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_services import store as storage
+from data_services.records import Malformed, Record
+from data_services.schema import Column, RunError, UsageError, text_id
+from data_services.store import StoredSource, group_rows, store
+
+
+def record(i: int) -> Record:
+    return Record(
+        f"f:{i}", f"query {i}", [f"positive {i}", f"other {i}"][: 1 + i % 2], [f"negative {i}"] * (i % 3)
+    )
+
+
+def stored(slot: Path, rows: int, stamp=None) -> StoredSource:
+    return store("s", slot, stamp, lambda: (record(i) for i in range(rows)))
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Row groups of 4 rows, files of 3 row groups."""
+    monkeypatch.setattr(storage, "GROUP_ROWS", 4)
+    monkeypatch.setattr(storage, "SMALLEST_GROUP_ROWS", 4)
+    monkeypatch.setattr(storage, "_GROUPS_PER_FILE", 3)
+
+
+def test_read_gives_the_rows_asked_for_in_that_order(tmp_path, small_groups):
+    source = stored(tmp_path / "slot", 30)
+    assert source.row_groups == (4, 4, 4, 4, 4, 4, 4, 2)
+    assert source.groups_per_file == (3, 3, 2)
+    assert source.rows == 30
+    whole = source.table().to_pylist()
+    rng = np.random.default_rng(0)
+    for rows in (rng.permutation(30), rng.integers(0, 30, 50), np.array([29]), np.array([5, 5, 0])):
+        assert source.read(rows).to_pylist() == [whole[i] for i in rows]
+    assert source.read(np.zeros(0, np.int64)).num_rows == 0
+    assert source.read(np.arange(3)).schema == storage.SCHEMA
+
+
+def test_columns_hold_the_texts_and_their_ids(tmp_path):
+    row = stored(tmp_path / "slot", 6).read(np.array([5])).to_pylist()[0]
+    assert row == {
+        Column.ID: "f:5",
+        Column.QUERY: "query 5",
+        Column.POSITIVES: ["positive 5", "other 5"],
+        Column.NEGATIVES: ["negative 5", "negative 5"],
+        Column.QUERY_ID: text_id("query 5"),
+        Column.POSITIVE_IDS: [text_id("positive 5"), text_id("other 5")],
+        Column.NEGATIVE_IDS: [text_id("negative 5")] * 2,
+    }
+
+
+def test_only_the_row_groups_needed_are_read_and_each_once(tmp_path, small_groups, monkeypatch):
+    source = stored(tmp_path / "slot", 30)
+    reads = []
+    read = pq.ParquetFile.read_row_group
+
+    def counted(self, group, **keywords):
+        reads.append(group)
+        return read(self, group, **keywords)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    source.read(np.array([13, 14, 1]))
+    assert sorted(reads) == [0, 0]  # the first group of the first file, the first of the second
+    pickle.loads(pickle.dumps(source)).read(np.array([12, 15, 0, 2]))
+    assert len(reads) == 2
+
+
+def test_the_cache_keeps_to_its_limit(tmp_path, small_groups, monkeypatch):
+    source = stored(tmp_path / "slot", 30)
+    cache = storage._RowGroupCache(limit_bytes=1)
+    monkeypatch.setattr(storage, "_CACHE", cache)
+    assert source.read(np.arange(30)).to_pylist() == source.table().to_pylist()
+    assert len(cache._groups) == 1
+    assert cache._bytes == next(iter(cache._groups.values())).nbytes
+
+
+@pytest.mark.parametrize("row", [-1, 6])
+def test_a_row_that_is_not_there_is_named(tmp_path, row):
+    with pytest.raises(ValueError, match=f"row {row} is not among the 6 rows of source s"):
+        stored(tmp_path / "slot", 6).read(np.array([0, row]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "size"),
+    [(0, 64), (64, 64), (6_000, 64), (8_192, 128), (65_535, 512), (65_536, 1024), (10**9, 1024)],
+)
+def test_small_sources_have_small_row_groups(rows, size):
+    assert group_rows(rows) == size
+
+
+def test_rows_in_are_rows_out_and_quarantined(tmp_path, small_groups):
+    def rows():
+        for i in range(21):
+            yield Malformed(f"f:{i}", f"reason {i % 2}", f"row {i}" * 1000) if i % 4 == 0 else record(i)
+
+    source = store("s", tmp_path / "slot", None, rows)
+    manifest = json.loads((source.folder / "manifest.json").read_text())
+    quarantine = pq.read_table(source.folder / "quarantine.parquet").to_pylist()
+    assert manifest["rows_in"] == 21 == manifest["rows_out"] + len(quarantine)
+    assert manifest["rows_out"] == source.rows == 15
+    assert source.quarantined == {"reason 0": 6}
+    assert [row["origin"] for row in quarantine] == [f"f:{i}" for i in range(0, 21, 4)]
+    assert all(row["reason"] == "reason 0" and len(row["row"]) <= 2_000 for row in quarantine)
+
+
+def test_an_unchanged_stamp_is_not_converted_again(tmp_path):
+    first = stored(tmp_path / "slot", 5, {"size": 1})
+
+    def unread():
+        raise AssertionError("read again")
+        yield
+
+    assert store("s", tmp_path / "slot", {"size": 1}, unread) == first
+
+
+def test_a_changed_stamp_with_the_same_content_keeps_the_fingerprint_and_the_folder(tmp_path):
+    first = stored(tmp_path / "slot", 5, {"mtime": 1})
+    touched = stored(tmp_path / "slot", 5, {"mtime": 2})
+    changed = stored(tmp_path / "slot", 6, {"mtime": 3})
+    assert touched == first
+    assert changed.fingerprint != first.fingerprint
+    assert first.read(np.array([4])).num_rows == 1  # what a run is reading stays
+    assert stored(tmp_path / "slot", 5, {"mtime": 1}) == first
+
+
+@pytest.mark.parametrize("change", ["query", "positives", "negatives", "id"])
+def test_the_fingerprint_follows_every_field(tmp_path, change):
+    old = record(5)
+    value = getattr(old, change)
+    new = old._replace(**{change: value + "x" if isinstance(value, str) else [*value, "x"]})
+    fingerprints = {
+        store("s", tmp_path / "slot", None, lambda row=row: iter([row])).fingerprint for row in (old, new)
+    }
+    assert len(fingerprints) == 2
+
+
+def test_a_source_without_a_good_row_tells_why_and_leaves_nothing(tmp_path):
+    bad = [
+        Malformed("f:1", "not JSON", "{"),
+        Malformed("f:2", "not JSON", "["),
+        Malformed("f:3", "empty", ""),
+    ]
+    with pytest.raises(
+        UsageError, match=r"source s has no usable row: 2 × not JSON \(first: f:1\); 1 × empty"
+    ):
+        store("s", tmp_path / "data" / "slot", {}, lambda: iter(bad))
+    with pytest.raises(UsageError, match="it is empty"):
+        store("s", tmp_path / "data" / "slot", {}, lambda: iter([]))
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_a_conversion_that_dies_leaves_nothing(tmp_path):
+    def rows():
+        yield record(0)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RunError, match=r"no space left on the disk of .* while converting source s"):
+        store("s", tmp_path / "data" / "slot", {}, rows)
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_what_a_killed_conversion_left_is_swept_after_a_day(tmp_path):
+    old, young = tmp_path / ".unfinished-old" / "source", tmp_path / ".unfinished-young" / "source"
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+    os.utime(old, (time.time() - 90_000,) * 2)
+    stored(tmp_path / "slot", 3)
+    assert not old.parent.exists()
+    assert young.exists()
+
+
+def _convert_at_once(barrier, slot, results):
+    def rows():
+        yield record(0)
+        barrier.wait()  # both are in the middle of their conversion
+        yield from (record(i) for i in range(1, 50))
+
+    source = store("s", slot, {"size": 1}, rows)
+    results.put((source.fingerprint, source.read(np.arange(50)).num_rows))
+
+
+def test_two_conversions_at_once_agree(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    barrier, results = spawn.Barrier(2), spawn.SimpleQueue()
+    both = [
+        spawn.Process(target=_convert_at_once, args=(barrier, tmp_path / "slot", results)) for _ in range(2)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(30)
+        assert process.exitcode == 0
+    assert results.get() == results.get()
+    assert sorted(path.name[:1] for path in tmp_path.iterdir()) == ["s"]
+    assert len([path for path in (tmp_path / "slot").iterdir() if path.is_dir()]) == 1
+
+
+def test_a_loser_of_the_race_uses_what_the_winner_made(tmp_path):
+    def rows():
+        yield record(0)
+        stored(tmp_path / "slot", 2)  # another finishes first
+        yield record(1)
+
+    source = store("s", tmp_path / "slot", None, rows)
+    assert source.rows == 2
+    assert isinstance(source.table(), pa.Table)
+    assert [path.name for path in tmp_path.iterdir()] == ["slot"]

@@ -1,0 +1,232 @@
+"""The transformer of a text tower: from a config, a pretrained folder or a model folder."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_services.schema import UsageError
+from trainers.config import FromConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# Names under which architectures know one and the same quantity.
+_INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim")
+_HIDDEN_DROPOUT = ("hidden_dropout_prob", "hidden_dropout", "resid_pdrop", "embd_pdrop", "resid_dropout")
+_ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attn_pdrop", "attention_dropout")
+
+
+def load_backbone(folder: Path, attention: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """The transformer of a model folder in fp32: its weights, or random ones where it has none."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config.use_cache = False
+    options = {"trust_remote_code": trust_remote_code, "dtype": torch.float32, **_class_options(config)}
+    try:
+        options["attn_implementation"] = _attention(attention, config)
+        if any(folder.glob("model*.safetensors")):
+            model = AutoModel.from_pretrained(folder, config=config, use_safetensors=True, **options)
+        else:
+            model = AutoModel.from_config(config, **options)
+    except (ValueError, ImportError) as error:
+        if "attention" not in str(error).lower():
+            raise
+        raise UsageError(f"model.attention: {attention} is not to be had here: {error}") from error
+    return model
+
+
+def random_backbone(
+    tower: FromConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> PreTrainedModel:
+    """A transformer of these sizes from the current torch generator."""
+    from transformers import AutoModel
+
+    config = _tower_config(tower, tokenizer, max_tokens)
+    return AutoModel.from_config(config, **_class_options(config))
+
+
+def pretrained_backbone(source: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """The transformer of a folder in transformers' format, in the type it was saved in."""
+    from transformers import AutoConfig, AutoModel
+
+    if not (source / "config.json").exists():
+        raise UsageError(f"model.path: {source} has no config.json, so it is no transformers model")
+    if not any(source.glob("*.safetensors")):
+        raise UsageError(
+            f"model.path: {source} has no safetensors weights; convert them, gyre loads no pickles"
+        )
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if config.is_encoder_decoder:
+        raise UsageError(
+            f"model.path: {config.model_type} in {source} is an encoder-decoder; give a decoder or an encoder"
+        )
+    return AutoModel.from_pretrained(
+        source,
+        trust_remote_code=trust_remote_code,
+        dtype="auto",
+        use_safetensors=True,
+        **_class_options(config),
+    )
+
+
+def added_dropout(tower: FromConfig | None, config: PretrainedConfig) -> float:
+    """The share of hidden units that TextEncoder drops itself, for architectures without such dropout."""
+    if tower is None or any(hasattr(config, name) for name in _HIDDEN_DROPOUT):
+        return 0.0
+    return tower.dropout
+
+
+def set_direction(model: PreTrainedModel, bidirectional: bool | None) -> bool:
+    """Make attention see both ways or not (None: leave it), and say whether it does.
+
+    `config.is_causal = False` drops a decoder's mask in transformers; whether an architecture honours it is
+    probed, not believed.
+    """
+    both_ways = _sees_later_tokens(model)
+    if bidirectional is None or both_ways == bidirectional:
+        return both_ways
+    kind = model.config.model_type
+    if not bidirectional:
+        raise UsageError(f"model.bidirectional: false, but {kind} attends both ways; remove the key")
+    model.config.is_causal = False
+    if not _sees_later_tokens(model):
+        raise UsageError(
+            f"model.bidirectional: true, but the causal order of {kind} can't be dropped; "
+            "set it to false (and model.pooling to last)"
+        )
+    return True
+
+
+def _sees_later_tokens(model: PreTrainedModel) -> bool:
+    """Whether changing the last token of a text changes what comes before it."""
+    import torch
+
+    ids = torch.arange(8)[None] % model.config.get_text_config().vocab_size
+    other = ids.clone()
+    other[0, -1] = 1
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        hidden, changed = (
+            model(input_ids=x, attention_mask=torch.ones_like(x)).last_hidden_state[:, :-1].float()
+            for x in (ids, other)
+        )
+    model.train(training)
+    return bool((hidden - changed).abs().max() > 1e-6 * hidden.abs().max())
+
+
+def _attention(attention: str, config: PretrainedConfig) -> str:
+    """auto: on a CPU our own eager attention (sdpa's bf16 backward is slow there), on a GPU sdpa; where the
+    architecture can't have its attention replaced, its eager one."""
+    import torch
+
+    if attention != "auto":
+        return attention
+    model_class = _model_class(config)
+    if not (
+        getattr(model_class, "_supports_sdpa", False)
+        and getattr(model_class, "_supports_attention_backend", False)
+    ):
+        return "eager"
+    if torch.cuda.is_available():
+        return "sdpa"
+    from trainers.encoders import cpu_kernels
+
+    return cpu_kernels.ATTENTION
+
+
+def class_options(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Arguments for the class of the folder's config: no BERT pooler, it would get no gradient."""
+    from transformers import AutoConfig
+
+    return _class_options(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+
+
+def saved_shapes(folder: Path, trust_remote_code: bool = False) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that the folder's architecture saves, without making them."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=trust_remote_code, **_class_options(config))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _class_options(config: PretrainedConfig) -> dict[str, Any]:
+    model_class = _model_class(config)
+    if model_class is None or "add_pooling_layer" not in inspect.signature(model_class).parameters:
+        return {}
+    return {"add_pooling_layer": False}
+
+
+def _model_class(config: PretrainedConfig) -> Any:
+    """The class that AutoModel would build, None where it comes from remote code."""
+    from transformers import AutoModel
+
+    return AutoModel._model_mapping.get(type(config), None)
+
+
+def _tower_config(tower: FromConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> PretrainedConfig:
+    """transformers' config of a tower of these sizes, under whatever names its architecture has for them."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    if tower.architecture not in CONFIG_MAPPING_NAMES or tower.architecture not in MODEL_MAPPING_NAMES:
+        near = difflib.get_close_matches(tower.architecture, list(MODEL_MAPPING_NAMES), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(
+            f"model.config.architecture: transformers knows no model_type {tower.architecture!r}{hint}"
+        )
+    head_dim, rest = divmod(tower.hidden, tower.heads)
+    if rest or head_dim % 2:
+        raise UsageError(
+            f"model.config.heads: {tower.hidden} hidden units over {tower.heads} heads leave "
+            f"{tower.hidden / tower.heads:g} for each; it must be a whole, even number"
+        )
+    default = AutoConfig.for_model(tower.architecture)
+    known = set(default.to_dict()) | set(default.attribute_map)
+    wanted: dict[str, Any] = {
+        "num_key_value_heads": tower.heads,
+        "head_dim": head_dim,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "cls_token_id": tokenizer.cls_token_id,
+        "sep_token_id": tokenizer.sep_token_id,
+        # RoBERTa and its kin number positions from pad_token_id + 1
+        "max_position_embeddings": max_tokens + (tokenizer.pad_token_id or 0) + 1,
+        **dict.fromkeys(_INTERMEDIATE, tower.intermediate),
+        **dict.fromkeys(_HIDDEN_DROPOUT, tower.dropout),
+        **dict.fromkeys(_ATTENTION_DROPOUT, 0.0),
+    }
+    return AutoConfig.for_model(
+        tower.architecture,
+        vocab_size=len(tokenizer),
+        hidden_size=tower.hidden,
+        num_hidden_layers=tower.layers,
+        num_attention_heads=tower.heads,
+        **{name: value for name, value in wanted.items() if name in known},
+    )
+
+
+def longest_text(model: PreTrainedModel) -> int | None:
+    """Tokens the architecture has positions for, None where it names no limit."""
+    from torch import nn
+
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for module in model.modules():  # RoBERTa and its kin number positions from padding_idx + 1
+        padding = getattr(module, "padding_idx", None)
+        if (
+            limit
+            and padding is not None
+            and isinstance(getattr(module, "position_embeddings", None), nn.Embedding)
+        ):
+            return limit - padding - 1
+    return limit

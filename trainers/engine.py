@@ -1,0 +1,392 @@
+"""DeepSpeed behind one narrow door: forward, backward in chunks, step, and the weights as fp32 shards.
+
+What differs between ZeRO stages stays in this file and `trainers/shards.py`; written against DeepSpeed 0.19.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_services.schema import RunError, UsageError
+from trainers.collectives import engine_gradient_scale
+from trainers.config import EngineConfig, OptimizerConfig
+from trainers.shards import Shard, Sharding, flat_shards, partitioned_shards, replicated_shards
+
+# Elements of one reduction. A bucket is allocated whole, so a small model gets a small one (`_settings`).
+BUCKET_ELEMENTS = 200_000_000
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """grad_norm: norm of dL/dw over all workers, before clipping; lr: the learning rate of this step."""
+
+    grad_norm: float
+    lr: float
+
+
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Rate of step 0, 1, ...: linear warm-up that reaches `lr` at its last step, then a cosine to its floor.
+
+    A pure function of the step, so a resumed run needs no scheduler state.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    return config.lr * (
+        config.min_lr_share + (1 - config.min_lr_share) * 0.5 * (1 + math.cos(math.pi * progress))
+    )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices, which decay, and norms, biases and embedding tables.
+
+    An embedding table stays one where an output layer shares it.
+    """
+    spared = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
+        for p in module.parameters(recurse=False)
+    }
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": weight_decay},
+        {"params": [], "weight_decay": 0.0},
+    ]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decays = p.ndim >= 2 and id(p) not in spared and not name.endswith("bias")
+            groups[0 if decays else 1]["params"].append(p)
+    return [group for group in groups if group["params"]]
+
+
+def initialize(
+    model: nn.Module, settings: dict[str, Any], optimizer: torch.optim.Optimizer | None = None
+) -> Any:
+    """`deepspeed.initialize`, quiet, and without compiling anything that training doesn't use."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed
+    from deepspeed.runtime import compiler
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r".*Please use `torch\.distributed\.\w+_single`", FutureWarning)
+    # An all-reduce in shared memory that only inference uses: 36 s of compilation.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # ZeRO imports its Muon optimizer to see that ours isn't one, and with it torch's compiler: 5 s.
+    decorator, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = decorator
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+class Engine:
+    """A model sharded over the workers of the default process group, and its AdamW.
+
+    The weights start as rank 0's. The masters start from the model as it was given, not from its rounding to
+    bf16. `offload: cpu` keeps masters and moments in host memory.
+
+    Raises UsageError for offload at ZeRO-0, which has nothing to offload to a worker's share.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: EngineConfig,
+        optimizer: OptimizerConfig,
+        total_steps: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if config.offload != "none" and config.zero_stage == 0:
+            raise UsageError("engine.offload: cpu needs engine.zero_stage of 1, 2 or 3; it is 0")
+        self.config, self.optimizer, self.total_steps = config, optimizer, total_steps
+        self.device = _prepare_device(device, config.deterministic)
+        if not dist.is_initialized():
+            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+        self.global_steps = 0
+        _agree(model, self.device)
+        self.names = {p: name for name, p in model.named_parameters()}
+        trained = {name: (p.shape, p.data) for p, name in self.names.items() if p.requires_grad}
+        groups = parameter_groups(model, optimizer.weight_decay)
+        self._adamw = torch.optim.AdamW(
+            groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
+        )
+        self._deepspeed = initialize(model, self._settings(model), self._adamw)
+        self.module = model
+        if config.zero_stage == 1:
+            # As a setting this selects another optimizer at ZeRO-1, one that reduces in every backward pass.
+            self._deepspeed.optimizer.gradient_accumulation_dtype = torch.float32
+        for p in self._trainable():
+            p.register_post_accumulate_grad_hook(_accumulate_in_fp32)
+        self.sharding = Sharding(
+            {name: shape for name, (shape, _) in trained.items()},
+            self._find_shards(),
+            owner=config.zero_stage > 0 or dist.get_rank() == 0,
+        )
+        self._fill_masters({name: weight for name, (_, weight) in trained.items()})
+        self._accumulation = ExitStack()
+        self._accumulating = False
+
+    @property
+    def shards(self) -> list[Shard]:
+        """This worker's fp32 master weights; the optimizer updates them in place."""
+        return self.sharding.shards
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+
+    def zero_settings(self) -> dict[str, Any]:
+        """What a second DeepSpeed engine needs to be cut like this one (the momentum encoder's, at ZeRO-3)."""
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": self.config.precision == "bf16"},
+            "zero_optimization": {"stage": self.config.zero_stage},
+        }
+
+    def _settings(self, model: nn.Module) -> dict[str, Any]:
+        elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        settings = self.zero_settings()
+        zero, stage = settings["zero_optimization"], self.config.zero_stage
+        settings["gradient_clipping"] = self.optimizer.clip_norm  # DeepSpeed's default is 1.0, not off
+        settings["zero_allow_untested_optimizer"] = True
+        settings["communication_data_type"] = "fp32"  # one reduction a step: the sum over workers is exact
+        if stage:
+            zero["reduce_bucket_size"] = min(elements, BUCKET_ELEMENTS)
+        if stage in (1, 2):
+            # Gradients are reduced together after the last chunk, so there is no backward left to overlap with,
+            # and without staging in a bf16 buffer.
+            zero |= {"overlap_comm": False, "contiguous_gradients": False}
+        if stage in (2, 3):
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        if self.config.offload == "cpu":
+            zero["offload_optimizer"] = {"device": "cpu"}
+            # DeepSpeed's own CPU Adam is compiled on first use, and slower than torch's fused one.
+            settings["zero_force_ds_cpu_optimizer"] = False
+        return settings
+
+    def _find_shards(self) -> list[Shard]:
+        zero, rank = self._deepspeed.optimizer, dist.get_rank()
+        if self.config.zero_stage == 3:
+            return partitioned_shards(self.names, zero, rank)
+        if self.config.zero_stage:
+            return flat_shards(self.names, zero, rank)
+        return replicated_shards(self.names, dict(self._replicas()))
+
+    def _replicas(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """ZeRO-0: each parameter and its fp32 master, which in fp32 is the parameter itself."""
+        if self.config.precision == "fp32":
+            return ((p, p) for p in self._trainable())
+        zero = self._deepspeed.optimizer
+        return (
+            pair
+            for half, full in zip(zero.fp16_groups, zero.fp32_groups, strict=True)
+            for pair in zip(half, full, strict=True)
+        )
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.names if p.requires_grad]
+
+    @torch.no_grad()
+    def _fill_masters(self, weights: Mapping[str, Tensor]) -> None:
+        """Masters from the unrounded weights, and moments of zero, which AdamW would make at its first step."""
+        for shard in self.shards:
+            if self.config.precision == "bf16":
+                for piece in shard.pieces:
+                    part = weights[piece.name].view(-1)[piece.start : piece.start + piece.length]
+                    shard.tensor[piece.offset : piece.offset + piece.length].copy_(part)
+            self._adamw.state[shard.master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=shard.master.device),
+                "exp_avg": torch.zeros_like(shard.master),
+                "exp_avg_sq": torch.zeros_like(shard.master),
+            }
+
+    def train(self) -> None:
+        self._deepspeed.train()
+
+    def eval(self) -> None:
+        self._deepspeed.eval()
+
+    def forward(self, **inputs: Any) -> Any:
+        """The model's forward, with parameters gathered as the stage needs. Collective at ZeRO-3."""
+        return self._deepspeed(**inputs)
+
+    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], last: bool) -> None:
+        """Adds one backward pass to the step's gradients, in fp32; reduces them once over the workers at `last`.
+
+        outputs    of one or more forwards, backpropagated in one pass
+        gradients  dL/doutput of the global loss, shapes of `outputs`; averaging over workers is undone here
+
+        Collective: the same number of calls on every worker. Whole gradients (4 bytes a parameter) stay on every
+        worker until `last`.
+        """
+        if len(outputs) != len(gradients) or not outputs:
+            raise ValueError(
+                f"{len(outputs)} outputs and {len(gradients)} gradients: give as many, at least one"
+            )
+        if not self._accumulating:
+            self._accumulation.enter_context(self._one_reduction())
+            self._accumulating = True
+        scale = engine_gradient_scale(dist.get_world_size())
+        products = [(h * (g * scale)).sum() for h, g in zip(outputs, gradients, strict=True)]
+        self._deepspeed.backward(torch.stack(products).sum(), scale_wrt_gas=False)
+        if last:
+            self._accumulating = False
+            self._accumulation.close()
+
+    @contextmanager
+    def _one_reduction(self) -> Iterator[None]:
+        """Backward passes inside only accumulate; gradients are averaged over the workers on leaving."""
+        engine = self._deepspeed
+        if self.config.zero_stage == 0:
+            with engine.no_sync():
+                yield
+            engine.allreduce_gradients()
+            return
+        if self.config.zero_stage == 3:
+            # A parameter this step doesn't reach would otherwise keep the gradient of the step before.
+            engine.optimizer.grad_partitions_flat_buffer.zero_()
+        with engine.coalesce_grad_reduction():
+            yield
+
+    def step(self) -> StepInfo:
+        """One AdamW step. Raises RunError, before anything is updated, where the gradient isn't finite."""
+        assert not self._accumulating, "step() before the backward pass that is `last`"
+        lr = learning_rate(self.optimizer, self.global_steps, self.total_steps)
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        if self.config.zero_stage == 0:
+            grads = [p.grad for p in self._trainable() if p.grad is not None]
+            grad_norm = float(torch.nn.utils.get_total_norm(grads))
+            self._refuse_if_not_finite(grad_norm)
+            self._deepspeed.step()
+        else:
+            self._deepspeed.step()  # skips the update by itself where the norm isn't finite
+            grad_norm = float(self._deepspeed.get_global_grad_norm())
+            self._refuse_if_not_finite(grad_norm)
+        self.global_steps += 1
+        return StepInfo(grad_norm, lr)
+
+    def _refuse_if_not_finite(self, grad_norm: float) -> None:
+        if not math.isfinite(grad_norm):
+            raise RunError(
+                f"the gradient of step {self.global_steps} is not finite: lower optimizer.lr "
+                f"({self.optimizer.lr}), or look at the batch of that step, and resume from the last checkpoint"
+            )
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Casts the master shards into the compute weights of every worker. Collective."""
+        zero = self._deepspeed.optimizer
+        if self.config.zero_stage == 3:
+            zero._partition_all_parameters()
+            for group in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            if zero.persistent_parameters:  # small ones that stay gathered between forwards
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        elif self.config.zero_stage:
+            zero.update_lp_params()
+        elif self.config.precision == "bf16":
+            for p, master in self._replicas():
+                p.copy_(master)
+
+    def _moments(self, kind: str) -> list[Tensor]:
+        return [self._adamw.state[shard.master][kind] for shard in self.shards]
+
+    def _kinds(self) -> dict[str, list[Tensor]]:
+        return {
+            "weight": [shard.tensor for shard in self.shards],
+            "exp_avg": self._moments("exp_avg"),
+            "exp_avg_sq": self._moments("exp_avg_sq"),
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """This worker's share of masters and moments (`weight/`, `exp_avg/`, `exp_avg_sq/` + parameter name, 1-D
+        fp32), the `layout` they were cut by and the number of steps done, `global_steps`; on the CPU."""
+        state = {"layout": self.sharding.layout(), "global_steps": torch.tensor(self.global_steps)}
+        for kind, tensors in self._kinds().items():
+            state |= self.sharding.save(kind, tensors)
+        return state
+
+    def restore(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Takes up the states of all workers of an earlier run, in rank order; any number, any ZeRO stage.
+
+        Bit-exact at the same number of workers. A mapping that reads lazily is asked only for what overlaps this
+        worker's shards. Collective. Raises RunError where the states are of another model.
+        """
+        with torch.no_grad():
+            for kind, tensors in self._kinds().items():
+                self.sharding.load(kind, tensors, states)
+            for step in self._moments("step"):
+                step.copy_(states[0]["global_steps"])
+        self.global_steps = int(states[0]["global_steps"])
+        self.publish()
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Masters, frozen parameters and persistent buffers by name on the CPU of rank 0, parameters in fp32; {}
+        elsewhere. Collective."""
+        return self.with_constants(self.sharding.gather([shard.tensor for shard in self.shards], self.device))
+
+    def with_constants(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adds to gathered trainable weights what training doesn't change. Collective at ZeRO-3."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        for p, name in self.names.items():
+            if not p.requires_grad:
+                with GatheredParameters([p]):
+                    if dist.get_rank() == 0:
+                        weights[name] = p.detach().float().cpu()
+        if dist.get_rank() == 0:
+            kept = self.module.state_dict().keys()
+            weights |= {
+                name: b.detach().cpu().clone() for name, b in self.module.named_buffers() if name in kept
+            }
+        return weights
+
+
+def _accumulate_in_fp32(parameter: Tensor) -> None:
+    """Widens a bf16 gradient once: autograd adds later chunks into it in place, hence in fp32."""
+    if parameter.grad is not None and parameter.grad.dtype != torch.float32:
+        parameter.grad.data = parameter.grad.data.float()
+
+
+def _prepare_device(device: torch.device | str | None, deterministic: bool) -> torch.device:
+    if device is None:
+        cuda = torch.cuda.is_available()
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.backends.cudnn.benchmark = False
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
+    return device
+
+
+@torch.no_grad()
+def _agree(model: nn.Module, device: torch.device) -> None:
+    """Every worker takes rank 0's weights, in fp32, and buffers, so that seeds need not match."""
+    for p in model.parameters():
+        p.data = p.data.float()
+    if dist.get_world_size() > 1:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            shared = tensor.detach().to(device, copy=True).contiguous()
+            dist.broadcast(shared, src=0)
+            tensor.data.copy_(shared)

@@ -1,0 +1,131 @@
+"""The training loop. It reads top to bottom; the mathematics is behind `step`, the order of rows behind `batches`."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from data_services.schema import Batch, BatchStream, RunError
+from trainers.config import CheckpointConfig
+
+if TYPE_CHECKING:
+    from trainers.collectives import Group
+    from trainers.hooks import MetricsSink
+    from trainers.step import ContrastiveStep
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a loop runs.
+
+    save             writes and commits a checkpoint of the state before the step it is given
+    flops_per_token  of a text of so many tokens, in training
+    peak_flops       of one worker's device, a second
+    """
+
+    step: ContrastiveStep
+    batches: BatchStream
+    start: int
+    stop: int
+    save: Callable[[int], Any]
+    checkpoint: CheckpointConfig
+    group: Group
+    sink: MetricsSink
+    stop_requested: Callable[[], bool]
+    flops_per_token: Callable[[float], float]
+    peak_flops: float
+
+
+def run(job: Job) -> int:
+    """Trains from `job.start` to `job.stop`; returns the step reached, which a request to stop makes earlier."""
+    clock, reached = Clock(), job.start
+    if job.start == job.stop:
+        return reached
+    for batch in job.batches(job.start):
+        clock.received()
+        metrics = job.step(batch)
+        reached = batch.step + 1
+        stopping = report(job, batch, metrics, clock)
+        if reached == job.stop or stopping or reached % job.checkpoint.every_steps == 0:
+            job.save(reached)
+        if reached == job.stop or stopping:
+            return reached
+        clock.waiting()
+    raise RunError(f"the data ended at step {reached} of {job.stop}; see the log for the reader's error")
+
+
+class Clock:
+    """Splits wall time into waiting for data and computing, in seconds."""
+
+    def __init__(self) -> None:
+        self.wait_s = 0.0
+        self._mark = time.perf_counter()
+
+    def waiting(self) -> None:
+        self._mark = time.perf_counter()
+
+    def received(self) -> None:
+        now = time.perf_counter()
+        self.wait_s, self._mark = now - self._mark, now
+
+    def computed(self) -> float:
+        return time.perf_counter() - self._mark
+
+
+def report(job: Job, batch: Batch, metrics: Mapping[str, float], clock: Clock) -> bool:
+    """Sums the workers' counters, hands the step's metrics to the sink on rank 0; True where a stop was asked for."""
+    texts = len(batch.queries) + len(batch.documents)
+    stop = job.group.rank == 0 and job.stop_requested()
+    counts = [texts, batch.tokens, batch.padded_tokens, stop]
+    sums = torch.tensor(counts, dtype=torch.float64, device=job.step.engine.device)
+    texts, tokens, padded, stop = job.group.all_reduce(sums, "sum").tolist()
+    seconds = clock.computed()
+    slowest = sums.new_tensor([seconds, clock.wait_s, float(peak_memory_bytes())])
+    seconds, wait_s, memory = job.group.all_reduce(slowest, "max").tolist()
+    if job.group.rank == 0:
+        whole = seconds + wait_s
+        flops = tokens * job.flops_per_token(tokens / texts)
+        job.sink(
+            batch.step,
+            dict(metrics)
+            | {
+                "seconds": whole,
+                "data_wait_s": wait_s,
+                "pairs_per_s": batch.global_queries / whole,
+                "tokens_per_s": tokens / whole,
+                "padding_share": 1 - tokens / padded,
+                "mfu": flops / (whole * job.peak_flops * job.group.size),
+                "peak_memory_bytes": memory,
+                "traffic_bytes": float(sum(job.group.traffic.values())),
+            },
+        )
+    job.group.reset_traffic()
+    return stop > 0
+
+
+def peak_memory_bytes() -> int:
+    """The most this process has held: device memory on a GPU, resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measured_peak_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.2) -> float:
+    """Multiply-adds x 2 a second of a large matrix product on this worker: the denominator of utilisation."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        product = a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    del product
+    return best
