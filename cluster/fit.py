@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING, Any
 from cluster.paths import RunPaths
 from cluster.prepare import Prepared
 from cluster.worker import Task, train_on_worker
-from data_services.schema import RunError
-from trainers.checkpoint import Checkpoint, latest
+from data_services.schema import RunError, UsageError
+from trainers.checkpoint import latest
 
 if TYPE_CHECKING:
     from cluster.tracking import Tracker
 
 Progress = Callable[[dict[str, Any]], None]
 POLL_S = 0.3
+# Errors that a restart of the workers would meet again. A lost peer or node raises others.
+WOULD_FAIL_AGAIN = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RunError, TypeError, ValueError
+)  # fmt: skip
 
 
 def fit(ready: Prepared, tracker: Tracker, tell: Progress) -> float:
@@ -33,6 +37,7 @@ def fit(ready: Prepared, tracker: Tracker, tell: Progress) -> float:
     if run.export.exists() and (done := latest(run.checkpoints)) and done.step == ready.plan.steps:
         return time.time()
     run.stop_request.unlink(missing_ok=True)
+    run.failure.unlink(missing_ok=True)
     trainer = ray_trainer(ready, tracker.run_id)
     outcome: list[BaseException | None] = []
 
@@ -51,7 +56,7 @@ def fit(ready: Prepared, tracker: Tracker, tell: Progress) -> float:
             thread.join(POLL_S)
             follower.poll()
         follower.poll()
-    tracker.flush()
+        tracker.flush()
     newest = latest(run.checkpoints)
     if outcome and outcome[0] is not None:
         raise run_error(outcome[0], run, newest) from outcome[0]
@@ -65,7 +70,7 @@ def ray_trainer(ready: Prepared, tracker_run: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from data_services.stream import PlanFeed, ray_dataset
+    from data_services.stream import ray_dataset, split_config
 
     recipe, run = ready.recipe, ready.run
     cluster = recipe.cluster
@@ -80,8 +85,11 @@ def ray_trainer(ready: Prepared, tracker_run: str) -> Any:
 
     def dataset() -> Any:
         """Evaluated whenever a group of workers starts: the plan from the newest committed checkpoint on."""
-        newest = latest(run.checkpoints)
-        return ray_dataset(reader, cluster.workers, newest.step if newest else 0, recipe.engine.budget_tokens)
+        if run.failure.exists():
+            raise RunError(run.failure.read_text())
+        return ray_dataset(
+            reader, cluster.workers, start_of(run), recipe.engine.budget_tokens, recipe.data.read_ahead_mib
+        )
 
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
@@ -99,7 +107,7 @@ def ray_trainer(ready: Prepared, tracker_run: str) -> Any:
             failure_config=FailureConfig(max_failures=cluster.max_failures),
         ),
         datasets={"plan": dataset},
-        dataset_config=PlanFeed(),
+        dataset_config=split_config(),
     )
 
 
@@ -109,22 +117,31 @@ def ray_worker(config: Mapping[str, Any]) -> None:
 
     from data_services.stream import worker_batches
 
-    def batches(start: int) -> Iterator[Any]:
-        return worker_batches(ray.train.get_dataset_shard("plan"), ray.train.get_context().get_world_rank(), start)
+    task: Task = config["task"]
+    rank = ray.train.get_context().get_world_rank()
+    try:
+        # Before the model is built, so that the first batch is there when it is.
+        feed = worker_batches(ray.train.get_dataset_shard("plan"), rank, start_of(task.run), task.steps)
+        train_on_worker(task, lambda start: feed)
+    except WOULD_FAIL_AGAIN as error:
+        task.run.failure.write_text(f"{error}" if isinstance(error, RunError | UsageError) else f"{error!r}")
+        raise
 
-    train_on_worker(config["task"], batches)
+
+def start_of(run: RunPaths) -> int:
+    """The step that a group of workers begins with: of the newest committed checkpoint."""
+    newest = latest(run.checkpoints)
+    return newest.step if newest else 0
 
 
 def run_error(error: BaseException, run: RunPaths, newest: Any) -> RunError:
-    """The first worker's own sentence where it has one, else the last line of its traceback."""
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    cause = next(iter(failures.values()))
-    told = str(getattr(cause, "cause", cause)).strip().splitlines() or [repr(cause)]
-    (run.root / "failure.log").write_text(str(error))
+    """The failing worker's own sentence where it left one, else the last line of its traceback."""
+    log = run.root / "failure.log"
+    log.write_text(str(error))
+    told = (run.failure.read_text() if run.failure.exists() else str(error)).strip().splitlines() or [repr(error)]
     kept = f"the last checkpoint is step {newest.step}" if newest else "there is no checkpoint yet"
     return RunError(
-        f"training failed: {told[-1]} ({kept}; all of it in {run.root / 'failure.log'}; go on with "
-        f"gyre train RECIPE --resume {run.run_id})"
+        f"training failed: {told[-1]} ({kept}; tracebacks in {log}; go on with: gyre train RECIPE --resume {run.run_id})"
     )
 
 

@@ -208,7 +208,7 @@ def _corpus_vectors(encoder: Encoder, folder: Path, texts: list[str], cache: Pat
         digest.update(str(file.relative_to(folder)).encode())
         digest.update(file.read_bytes())
     kept = cache / f"{digest.hexdigest()[:32]}.npy"
-    if False:
+    if kept.is_file():
         return np.load(kept)
     vectors = encoder.encode(texts, "document")
     cache.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,7 @@ class RunPaths:
     metrics      one JSON line a step, written by rank 0 as training goes
     data         fingerprint of every source (JSON)
     tracker      id of the run in the tracking store (JSON)
+    failure      a worker's last sentence, where it failed in a way that a restart would repeat
     stop_request created to ask the workers to checkpoint and stop
     """
 
@@ -75,6 +76,10 @@ class RunPaths:
     @property
     def tracker(self) -> Path:
         return self.root / "tracker.json"
+
+    @property
+    def failure(self) -> Path:
+        return self.root / "failure.txt"
 
     @property
     def metrics(self) -> Path:

@@ -75,10 +75,11 @@ def check_resumable(run: RunPaths, recipe: Recipe) -> None:
 def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None) -> Prepared:
     """Sources as Parquet, the model folder, the plan. A new run's folder appears only once all of that is there."""
     from data_services.sources import open_source
+    from data_services.stream import plan_of
 
     sources = tuple(open_source(source, root) for source in recipe.data.sources)
     pools = open_pools(recipe, root)
-    plan = plan_of(recipe, sources)
+    plan = plan_of(recipe.data, sources, recipe.seed)
     if earlier:
         check_data(earlier, sources)
         return Prepared(recipe, root, earlier, sources, pools, plan, tokenizer_of(earlier.model))
@@ -104,17 +105,6 @@ def open_pools(recipe: Recipe, root: Path) -> dict[str, StoredSource]:
     path = evaluation.pool or first.path
     splits = [s for s in (evaluation.validation, evaluation.heldout) if s]
     return {s: open_source(first.model_copy(update={"path": path, "split": s}), root) for s in splits}
-
-
-def plan_of(recipe: Recipe, sources: tuple[StoredSource, ...]) -> Plan:
-    from data_services.order import SourceShape
-    from data_services.stream import make_plan
-
-    shapes = [
-        SourceShape(s.name, s.rows, tuple(s.row_groups), s.fingerprint, config.weight)
-        for s, config in zip(sources, recipe.data.sources, strict=True)
-    ]
-    return make_plan(recipe.data, recipe.seed, shapes)
 
 
 def make_model_folder(recipe: Recipe, folder: Path, sources: tuple[StoredSource, ...]) -> None:
@@ -161,5 +151,3 @@ def check_data(run: RunPaths, sources: tuple[StoredSource, ...]) -> None:
 
 def data_fingerprint(sources: tuple[StoredSource, ...]) -> str:
     return "+".join(s.fingerprint for s in sources)
-
-

@@ -105,10 +105,11 @@ def build_step(task: Task, group: Group) -> ContrastiveStep:
     if recipe.queue.rows or recipe.momentum.export:
         queue = NegativeQueue(recipe.queue, model.dim, group, engine.device) if recipe.queue.rows else None
         memory = Memory(MomentumEncoder(engine, fresh, recipe.momentum), queue)
-    texts = recipe.data.batch * (2 + recipe.data.negatives) / group.size
     cached = choose_caching(
+        engine,
         recipe.engine.caching,
-        texts * model.spec.max_tokens * model.activation_bytes_per_token(engine.compute_dtype),
+        recipe.data.batch * (2 + recipe.data.negatives) / group.size,
+        model.spec.max_tokens,
         recipe.engine.activation_bytes,
     )
     objective = Contrastive(recipe.objective, group)
@@ -148,11 +149,11 @@ def restore(step: ContrastiveStep, checkpoint: Checkpoint) -> int:
 
 def export(task: Task, step: ContrastiveStep, group: Group) -> None:
     """The trained weights, or their average where the recipe says so, as a Sentence Transformers folder."""
+    from trainers.encoders.model_folder import ModelSpec
     from trainers.export import export_sentence_transformer
 
     source = step.memory.encoder if step.memory and task.recipe.momentum.export else step.engine
     weights = source.full_weights()
     if group.rank == 0:
-        export_sentence_transformer(weights, task.run.model, task.run.export)
+        export_sentence_transformer(weights, ModelSpec.load(task.run.model), task.run.model, task.run.export)
     group.barrier()
-

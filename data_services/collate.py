@@ -61,18 +61,14 @@ def tokenise(
 
     rows [B] int64 row keys; negatives: hard negatives taken of each record, the first ones.
     """
-    records = {
-        name: table.column(name).to_pylist() for name in (Column.QUERY, Column.POSITIVES, Column.NEGATIVES)
-    }
+    records = {name: table.column(name).to_pylist() for name in (Column.QUERY, Column.POSITIVES, Column.NEGATIVES)}
     ids = {name: table.column(name).to_pylist() for name in (Column.POSITIVE_IDS, Column.NEGATIVE_IDS)}
     counts = np.array([len(p) for p in records[Column.POSITIVES]])
     chosen = choose_positive(counts, rows, step, seed)
     documents = [p[c] for p, c in zip(records[Column.POSITIVES], chosen, strict=True)]
     document_ids = [p[c] for p, c in zip(ids[Column.POSITIVE_IDS], chosen, strict=True)]
     owners = []
-    for i, (texts, text_ids) in enumerate(
-        zip(records[Column.NEGATIVES], ids[Column.NEGATIVE_IDS], strict=True)
-    ):
+    for i, (texts, text_ids) in enumerate(zip(records[Column.NEGATIVES], ids[Column.NEGATIVE_IDS], strict=True)):
         documents += texts[:negatives]
         document_ids += text_ids[:negatives]
         owners += [i] * len(texts[:negatives])
@@ -185,9 +181,7 @@ def to_arrow(batch: Batch, rank: int) -> pa.Table:
     """A table of one row: list columns of the batch's arrays, and the rank it is for."""
     import pyarrow as pa
 
-    chunks = Ragged(
-        np.concatenate(batch.chunks).astype(np.int32), np.cumsum([0, *(len(c) for c in batch.chunks)])
-    )
+    chunks = Ragged(np.concatenate(batch.chunks).astype(np.int32), np.cumsum([0, *(len(c) for c in batch.chunks)]))
     columns: dict[str, Any] = {"rank": rank, "step": batch.step, "global_queries": batch.global_queries}
     for name, ragged in (("queries", batch.queries), ("documents", batch.documents), ("chunks", chunks)):
         columns |= {f"{name}_values": ragged.values, f"{name}_offsets": ragged.offsets}

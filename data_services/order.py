@@ -203,9 +203,7 @@ class Plan:
             rows = sum(s.rows for s in sources)
             steps = int(epochs * rows + 1e-6) // batch
             if steps == 0:
-                raise UsageError(
-                    f"data.epochs={epochs} of {rows} rows do not fill one batch of data.batch={batch}"
-                )
+                raise UsageError(f"data.epochs={epochs} of {rows} rows do not fill one batch of data.batch={batch}")
         assert steps is not None
         weights = mixing_weights(sources, mixing_temperature)
         segment = Segment(0, tuple(sources), weights, (0,) * len(sources))
@@ -261,9 +259,7 @@ class Plan:
         """
         last = self.segments[-1]
         if start <= last.start:
-            raise ValueError(
-                f"start: the last segment begins at {last.start}, a new one can't begin at {start}"
-            )
+            raise ValueError(f"start: the last segment begins at {last.start}, a new one can't begin at {start}")
         _check_sources(sources)
         reached = dict(zip(((s.name, s.rows) for s in last.sources), self.positions(start), strict=True))
         offsets = tuple(int(reached.get((s.name, s.rows), 0)) for s in sources)
@@ -355,9 +351,7 @@ def _segment_differences(a: Segment, b: Segment) -> list[str]:
     for name in sorted(before.keys() & now.keys()):
         x, y = before[name], now[name]
         if (x.rows, x.fingerprint) != (y.rows, y.fingerprint):
-            lines.append(
-                f"source {name!r}: {x.rows} rows ({x.fingerprint}) became {y.rows} ({y.fingerprint})"
-            )
+            lines.append(f"source {name!r}: {x.rows} rows ({x.fingerprint}) became {y.rows} ({y.fingerprint})")
         elif x.row_groups != y.row_groups:
             lines.append(f"source {name!r}: stored in other row groups")
     if not lines:

@@ -44,12 +44,8 @@ class SourceConfig(Section):
     )
     split: str = Field("train", min_length=1, description="split of a built-in corpus, folder or function")
     query: str = Field("query", min_length=1, description="field of the query text")
-    positive: str = Field(
-        "positive", min_length=1, description="field that holds the positive text, or a list"
-    )
-    negatives: str | None = Field(
-        None, min_length=1, description="field that holds hard negatives, text or list"
-    )
+    positive: str = Field("positive", min_length=1, description="field that holds the positive text, or a list")
+    negatives: str | None = Field(None, min_length=1, description="field that holds hard negatives, text or list")
     weight: float | None = Field(None, gt=0, description="share of the mixture; none: by the number of rows")
 
 
@@ -90,9 +86,7 @@ def retrieval_pool(source: StoredSource) -> RetrievalPool:
     table = source.table()
     documents: dict[str, int] = {}
     relevant: dict[str, set[int]] = {}
-    for query, positives in zip(
-        table[Column.QUERY].to_pylist(), table[Column.POSITIVES].to_pylist(), strict=True
-    ):
+    for query, positives in zip(table[Column.QUERY].to_pylist(), table[Column.POSITIVES].to_pylist(), strict=True):
         relevant.setdefault(query, set()).update(documents.setdefault(p, len(documents)) for p in positives)
     return RetrievalPool(list(relevant), list(documents), list(relevant.values()))
 
@@ -110,9 +104,7 @@ def builtin_corpus(home: Path) -> Corpus:
     for split in builtin.SPLITS:
         path = f"{_BUILTIN}{builtin.STDLIB_CODE}"
         table = open_source(SourceConfig(path=path, split=split), home).table()
-        for name, texts in zip(
-            table[Column.ID].to_pylist(), table[Column.POSITIVES].to_pylist(), strict=True
-        ):
+        for name, texts in zip(table[Column.ID].to_pylist(), table[Column.POSITIVES].to_pylist(), strict=True):
             by_text.setdefault(texts[0], name)
     named = sorted((name, text) for text, name in by_text.items())
     return Corpus([name for name, _ in named], [text for _, text in named])
@@ -138,9 +130,7 @@ def _builtin_origin(config: SourceConfig) -> _Origin:
         known = [f"{_BUILTIN}{name}" for name in builtin.CORPORA]
         raise UsageError(f"no built-in source {config.path}; nearest: {_nearest(config.path, known)}")
     if config.split not in builtin.SPLITS:
-        raise UsageError(
-            f"{config.path} has no split {config.split!r}; it has {', '.join(sorted(builtin.SPLITS))}"
-        )
+        raise UsageError(f"{config.path} has no split {config.split!r}; it has {', '.join(sorted(builtin.SPLITS))}")
 
     def rows() -> Iterator[Row]:
         for pair in builtin.stdlib_code()[config.split]:

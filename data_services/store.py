@@ -135,9 +135,7 @@ class _RowGroupCache:
         with self._lock:
             table = self._groups.pop((path, group), None)
             if table is None:
-                table = pq.ParquetFile(path, metadata=_metadata(path)).read_row_group(
-                    group, use_threads=False
-                )
+                table = pq.ParquetFile(path, metadata=_metadata(path)).read_row_group(group, use_threads=False)
                 self._bytes += table.nbytes
             self._groups[path, group] = table
             while self._bytes > self._limit_bytes and len(self._groups) > 1:
@@ -178,9 +176,7 @@ def store(
         (unfinished / "stamp.json").replace(memo)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise RunError(
-                f"no space left on the disk of {slot.parent} while converting source {name}"
-            ) from error
+            raise RunError(f"no space left on the disk of {slot.parent} while converting source {name}") from error
         raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -278,8 +274,7 @@ class _Quarantine:
     def summary(self) -> str:
         """The commonest reasons with their counts, and where each stands first."""
         return "; ".join(
-            f"{count} × {reason} (first: {self._first[reason]})"
-            for reason, count in self.reasons.most_common(5)
+            f"{count} × {reason} (first: {self._first[reason]})" for reason, count in self.reasons.most_common(5)
         )
 
     def _add(self, malformed: Malformed) -> None:

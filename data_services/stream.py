@@ -166,9 +166,7 @@ def _unpickled(reader: bytes) -> BatchReader:
     return pickle.loads(reader)
 
 
-def _deal_unit(
-    table: pa.Table, reader: bytes, units: Units, world_size: int, budget_tokens: int
-) -> Iterator[pa.Table]:
+def _deal_unit(table: pa.Table, reader: bytes, units: Units, world_size: int, budget_tokens: int) -> Iterator[pa.Table]:
     """Runs in a Ray Data task: `world_size` one-row tables for each step of the unit, in order."""
     (unit,) = table.column("id").to_pylist()
     read = _unpickled(reader)

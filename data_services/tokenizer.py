@@ -43,9 +43,7 @@ def train_bpe(texts: Iterable[str], vocabulary: int, folder: Path) -> None:
 
     smallest = _BYTES + len(_SPECIAL) + 1
     if vocabulary < smallest:
-        raise UsageError(
-            f"a vocabulary of {vocabulary} tokens is too small; byte-level BPE needs {smallest} or more"
-        )
+        raise UsageError(f"a vocabulary of {vocabulary} tokens is too small; byte-level BPE needs {smallest} or more")
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(_CAMEL_CASE), " "), normalizers.Lowercase()]

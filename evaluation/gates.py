@@ -59,8 +59,7 @@ class GateResult:
         if not failed:
             return "every gate passed" if self.rows else "no gate is set"
         return "; ".join(
-            f"{row.gate} is {row.got:.4f} where {row.required:.4f} is required ({row.margin:+.4f})"
-            for row in failed
+            f"{row.gate} is {row.got:.4f} where {row.required:.4f} is required ({row.margin:+.4f})" for row in failed
         )
 
 

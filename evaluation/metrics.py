@@ -35,14 +35,10 @@ def parse_metric(name: str) -> tuple[str, int]:
         return found[1], int(found[2])
     known = metric_names()
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    raise UsageError(
-        f"metric {name!r} is not known: did you mean {near!r}? (ndcg@N, mrr@N and recall@N exist)"
-    )
+    raise UsageError(f"metric {name!r} is not known: did you mean {near!r}? (ndcg@N, mrr@N and recall@N exist)")
 
 
-def per_query(
-    ranking: np.ndarray, relevant: Sequence[set[int]], metrics: Sequence[str]
-) -> dict[str, np.ndarray]:
+def per_query(ranking: np.ndarray, relevant: Sequence[set[int]], metrics: Sequence[str]) -> dict[str, np.ndarray]:
     """Each metric's value for each query: {name: [q] float64}, in the order of `metrics`.
 
     ranking [q, k] document positions, best first, -1 after the last; relevant: q sets of document positions,
@@ -72,9 +68,7 @@ def _check(ranking: np.ndarray, relevant: Sequence[set[int]], metrics: Sequence[
         raise ValueError(f"ranking has {len(ranking)} queries (axis 0), relevant has {len(relevant)}")
     deepest = max(parse_metric(name)[1] for name in metrics)
     if ranking.shape[1] < deepest:
-        raise ValueError(
-            f"ranking has {ranking.shape[1]} documents (axis 1), the deepest metric needs {deepest}"
-        )
+        raise ValueError(f"ranking has {ranking.shape[1]} documents (axis 1), the deepest metric needs {deepest}")
     in_order = np.sort(ranking, axis=1)
     twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)
     if twice.any():

@@ -94,7 +94,6 @@ def _plain(cells: Cells) -> str:
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
     first, *others = (
-        cell.ljust(w) if i == 0 else cell.rjust(w)
-        for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
     )
     return "  ".join([first, *others]).rstrip()

@@ -39,9 +39,7 @@ _BM25 = BM25Config()
 class EvaluationConfig(Section):
     """`evaluation:` what a run is measured on. The held-out split is scored once, at the end of a run."""
 
-    pool: str | None = Field(
-        None, description="source of queries and documents; None: the first of `data.sources`"
-    )
+    pool: str | None = Field(None, description="source of queries and documents; None: the first of `data.sources`")
     validation: str = Field("validation", description="split that gates and choices look at")
     heldout: str = Field("heldout", description="split of the final table")
     k: int = Field(10, ge=1, description="cutoff of ndcg@k, mrr@k and recall@k")
@@ -100,17 +98,13 @@ def evaluate_encoder(
 def _encode(encoder: Encoder, texts: Sequence[str], field: str) -> np.ndarray:
     vectors = np.asarray(encoder.encode(texts, field))
     if vectors.ndim != 2 or len(vectors) != len(texts):
-        raise RunError(
-            f"the encoder gave {vectors.shape} for {len(texts)} {field} texts: give one row for each"
-        )
+        raise RunError(f"the encoder gave {vectors.shape} for {len(texts)} {field} texts: give one row for each")
     _refuse_nan(vectors, field)
     length = np.linalg.norm(vectors.astype(np.float64), axis=1)
     off = np.abs(length - 1) > 1e-2  # bf16 vectors are within 4e-3
     if off.any():
         row = int(np.argmax(off))
-        raise RunError(
-            f"the encoder's {field} vector {row} has length {length[row]:.3g}: normalise to unit length"
-        )
+        raise RunError(f"the encoder's {field} vector {row} has length {length[row]:.3g}: normalise to unit length")
     return vectors
 
 
@@ -130,17 +124,11 @@ def rank(queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray
     where n < k. Memory beside the input is a block of scores, whatever q and n. RunError on NaN or infinity.
     """
     if queries.shape[1] != documents.shape[1]:
-        raise ValueError(
-            f"queries have dimension {queries.shape[1]} (axis 1), documents {documents.shape[1]}"
-        )
+        raise ValueError(f"queries have dimension {queries.shape[1]} (axis 1), documents {documents.shape[1]}")
     _refuse_nan(queries, "query")
     _refuse_nan(documents, "document")
-    ranked = [
-        _best(queries[at : at + _QUERY_BLOCK], documents, k) for at in range(0, len(queries), _QUERY_BLOCK)
-    ]
-    ids, scores = (
-        zip(*ranked, strict=True) if ranked else ([np.zeros((0, k), int)], [np.zeros((0, k), np.float32)])
-    )
+    ranked = [_best(queries[at : at + _QUERY_BLOCK], documents, k) for at in range(0, len(queries), _QUERY_BLOCK)]
+    ids, scores = zip(*ranked, strict=True) if ranked else ([np.zeros((0, k), int)], [np.zeros((0, k), np.float32)])
     return np.concatenate(ids), np.concatenate(scores)
 
 
@@ -181,9 +169,7 @@ def _best_first(ids: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray
 
 
 _WORD = re.compile(r"[^\W_]+")
-_INSIDE_WORD = re.compile(
-    r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])"
-)
+_INSIDE_WORD = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])")
 
 
 def terms(text: str, leave_out: Collection[str] = ()) -> list[str]:

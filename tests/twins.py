@@ -52,9 +52,7 @@ def random_rows(seed: int, rows: int, dim: int, distinct: int = 10**6) -> QueueR
 
 def rows_of_worker(rows: QueueRows, rank: int, world_size: int, dtype: torch.dtype) -> QueueRows:
     mine = slice(rank, None, world_size)
-    return QueueRows(
-        rows.vectors[mine].to(dtype), rows.document_ids[mine], rows.query_ids[mine], rows.steps[mine]
-    )
+    return QueueRows(rows.vectors[mine].to(dtype), rows.document_ids[mine], rows.query_ids[mine], rows.steps[mine])
 
 
 @dataclass(frozen=True)

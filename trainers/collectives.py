@@ -138,9 +138,7 @@ class Group:
         if len(sizes) != self.size:
             raise ValueError(f"{collective}: {len(sizes)} sizes for {self.size} workers")
         if sizes[self.rank] != rows:
-            raise ValueError(
-                f"{collective}: sizes[{self.rank}] is {sizes[self.rank]}, x has {rows} on axis 0"
-            )
+            raise ValueError(f"{collective}: sizes[{self.rank}] is {sizes[self.rank]}, x has {rows} on axis 0")
         return sizes
 
 

@@ -22,6 +22,11 @@ class FromConfig(Section):
     intermediate: int = Field(768, gt=0, description="width of the feed-forward layer")
     dropout: float = Field(0.1, ge=0, lt=1, description="share of hidden units dropped in training")
     vocabulary: int = Field(8192, gt=300, description="tokens of the trained BPE, special ones included")
+    lexical_init: bool = Field(
+        False,
+        description="token embeddings of unit variance and layers that begin as the identity, so that the untrained "
+        "model is a bag of its tokens",
+    )
 
 
 class ModelConfig(Section):

@@ -98,9 +98,7 @@ class MomentumEncoder:
     it was. The model is in eval mode and without gradient for good.
     """
 
-    def __init__(
-        self, engine: Engine, model_factory: Callable[[], nn.Module], config: MomentumConfig
-    ) -> None:
+    def __init__(self, engine: Engine, model_factory: Callable[[], nn.Module], config: MomentumConfig) -> None:
         self._engine, self._decay = engine, config.decay
         with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
             model = model_factory().requires_grad_(False).eval()

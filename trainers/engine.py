@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from data_services.schema import RunError, UsageError
 from trainers.collectives import engine_gradient_scale
 from trainers.config import EngineConfig, OptimizerConfig
+from trainers.optimization import learning_rate, parameter_groups
 from trainers.shards import Shard, Sharding, flat_shards, partitioned_shards, replicated_shards
 
 # Elements of one reduction. A bucket is allocated whole, so a small model gets a small one (`_settings`).
@@ -36,44 +37,7 @@ class StepInfo:
     lr: float
 
 
-def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Rate of step 0, 1, ...: linear warm-up that reaches `lr` at its last step, then a cosine to its floor.
-
-    A pure function of the step, so a resumed run needs no scheduler state.
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
-    return config.lr * (
-        config.min_lr_share + (1 - config.min_lr_share) * 0.5 * (1 + math.cos(math.pi * progress))
-    )
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices, which decay, and norms, biases and embedding tables.
-
-    An embedding table stays one where an output layer shares it.
-    """
-    spared = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
-        for p in module.parameters(recurse=False)
-    }
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": weight_decay},
-        {"params": [], "weight_decay": 0.0},
-    ]
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            decays = p.ndim >= 2 and id(p) not in spared and not name.endswith("bias")
-            groups[0 if decays else 1]["params"].append(p)
-    return [group for group in groups if group["params"]]
-
-
-def initialize(
-    model: nn.Module, settings: dict[str, Any], optimizer: torch.optim.Optimizer | None = None
-) -> Any:
+def initialize(model: nn.Module, settings: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> Any:
     """`deepspeed.initialize`, quiet, and without compiling anything that training doesn't use."""
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -123,9 +87,7 @@ class Engine:
         self.names = {p: name for name, p in model.named_parameters()}
         trained = {name: (p.shape, p.data) for p, name in self.names.items() if p.requires_grad}
         groups = parameter_groups(model, optimizer.weight_decay)
-        self._adamw = torch.optim.AdamW(
-            groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
-        )
+        self._adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
         self._deepspeed = initialize(model, self._settings(model), self._adamw)
         self.module = model
         if config.zero_stage == 1:
@@ -163,7 +125,8 @@ class Engine:
         elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
         settings = self.zero_settings()
         zero, stage = settings["zero_optimization"], self.config.zero_stage
-        settings["gradient_clipping"] = self.optimizer.clip_norm  # DeepSpeed's default is 1.0, not off
+        # DeepSpeed's default is 1.0, not off. At ZeRO-0 `step` clips: there the norm would be of rounded gradients.
+        settings["gradient_clipping"] = self.optimizer.clip_norm if stage else 0.0
         settings["zero_allow_untested_optimizer"] = True
         settings["communication_data_type"] = "fp32"  # one reduction a step: the sum over workers is exact
         if stage:
@@ -236,9 +199,7 @@ class Engine:
         worker until `last`.
         """
         if len(outputs) != len(gradients) or not outputs:
-            raise ValueError(
-                f"{len(outputs)} outputs and {len(gradients)} gradients: give as many, at least one"
-            )
+            raise ValueError(f"{len(outputs)} outputs and {len(gradients)} gradients: give as many, at least one")
         if not self._accumulating:
             self._accumulation.enter_context(self._one_reduction())
             self._accumulating = True
@@ -271,8 +232,8 @@ class Engine:
         for group in self._adamw.param_groups:
             group["lr"] = lr
         if self.config.zero_stage == 0:
-            grads = [p.grad for p in self._trainable() if p.grad is not None]
-            grad_norm = float(torch.nn.utils.get_total_norm(grads))
+            limit = self.optimizer.clip_norm or math.inf
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(self._trainable(), limit))
             self._refuse_if_not_finite(grad_norm)
             self._deepspeed.step()
         else:
@@ -317,8 +278,10 @@ class Engine:
 
     def state(self) -> dict[str, Tensor]:
         """This worker's share of masters and moments (`weight/`, `exp_avg/`, `exp_avg_sq/` + parameter name, 1-D
-        fp32), the `layout` they were cut by and the number of steps done, `global_steps`; on the CPU."""
+        fp32), the `layout` they were cut by, `global_steps` done and the persistent buffers (`buffer/` + name);
+        on the CPU. Frozen parameters are not in it: they are what the model was built with."""
         state = {"layout": self.sharding.layout(), "global_steps": torch.tensor(self.global_steps)}
+        state |= {f"buffer/{name}": b.detach().to("cpu", copy=True) for name, b in self._buffers().items()}
         for kind, tensors in self._kinds().items():
             state |= self.sharding.save(kind, tensors)
         return state
@@ -334,12 +297,18 @@ class Engine:
                 self.sharding.load(kind, tensors, states)
             for step in self._moments("step"):
                 step.copy_(states[0]["global_steps"])
+            for name, buffer in self._buffers().items():
+                if f"buffer/{name}" not in states[0]:
+                    raise RunError(f"the checkpoint lacks buffer {name}: resume with the model it was made with")
+                buffer.copy_(states[0][f"buffer/{name}"])
         self.global_steps = int(states[0]["global_steps"])
         self.publish()
 
     def full_weights(self) -> dict[str, Tensor]:
-        """Masters, frozen parameters and persistent buffers by name on the CPU of rank 0, parameters in fp32; {}
-        elsewhere. Collective."""
+        """Masters, frozen parameters and persistent buffers by name on the CPU of rank 0, {} elsewhere. Collective.
+
+        Parameters are fp32; frozen ones have the precision they are computed in.
+        """
         return self.with_constants(self.sharding.gather([shard.tensor for shard in self.shards], self.device))
 
     def with_constants(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -352,11 +321,13 @@ class Engine:
                     if dist.get_rank() == 0:
                         weights[name] = p.detach().float().cpu()
         if dist.get_rank() == 0:
-            kept = self.module.state_dict().keys()
-            weights |= {
-                name: b.detach().cpu().clone() for name, b in self.module.named_buffers() if name in kept
-            }
+            weights |= {name: b.detach().to("cpu", copy=True) for name, b in self._buffers().items()}
         return weights
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """The persistent ones."""
+        kept = self.module.state_dict().keys()
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
 
 
 def _accumulate_in_fp32(parameter: Tensor) -> None:

@@ -36,9 +36,7 @@ _MODULES = [
 ]
 
 
-def export_sentence_transformer(
-    weights: Mapping[str, Tensor], spec: ModelSpec, model_folder: Path, out: Path
-) -> Path:
+def export_sentence_transformer(weights: Mapping[str, Tensor], spec: ModelSpec, model_folder: Path, out: Path) -> Path:
     """Write `out`, whole or not at all, replacing what is there; returns it.
 
     weights       by the names of `TextEncoder.state_dict()`, any floating type, written as fp32
@@ -108,9 +106,7 @@ def _write_weights(weights: Mapping[str, Tensor], spec: ModelSpec, out: Path) ->
         tensor = weights.get(BACKBONE + name)
         if tensor is None or tuple(tensor.shape) != shape:
             there = "missing" if tensor is None else tuple(tensor.shape)
-            raise ValueError(
-                f"weights: {BACKBONE}{name} is {there}, the model folder's config makes it {shape}"
-            )
+            raise ValueError(f"weights: {BACKBONE}{name} is {there}, the model folder's config makes it {shape}")
         tensors[name] = tensor.detach().to("cpu", torch.float32).clone().contiguous()
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 

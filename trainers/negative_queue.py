@@ -42,9 +42,7 @@ class NegativeQueue:
     while the oldest fall off its front; when its end is reached they are moved back to the start.
     """
 
-    def __init__(
-        self, config: QueueConfig, dim: int, group: Group, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, config: QueueConfig, dim: int, group: Group, device: torch.device | str = "cpu") -> None:
         self._capacity, self._group, self._device = config.rows, group, torch.device(device)
         self._columns = {
             "vectors": torch.empty(0, dim, dtype=getattr(torch, config.dtype), device=device),

@@ -49,13 +49,9 @@ class Shard:
         return self.master.detach().view(-1)
 
 
-def replicated_shards(
-    names: Mapping[nn.Parameter, str], masters: Mapping[nn.Parameter, Tensor]
-) -> list[Shard]:
+def replicated_shards(names: Mapping[nn.Parameter, str], masters: Mapping[nn.Parameter, Tensor]) -> list[Shard]:
     """ZeRO-0: every worker holds every parameter, each a shard of its own."""
-    return [
-        Shard(master, (Piece(names[p], 0, p.numel(), 0),), {names[p]: 0}) for p, master in masters.items()
-    ]
+    return [Shard(master, (Piece(names[p], 0, p.numel(), 0),), {names[p]: 0}) for p, master in masters.items()]
 
 
 def flat_shards(names: Mapping[nn.Parameter, str], zero: Any, rank: int) -> list[Shard]:
@@ -119,10 +115,7 @@ class Sharding:
         """CPU copies of what this worker answers for, keyed `kind/parameter name`, each 1-D and without padding."""
         if not self.owner:
             return {}
-        return {
-            f"{kind}/{piece.name}": part.detach().to("cpu", copy=True)
-            for piece, part in self._slices(tensors)
-        }
+        return {f"{kind}/{piece.name}": part.detach().to("cpu", copy=True) for piece, part in self._slices(tensors)}
 
     def load(self, kind: str, tensors: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]) -> None:
         """Fills `tensors` in place from the states of all old workers, each with its `layout`.
@@ -143,9 +136,7 @@ class Sharding:
                 start, length, size = layout[index[piece.name]]
                 first, last = max(start, piece.start), min(start + length, end)
                 if first < last and key in state and size == self.shapes[piece.name].numel():
-                    part[first - piece.start : last - piece.start].copy_(
-                        state[key][first - start : last - start]
-                    )
+                    part[first - piece.start : last - piece.start].copy_(state[key][first - start : last - start])
                     found += last - first
             if found != piece.length:
                 raise RunError(

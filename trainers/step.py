@@ -173,9 +173,31 @@ def key(*numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def choose_caching(choice: str, worst_bytes: float, allowed_bytes: int) -> bool:
-    """Whether to cache. worst_bytes: of the graphs of one worker's share with every text at its longest.
+def choose_caching(engine: Engine, choice: str, texts: float, length: int, allowed_bytes: int) -> bool:
+    """Whether to cache: on "auto", where the graphs of `texts` texts of `length` tokens pass `allowed_bytes`.
 
     A pure function of the recipe and the model, never of free memory: the same on every worker and machine.
+    Collective.
     """
-    return choice == "on" if choice != "auto" else worst_bytes > allowed_bytes
+    if choice != "auto":
+        return choice == "on"
+    return texts * graph_bytes(engine, length) > allowed_bytes
+
+
+def graph_bytes(engine: Engine, length: int) -> float:
+    """Bytes that the graph of one text of `length` tokens keeps for its backward, weights aside; measured on two."""
+    engine.train()
+    weights = {p.untyped_storage().data_ptr() for p in engine.module.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(2, length, dtype=torch.int64, device=engine.device)
+    prompt_tokens = torch.zeros(2, dtype=torch.int64, device=engine.device)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        engine.forward(input_ids=ids, attention_mask=torch.ones_like(ids), prompt_tokens=prompt_tokens)
+    return sum(kept.values()) / 2

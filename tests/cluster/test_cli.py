@@ -59,7 +59,8 @@ def test_every_command_has_help_with_an_example(gyre):
 
 def test_help_imports_nothing_heavy():
     heavy = "{'torch', 'ray', 'mlflow', 'transformers', 'deepspeed', 'numpy', 'pyarrow', 'pydantic'}"
-    code = f"import sys; from cluster.cli import app; app(['--help'], standalone_mode=False); print({heavy} & set(sys.modules))"
+    code = "import sys; from cluster.cli import app; app(['--help'], standalone_mode=False)"
+    code += f"; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("set()")
 

@@ -13,9 +13,7 @@ def definition(source: str) -> builtin.Documented:
 
 
 def without_docstring(source: str) -> str:
-    return builtin.source_without_docstrings(
-        [line.encode() for line in source.split("\n")], definition(source)
-    )
+    return builtin.source_without_docstrings([line.encode() for line in source.split("\n")], definition(source))
 
 
 def bare_tree(source: str, docstrings_out: bool) -> str:
@@ -72,9 +70,7 @@ def test_a_sample_of_the_corpus_parses_to_the_same_trees_without_the_docstrings(
                 node = nodes[pair.name]
                 lines = text.split("\n")
                 first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-                own = "\n".join(
-                    line.removeprefix(" " * node.col_offset) for line in lines[first - 1 : node.end_lineno]
-                )
+                own = "\n".join(line.removeprefix(" " * node.col_offset) for line in lines[first - 1 : node.end_lineno])
                 assert bare_tree(pair.positive, False) == bare_tree(own, True), pair.name
                 checked += 1
     assert checked > 100

@@ -121,9 +121,7 @@ def test_a_split_makes_the_count_without_losing_a_text_or_padding_more(lengths, 
 
 @settings(deadline=None)
 @given(batches, st.integers(1, 4), st.integers(20, 200))
-def test_shares_hold_the_batch_once_with_positives_first_and_negatives_beside_their_query(
-    batch, world_size, budget
-):
+def test_shares_hold_the_batch_once_with_positives_first_and_negatives_beside_their_query(batch, world_size, budget):
     shares = share_batch(batch, world_size, budget)
     b = len(batch.queries)
     seen = Counter(int(i) for s in shares for i in s.document_ids)

@@ -51,9 +51,7 @@ def test_batch_t_is_the_same_from_any_step_and_after_any_other(plan, data):
     fresh = pickle.loads(pickle.dumps(plan))
     for t in data.draw(st.lists(st.integers(0, plan.steps - 1), max_size=8)):
         np.testing.assert_array_equal(fresh.rows(t), in_order[t])
-        np.testing.assert_array_equal(
-            Plan.from_state(json.loads(json.dumps(plan.state()))).rows(t), in_order[t]
-        )
+        np.testing.assert_array_equal(Plan.from_state(json.loads(json.dumps(plan.state()))).rows(t), in_order[t])
 
 
 @settings(max_examples=60, deadline=None)
@@ -119,9 +117,7 @@ def test_temperature_flattens_sizes_and_explicit_weights_win():
     sizes = [shape("a", [8000]), shape("b", [1000])]
     assert mixing_weights(sizes, 1.0) == pytest.approx((8 / 9, 1 / 9))
     assert mixing_weights(sizes, 3.0) == pytest.approx((2 / 3, 1 / 3))
-    assert mixing_weights([shape("a", [8000], 1.0), shape("b", [1000], 3.0)], 3.0) == pytest.approx(
-        (0.25, 0.75)
-    )
+    assert mixing_weights([shape("a", [8000], 1.0), shape("b", [1000], 3.0)], 3.0) == pytest.approx((0.25, 0.75))
 
 
 def test_rows_are_shuffled_in_windows_of_whole_row_groups():
@@ -133,8 +129,7 @@ def test_rows_are_shuffled_in_windows_of_whole_row_groups():
         of_group = np.searchsorted(starts, rows, side="right") - 1
         seen = [set(of_group[: i + 1]) for i in range(len(rows))]
         open_groups = [
-            sum(set(of_group[i:]) >= {g} and g in seen[i] for g in range(len(groups)))
-            for i in range(len(rows))
+            sum(set(of_group[i:]) >= {g} and g in seen[i] for g in range(len(groups))) for i in range(len(rows))
         ]
         assert max(open_groups) <= 2
         assert np.count_nonzero(np.diff(rows) == 1) < 30
@@ -151,9 +146,7 @@ def test_seeds_and_epochs_give_other_orders_and_one_seed_the_same():
 
 
 def test_the_order_is_the_one_that_earlier_versions_made():
-    plan = Plan(
-        11, 6, [shape("a", [5, 7, 9]), shape("b", [8, 8])], steps=9, homogeneous=False, window_groups=2
-    )
+    plan = Plan(11, 6, [shape("a", [5, 7, 9]), shape("b", [8, 8])], steps=9, homogeneous=False, window_groups=2)
     assert plan.rows(7).tolist() == [[0, 11], [1, 14], [1, 11], [1, 1], [1, 0], [1, 13]]
 
 
@@ -186,9 +179,7 @@ def test_a_new_segment_keeps_the_past_and_continues_the_sources_it_keeps():
 def test_differences_name_what_changed_and_nothing_else():
     def plan(seed=1, groups=(20, 10), temperature=1.0, **changes):
         settings = {"steps": 4, **changes}
-        return Plan(
-            seed, 5, [shape("a", list(groups)), shape("b", [9])], mixing_temperature=temperature, **settings
-        )
+        return Plan(seed, 5, [shape("a", list(groups)), shape("b", [9])], mixing_temperature=temperature, **settings)
 
     assert plan().differences(plan()) == []
     assert plan().differences(plan(steps=9)) == []

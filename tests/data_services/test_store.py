@@ -18,9 +18,7 @@ from data_services.store import StoredSource, group_rows, store
 
 
 def record(i: int) -> Record:
-    return Record(
-        f"f:{i}", f"query {i}", [f"positive {i}", f"other {i}"][: 1 + i % 2], [f"negative {i}"] * (i % 3)
-    )
+    return Record(f"f:{i}", f"query {i}", [f"positive {i}", f"other {i}"][: 1 + i % 2], [f"negative {i}"] * (i % 3))
 
 
 def stored(slot: Path, rows: int, stamp=None) -> StoredSource:
@@ -140,9 +138,7 @@ def test_the_fingerprint_follows_every_field(tmp_path, change):
     old = record(5)
     value = getattr(old, change)
     new = old._replace(**{change: value + "x" if isinstance(value, str) else [*value, "x"]})
-    fingerprints = {
-        store("s", tmp_path / "slot", None, lambda row=row: iter([row])).fingerprint for row in (old, new)
-    }
+    fingerprints = {store("s", tmp_path / "slot", None, lambda row=row: iter([row])).fingerprint for row in (old, new)}
     assert len(fingerprints) == 2
 
 
@@ -152,9 +148,7 @@ def test_a_source_without_a_good_row_tells_why_and_leaves_nothing(tmp_path):
         Malformed("f:2", "not JSON", "["),
         Malformed("f:3", "empty", ""),
     ]
-    with pytest.raises(
-        UsageError, match=r"source s has no usable row: 2 × not JSON \(first: f:1\); 1 × empty"
-    ):
+    with pytest.raises(UsageError, match=r"source s has no usable row: 2 × not JSON \(first: f:1\); 1 × empty"):
         store("s", tmp_path / "data" / "slot", {}, lambda: iter(bad))
     with pytest.raises(UsageError, match="it is empty"):
         store("s", tmp_path / "data" / "slot", {}, lambda: iter([]))
@@ -194,9 +188,7 @@ def _convert_at_once(barrier, slot, results):
 def test_two_conversions_at_once_agree(tmp_path):
     spawn = multiprocessing.get_context("spawn")
     barrier, results = spawn.Barrier(2), spawn.SimpleQueue()
-    both = [
-        spawn.Process(target=_convert_at_once, args=(barrier, tmp_path / "slot", results)) for _ in range(2)
-    ]
+    both = [spawn.Process(target=_convert_at_once, args=(barrier, tmp_path / "slot", results)) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:

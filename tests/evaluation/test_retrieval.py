@@ -104,9 +104,7 @@ def test_any_encoder_can_be_evaluated():
     scores = evaluate_encoder(TableEncoder(TABLE), queries, documents, [{0}, {1}])
     assert scores.metrics == {"ndcg@10": 1, "mrr@10": 1, "recall@1": 1, "recall@10": 1}
     swapped = evaluate_encoder(TableEncoder(TABLE), queries, documents, [{1}, {0}], k=2)
-    assert swapped.metrics == pytest.approx(
-        {"ndcg@2": 1 / math.log2(3), "mrr@2": 0.5, "recall@1": 0, "recall@2": 1}
-    )
+    assert swapped.metrics == pytest.approx({"ndcg@2": 1 / math.log2(3), "mrr@2": 0.5, "recall@1": 0, "recall@2": 1})
 
 
 def test_an_encoder_that_breaks_its_promise_is_named():

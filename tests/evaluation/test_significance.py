@@ -40,9 +40,7 @@ def test_interval_and_p_agree_with_the_normal_theory():
 
 def test_pure_noise_is_significant_about_one_time_in_twenty():
     rng = np.random.default_rng(1)
-    hits = sum(
-        paired_bootstrap(rng.normal(size=80), rng.normal(size=80), 300, seed=i).p < 0.05 for i in range(400)
-    )
+    hits = sum(paired_bootstrap(rng.normal(size=80), rng.normal(size=80), 300, seed=i).p < 0.05 for i in range(400))
     assert 8 <= hits <= 36  # 20 expected; the bootstrap is a little liberal at 80 queries
 
 

@@ -59,7 +59,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(module, "write_tensors", full)
-    with pytest.raises(RunError, match=r"step 2 could not be written \(worker 0: No space left.*last good one is step 1"):
+    with pytest.raises(
+        RunError, match=r"step 2 could not be written \(worker 0: No space left.*last good one is step 1"
+    ):
         own.save(2, tensors(2), {})
     assert [c.step for c in committed(tmp_path)] == [1]
     assert len(list(tmp_path.glob("step-*"))) == 1

@@ -62,9 +62,7 @@ def test_loss_gradients_and_metrics_equal_the_dense_twin_at_any_split(gloo, spli
 @pytest.mark.parametrize("same_document", [True, False])
 @pytest.mark.parametrize("same_query", [True, False])
 def test_duplicates_on_any_worker_and_in_the_queue_are_masked(gloo, same_document, same_query):
-    config = ObjectiveConfig(
-        temperature=0.2, mask_same_document=same_document, mask_same_query=same_query, tile=4
-    )
+    config = ObjectiveConfig(temperature=0.2, mask_same_document=same_document, mask_same_query=same_query, tile=4)
     shares, rows = random_shares(6, SPLITS["three"], DIM, distinct=4), random_rows(7, 20, DIM, distinct=4)
     _assert_equal(_everywhere(gloo, shares, config, rows), dense_contrastive(shares, config, rows))
 
@@ -88,9 +86,7 @@ def test_bfloat16_rows_cost_the_gradient_a_rounding_and_the_loss_nothing(gloo):
     ranks = _everywhere(gloo, shares, config, rows, row_dtype=torch.bfloat16)
     twin = dense_contrastive(shares, config, rounded)
     assert sum(loss for loss, *_ in ranks) == pytest.approx(twin.loss, rel=1e-5)
-    for (_, _, queries, documents), q, d in zip(
-        ranks, twin.query_gradients, twin.document_gradients, strict=True
-    ):
+    for (_, _, queries, documents), q, d in zip(ranks, twin.query_gradients, twin.document_gradients, strict=True):
         assert (queries - q).norm() / q.norm() < 5e-3
         torch.testing.assert_close(documents.double(), d, rtol=1e-5, atol=1e-6)
 
@@ -101,9 +97,7 @@ def test_bfloat16_embeddings_equal_the_twin_of_the_rounded_ones(gloo):
     ranks = _everywhere(gloo, shares, config, None, dtype=torch.bfloat16)
     twin = dense_contrastive(shares, config, None)
     assert sum(loss for loss, *_ in ranks) == pytest.approx(twin.loss, rel=1e-5)
-    for (_, _, queries, documents), q, d in zip(
-        ranks, twin.query_gradients, twin.document_gradients, strict=True
-    ):
+    for (_, _, queries, documents), q, d in zip(ranks, twin.query_gradients, twin.document_gradients, strict=True):
         assert queries.dtype == documents.dtype == torch.bfloat16
         assert (queries - q).norm() / q.norm() < 5e-3
         assert (documents - d).norm() / d.norm() < 5e-3
@@ -154,9 +148,7 @@ def test_documents_without_gradient_leave_the_queries_gradient_as_it_is():
     temperature=st.sampled_from([0.01, 0.1, 1.0]),
     seed=st.integers(0, 10**6),
 )
-def test_any_shape_mask_and_tile_equals_the_twin(
-    b, hard, queued, tile, distinct, directions, flags, temperature, seed
-):
+def test_any_shape_mask_and_tile_equals_the_twin(b, hard, queued, tile, distinct, directions, flags, temperature, seed):
     config = ObjectiveConfig(
         temperature=temperature,
         directions=directions,
@@ -169,9 +161,7 @@ def test_any_shape_mask_and_tile_equals_the_twin(
     if b == 0:  # the mean over no queries; the twin's statistics of pairs are not defined
         assert _run(shares, config, rows, torch.float64, torch.float64)[0] == 0.0
         return
-    _assert_equal(
-        [_run(shares, config, rows, torch.float64, torch.float64)], dense_contrastive(shares, config, rows)
-    )
+    _assert_equal([_run(shares, config, rows, torch.float64, torch.float64)], dense_contrastive(shares, config, rows))
 
 
 @pytest.mark.parametrize(

@@ -197,9 +197,7 @@ def test_a_later_token_changes_earlier_ones_only_when_bidirectional(tmp_path, at
     ids, mask = padded([9, 6])
     changed = ids.clone()
     changed[1, 5] += 1
-    hidden, other = (
-        encoder.backbone(input_ids=x, attention_mask=mask).last_hidden_state for x in (ids, changed)
-    )
+    hidden, other = (encoder.backbone(input_ids=x, attention_mask=mask).last_hidden_state for x in (ids, changed))
     assert torch.equal(hidden[1, :5], other[1, :5]) != bidirectional
     assert torch.equal(hidden[0], other[0])
 
@@ -253,9 +251,7 @@ def test_the_fused_norm_in_bf16_is_as_near_the_truth_as_transformers_own(operand
 
     truth = gradients(lambda x, w: naive_rms_norm(x, w, 1e-6), torch.float64)
     ours = gradients(lambda x, w: cpu_kernels.RMSNorm.apply(x, w, 1e-6), torch.bfloat16)
-    reference = gradients(
-        lambda x, w: torch.func.functional_call(theirs, {"weight": w}, (x,)), torch.bfloat16
-    )
+    reference = gradients(lambda x, w: torch.func.functional_call(theirs, {"weight": w}, (x,)), torch.bfloat16)
     assert (ours - truth).norm() < 2 * (reference - truth).norm()
 
 
@@ -328,9 +324,7 @@ def test_a_sentence_transformers_folder_says_pooling_length_and_prompts(minilm, 
     assert spec.prompts == {"query": "", "document": ""}
     assert spec.bidirectional
     assert ModelSpec.load(tmp_path / "m") == spec
-    config = ModelConfig(
-        path=str(minilm), max_tokens=100, pooling="cls", query_prompt="q: ", pool_prompt=False
-    )
+    config = ModelConfig(path=str(minilm), max_tokens=100, pooling="cls", query_prompt="q: ", pool_prompt=False)
     spec = prepare_model_folder(config, tmp_path / "m")
     assert (spec.max_tokens, spec.pooling, spec.prompts["query"], spec.pool_prompt) == (
         100,
@@ -343,9 +337,7 @@ def test_a_sentence_transformers_folder_says_pooling_length_and_prompts(minilm, 
 def st_folder(folder: Path, modules=("Transformer", "Pooling"), pooling=None, bert=None, config=None) -> Path:
     (folder / "1_Pooling").mkdir(parents=True, exist_ok=True)
     paths = ["", "1_Pooling", "2", "3"]
-    listed = [
-        {"idx": i, "path": p, "type": f"x.{m}"} for i, (m, p) in enumerate(zip(modules, paths, strict=False))
-    ]
+    listed = [{"idx": i, "path": p, "type": f"x.{m}"} for i, (m, p) in enumerate(zip(modules, paths, strict=False))]
     (folder / "modules.json").write_text(json.dumps(listed))
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling or {}))
     (folder / "sentence_bert_config.json").write_text(json.dumps(bert or {}))

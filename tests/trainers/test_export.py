@@ -21,9 +21,7 @@ SAMPLE = [*TEXTS, "find", "a " * 300, ""]
 
 
 def vectors(encoder: TextEncoder, spec: ModelSpec, folder: Path, field: str) -> np.ndarray:
-    return LocalEncoder(encoder, FolderTokenizer(folder, spec.max_tokens, spec.prompts), 128).encode(
-        SAMPLE, field
-    )
+    return LocalEncoder(encoder, FolderTokenizer(folder, spec.max_tokens, spec.prompts), 128).encode(SAMPLE, field)
 
 
 def assert_exported_is_trained(encoder: TextEncoder, spec: ModelSpec, folder: Path, out: Path) -> None:
@@ -110,9 +108,7 @@ def test_weights_of_other_shapes_or_tokens_are_refused_naming_the_first(tmp_path
     ]:
         tower = FromConfig(**TINY.model_dump() | change)
         with pytest.raises(UsageError, match="model.init_from: " + message):
-            prepare_model_folder(
-                ModelConfig(config=tower, init_from=str(out)), tmp_path / "no", train_tokenizer
-            )
+            prepare_model_folder(ModelConfig(config=tower, init_from=str(out)), tmp_path / "no", train_tokenizer)
     other = ModelConfig(path=str(out), init_from=str(tmp_path / "other"))
     _swap_two_tokens(out, tmp_path / "other")
     with pytest.raises(UsageError, match=r"model.init_from: .* another tokenizer"):

@@ -40,9 +40,7 @@ def load_backbone(folder: Path, attention: str = "auto", trust_remote_code: bool
     return model
 
 
-def random_backbone(
-    tower: FromConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> PreTrainedModel:
+def random_backbone(tower: FromConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> PreTrainedModel:
     """A transformer of these sizes from the current torch generator."""
     from transformers import AutoModel
 
@@ -57,9 +55,7 @@ def pretrained_backbone(source: Path, trust_remote_code: bool) -> PreTrainedMode
     if not (source / "config.json").exists():
         raise UsageError(f"model.path: {source} has no config.json, so it is no transformers model")
     if not any(source.glob("*.safetensors")):
-        raise UsageError(
-            f"model.path: {source} has no safetensors weights; convert them, gyre loads no pickles"
-        )
+        raise UsageError(f"model.path: {source} has no safetensors weights; convert them, gyre loads no pickles")
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     if config.is_encoder_decoder:
         raise UsageError(
@@ -129,8 +125,7 @@ def _attention(attention: str, config: PretrainedConfig) -> str:
         return attention
     model_class = _model_class(config)
     if not (
-        getattr(model_class, "_supports_sdpa", False)
-        and getattr(model_class, "_supports_attention_backend", False)
+        getattr(model_class, "_supports_sdpa", False) and getattr(model_class, "_supports_attention_backend", False)
     ):
         return "eager"
     if torch.cuda.is_available():
@@ -181,9 +176,7 @@ def _tower_config(tower: FromConfig, tokenizer: PreTrainedTokenizerBase, max_tok
     if tower.architecture not in CONFIG_MAPPING_NAMES or tower.architecture not in MODEL_MAPPING_NAMES:
         near = difflib.get_close_matches(tower.architecture, list(MODEL_MAPPING_NAMES), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(
-            f"model.config.architecture: transformers knows no model_type {tower.architecture!r}{hint}"
-        )
+        raise UsageError(f"model.config.architecture: transformers knows no model_type {tower.architecture!r}{hint}")
     head_dim, rest = divmod(tower.hidden, tower.heads)
     if rest or head_dim % 2:
         raise UsageError(
@@ -223,10 +216,6 @@ def longest_text(model: PreTrainedModel) -> int | None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for module in model.modules():  # RoBERTa and its kin number positions from padding_idx + 1
         padding = getattr(module, "padding_idx", None)
-        if (
-            limit
-            and padding is not None
-            and isinstance(getattr(module, "position_embeddings", None), nn.Embedding)
-        ):
+        if limit and padding is not None and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
             return limit - padding - 1
     return limit

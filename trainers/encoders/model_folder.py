@@ -74,9 +74,7 @@ class ModelSpec:
             raise UsageError(f"{folder} is no model folder of gyre: it has no {SPEC_FILE}") from None
 
 
-def prepare_model_folder(
-    config: ModelConfig, folder: Path, train_tokenizer: TrainTokenizer | None = None
-) -> ModelSpec:
+def prepare_model_folder(config: ModelConfig, folder: Path, train_tokenizer: TrainTokenizer | None = None) -> ModelSpec:
     """Make the self-contained folder that `build_encoder` loads, from a recipe's `model:` section.
 
     train_tokenizer(vocabulary, folder) writes a trained tokenizer's files; needed for `model.config` without
@@ -203,9 +201,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase
 def _max_tokens(config: ModelConfig, settings: Settings | None, limit: int | None) -> int:
     """What the recipe says, else the Sentence Transformers folder, else the default; at most `limit`."""
     if config.max_tokens is not None and limit is not None and config.max_tokens > limit:
-        raise UsageError(
-            f"model.max_tokens: {config.max_tokens} is more than the {limit} positions of the model"
-        )
+        raise UsageError(f"model.max_tokens: {config.max_tokens} is more than the {limit} positions of the model")
     wanted = _first(config.max_tokens, settings and settings.max_tokens, DEFAULT_MAX_TOKENS)
     return wanted if limit is None else min(wanted, limit)
 
@@ -215,9 +211,7 @@ def _check_prompts(config: ModelConfig, spec: ModelSpec, tokenizer: PreTrainedTo
         raise UsageError("model.pool_prompt: there is no prompt; give a query_prompt or remove it")
     for field, prompt in spec.prompts.items():
         if prompt and (tokens := len(tokenizer(prompt)["input_ids"])) >= spec.max_tokens:
-            raise UsageError(
-                f"model.{field}_prompt: its {tokens} tokens leave no room in max_tokens {spec.max_tokens}"
-            )
+            raise UsageError(f"model.{field}_prompt: its {tokens} tokens leave no room in max_tokens {spec.max_tokens}")
 
 
 def _first(*values: Any) -> Any:

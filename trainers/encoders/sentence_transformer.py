@@ -73,9 +73,7 @@ def read_settings(folder: Path) -> Settings | None:
 
 
 def _pooling_mode(config: dict[str, Any], folder: Path) -> Literal["mean", "cls", "last"]:
-    modes = (
-        config.get("pooling_mode") or [mode for flag, mode in _FLAGS.items() if config.get(flag)] or "mean"
-    )
+    modes = config.get("pooling_mode") or [mode for flag, mode in _FLAGS.items() if config.get(flag)] or "mean"
     modes = [modes] if isinstance(modes, str) else list(modes)
     if len(modes) != 1 or modes[0] not in _MODES:
         raise UsageError(

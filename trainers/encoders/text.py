@@ -42,9 +42,7 @@ class TextEncoder(nn.Module):
         if dropout:
             self._drop_block_outputs()
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, prompt_tokens: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, prompt_tokens: Tensor | None = None) -> Tensor:
         """input_ids, attention_mask [n, L] int64; prompt_tokens [n] int64, leading tokens that are the prompt
         (needed where the spec leaves the prompt out of pooling) -> unit vectors [n, D] float32.
 
@@ -56,9 +54,7 @@ class TextEncoder(nn.Module):
             raise ValueError("prompt_tokens [n] is needed: this model leaves its prompts out of pooling")
         pooled = pooled_tokens(attention_mask, self.spec.pooling, prompt_tokens)
         if self.training and self.token_dropout:
-            attention_mask, pooled = hide_tokens(
-                attention_mask, pooled, self.token_dropout, self.spec.pooling
-            )
+            attention_mask, pooled = hide_tokens(attention_mask, pooled, self.token_dropout, self.spec.pooling)
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return F.normalize(pool(hidden, pooled), dim=-1)
 

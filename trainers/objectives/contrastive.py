@@ -92,9 +92,7 @@ class Contrastive:
             documents,
             query_keys=Keys(ids.query_ids, ids.document_ids[:b]),
             document_keys=Keys(answers, ids.document_ids),
-            queue=None
-            if queue is None
-            else Candidates(queue.vectors, Keys(queue.query_ids, queue.document_ids)),
+            queue=None if queue is None else Candidates(queue.vectors, Keys(queue.query_ids, queue.document_ids)),
             score=self._score,
             mask=self._mask,
             tile=self._config.tile,
@@ -103,9 +101,7 @@ class Contrastive:
         )
         found = sum(negatives.exchange.sizes)
         if found != global_queries:
-            raise ValueError(
-                f"global_queries is {global_queries}, the workers hold {found} queries on axis 0"
-            )
+            raise ValueError(f"global_queries is {global_queries}, the workers hold {found} queries on axis 0")
         return self._reduce(queries, documents[:b], negatives)
 
     def _reduce(self, queries: Tensor, positives: Tensor, negatives: NegativeLogits) -> LossShare:
@@ -135,18 +131,14 @@ class Contrastive:
         return LossShare((weights.to(work) * sums).sum(), metrics)
 
     @torch.no_grad()
-    def _observe(
-        self, queries: Tensor, positives: Tensor, positive: Tensor, negatives: NegativeLogits
-    ) -> Tensor:
+    def _observe(self, queries: Tensor, positives: Tensor, positive: Tensor, negatives: NegativeLogits) -> Tensor:
         """[4] float64, this worker's sums: correct, queue's share of the denominator, squared distance of
         query and positive, exp(-2 squared distance) to the other queries."""
         compared = negatives.row != -torch.inf
         correct = (positive > negatives.hardest)[compared].sum()
         hardness = (negatives.queue - torch.logaddexp(negatives.row, positive)).exp()[compared].sum()
         distance = (queries.to(positive.dtype) - positives.to(positive.dtype)).square().sum()
-        return torch.stack(
-            [correct.double(), hardness.double(), distance.double(), self._closeness(negatives)]
-        )
+        return torch.stack([correct.double(), hardness.double(), distance.double(), self._closeness(negatives)])
 
     def _closeness(self, negatives: NegativeLogits) -> Tensor:
         """Sum over this worker's queries x and all others y of exp(-2 |x - y|^2) = exp(4 (x.y - 1))."""
@@ -163,16 +155,10 @@ def _check(queries: Tensor, documents: Tensor, ids: Ids, queue: QueueRows | None
         shapes = f"{list(queries.shape)} and {list(documents.shape)}"
         raise ValueError(f"queries and documents are {shapes}: [b, D] and [d, D] of one D are needed")
     if len(documents) < len(queries):
-        raise ValueError(
-            f"{len(documents)} documents for {len(queries)} queries: each query has its positive"
-        )
+        raise ValueError(f"{len(documents)} documents for {len(queries)} queries: each query has its positive")
     if ids.query_ids.shape != queries.shape[:1]:
         raise ValueError(f"query_ids {list(ids.query_ids.shape)} for {len(queries)} queries on axis 0")
     if ids.document_ids.shape != documents.shape[:1]:
-        raise ValueError(
-            f"document_ids {list(ids.document_ids.shape)} for {len(documents)} documents on axis 0"
-        )
+        raise ValueError(f"document_ids {list(ids.document_ids.shape)} for {len(documents)} documents on axis 0")
     if queue is not None and queue.vectors.shape[1] != queries.shape[1]:
-        raise ValueError(
-            f"queue rows are {queue.vectors.shape[1]} wide, queries {queries.shape[1]}, on axis 1"
-        )
+        raise ValueError(f"queue rows are {queue.vectors.shape[1]} wide, queries {queries.shape[1]}, on axis 1")
