@@ -91,7 +91,7 @@ def ray_trainer(ready: Prepared, tracker_run: str) -> Any:
             reader, cluster.workers, start_of(run), recipe.engine.budget_tokens, recipe.data.read_ahead_mib
         )
 
-    resources = {"CPU": cluster.cpus_per_worker}
+    resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
     return TorchTrainer(
@@ -141,7 +141,8 @@ def run_error(error: BaseException, run: RunPaths, newest: Any) -> RunError:
     told = (run.failure.read_text() if run.failure.exists() else str(error)).strip().splitlines() or [repr(error)]
     kept = f"the last checkpoint is step {newest.step}" if newest else "there is no checkpoint yet"
     return RunError(
-        f"training failed: {told[-1]} ({kept}; tracebacks in {log}; go on with: gyre train RECIPE --resume {run.run_id})"
+        f"training failed: {told[-1]} ({kept}; tracebacks in {log}; go on with: "
+        f"gyre train RECIPE --resume {run.run_id})"
     )
 
 
@@ -154,7 +155,7 @@ def stop_on_signal(run: RunPaths, tell: Progress) -> Iterator[list[int]]:
         received.append(number)
         run.stop_request.touch()
         tell({"kind": "note", "text": f"{signal.Signals(number).name}: checkpoint, then stop (again to stop at once)"})
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
 
     if threading.current_thread() is not threading.main_thread():
         yield received

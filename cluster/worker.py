@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from trainers.checkpoint import Checkpoint
     from trainers.collectives import Group
+    from trainers.encoders.text import TextEncoder
     from trainers.step import ContrastiveStep
 
 
@@ -95,7 +96,7 @@ def build_step(task: Task, group: Group) -> ContrastiveStep:
 
     recipe = task.recipe
 
-    def fresh() -> torch.nn.Module:
+    def fresh() -> TextEncoder:
         torch.manual_seed(recipe.seed)
         return build_encoder(recipe.model, task.run.model)
 

@@ -72,7 +72,8 @@ class _PartitionedTeacher:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         self._deepspeed = initialize(model, settings)
         self._deepspeed.eval()
-        partitions = {name: p.ds_tensor for name, p in model.named_parameters()}
+        parameters: dict[str, Any] = dict(model.named_parameters())
+        partitions = {name: p.ds_tensor for name, p in parameters.items()}
         self._targets, self._sources = [], []
         for i, shard in enumerate(engine.shards):
             for piece in shard.pieces:
@@ -133,7 +134,10 @@ class MomentumEncoder:
         return {"layout": sharding.layout(), **sharding.save("average", self._averages)}
 
     def restore(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Takes up the states of all workers of an earlier run, in rank order; any number. Collective."""
+        """Takes up the states of all workers of an earlier run, in rank order; any number. Collective.
+
+        Restore the engine first: buffers are its.
+        """
         with torch.no_grad():
             self._engine.sharding.load("average", self._averages, states)
             self._publish()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from data_services.schema import RunError, UsageError
 from trainers.collectives import engine_gradient_scale
 from trainers.config import EngineConfig, OptimizerConfig
+from trainers.device import agree, prepare_device
 from trainers.optimization import learning_rate, parameter_groups
 from trainers.shards import Shard, Sharding, flat_shards, partitioned_shards, replicated_shards
 
@@ -79,17 +80,17 @@ class Engine:
         if config.offload != "none" and config.zero_stage == 0:
             raise UsageError("engine.offload: cpu needs engine.zero_stage of 1, 2 or 3; it is 0")
         self.config, self.optimizer, self.total_steps = config, optimizer, total_steps
-        self.device = _prepare_device(device, config.deterministic)
+        self.device = prepare_device(device, config.deterministic)
         if not dist.is_initialized():
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
         self.global_steps = 0
-        _agree(model, self.device)
-        self.names = {p: name for name, p in model.named_parameters()}
+        agree(model, self.device)
+        self.names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
         trained = {name: (p.shape, p.data) for p, name in self.names.items() if p.requires_grad}
         groups = parameter_groups(model, optimizer.weight_decay)
         self._adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
         self._deepspeed = initialize(model, self._settings(model), self._adamw)
-        self.module = model
+        self.module: Any = model
         if config.zero_stage == 1:
             # As a setting this selects another optimizer at ZeRO-1, one that reduces in every backward pass.
             self._deepspeed.optimizer.gradient_accumulation_dtype = torch.float32
@@ -128,7 +129,7 @@ class Engine:
         # DeepSpeed's default is 1.0, not off. At ZeRO-0 `step` clips: there the norm would be of rounded gradients.
         settings["gradient_clipping"] = self.optimizer.clip_norm if stage else 0.0
         settings["zero_allow_untested_optimizer"] = True
-        settings["communication_data_type"] = "fp32"  # one reduction a step: the sum over workers is exact
+        settings["communication_data_type"] = "fp32"  # there is one reduction a step: not in bf16
         if stage:
             zero["reduce_bucket_size"] = min(elements, BUCKET_ELEMENTS)
         if stage in (1, 2):
@@ -219,9 +220,12 @@ class Engine:
                 yield
             engine.allreduce_gradients()
             return
+        # A parameter this step doesn't reach would otherwise keep the gradient of the step before.
         if self.config.zero_stage == 3:
-            # A parameter this step doesn't reach would otherwise keep the gradient of the step before.
             engine.optimizer.grad_partitions_flat_buffer.zero_()
+        for shard in self.shards:
+            if shard.master.grad is not None:  # only with offload
+                shard.master.grad.zero_()
         with engine.coalesce_grad_reduction():
             yield
 
@@ -334,30 +338,3 @@ def _accumulate_in_fp32(parameter: Tensor) -> None:
     """Widens a bf16 gradient once: autograd adds later chunks into it in place, hence in fp32."""
     if parameter.grad is not None and parameter.grad.dtype != torch.float32:
         parameter.grad.data = parameter.grad.data.float()
-
-
-def _prepare_device(device: torch.device | str | None, deterministic: bool) -> torch.device:
-    if device is None:
-        cuda = torch.cuda.is_available()
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
-    device = torch.device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.backends.cudnn.benchmark = False
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
-    return device
-
-
-@torch.no_grad()
-def _agree(model: nn.Module, device: torch.device) -> None:
-    """Every worker takes rank 0's weights, in fp32, and buffers, so that seeds need not match."""
-    for p in model.parameters():
-        p.data = p.data.float()
-    if dist.get_world_size() > 1:
-        for tensor in [*model.parameters(), *model.buffers()]:
-            shared = tensor.detach().to(device, copy=True).contiguous()
-            dist.broadcast(shared, src=0)
-            tensor.data.copy_(shared)

@@ -8,6 +8,7 @@ Source: He et al., "Momentum Contrast", arXiv:1911.05722, whose queue is one arr
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +97,7 @@ class NegativeQueue:
         return state | {"next": torch.tensor([self._next])}
 
     @torch.no_grad()
-    def restore(self, states: list[dict[str, Tensor]]) -> None:
+    def restore(self, states: Sequence[Mapping[str, Tensor]]) -> None:
         """Takes up the states of all workers of an earlier run, in rank order. Not collective.
 
         At the same number of workers each takes its own rows back. At another, the newest K are dealt out in

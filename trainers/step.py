@@ -1,6 +1,6 @@
 """One optimizer step over a global batch: encode in chunks, loss over embeddings, gradients back through the chunks.
 
-Two ways to the same gradient. Direct: every chunk's graph is kept and one backward runs through all of them.
+Two ways to the same gradient. Direct: every chunk's graph is kept until the loss is known.
 Cached (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup"): chunks are
 encoded without a graph, the loss gives each embedding its gradient, and each chunk is encoded again with its graph
 to carry that gradient to the weights. Dropout is keyed by (seed, step, worker, chunk), so the second encoding draws
@@ -70,12 +70,10 @@ class ContrastiveStep:
         assert embeddings.grad is not None
         gradients = [chunk.gradient(embeddings.grad) for chunk in chunks]
 
-        if self.cached:
-            for i, (chunk, gradient) in enumerate(zip(chunks, gradients, strict=True)):
-                again = self._encode(batch.step, i, chunk)
-                self.engine.backward([again], [gradient], last=i == len(chunks) - 1)
-        else:
-            self.engine.backward(encoded, gradients, last=True)
+        # One backward a chunk, kept graph or not: autograd would add up a bf16 gradient's chunks in bf16.
+        for i, (chunk, gradient) in enumerate(zip(chunks, gradients, strict=True)):
+            output = self._encode(batch.step, i, chunk) if self.cached else encoded[i]
+            self.engine.backward([output], [gradient], last=i == len(chunks) - 1)
 
         info = self.engine.step()
         self._remember(batch)
@@ -147,8 +145,11 @@ class Chunk:
     def of(cls, texts: Ragged, prompts: np.ndarray, rows: np.ndarray, device: torch.device) -> Chunk:
         ids, mask = texts.take(rows).padded() if len(rows) else Ragged.of([[0]]).padded()
         prompt_tokens = prompts[rows] if len(rows) else np.zeros(1, np.int64)
-        to = [torch.from_numpy(x).to(device, non_blocking=True) for x in (ids, mask, prompt_tokens, rows)]
-        return cls(*to, texts=len(texts))
+
+        def there(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
+
+        return cls(there(ids), there(mask), there(prompt_tokens), there(rows), len(texts))
 
     @property
     def inputs(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from trainers.optimization import learning_rate, parameter_groups
 from trainers.shards import Sharding, flat_shards
 
 STAGES = (0, 1, 2, 3)
-ADAMW = OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_norm=13.0, warmup_steps=2, eps=1e-6)
+ADAMW = OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_norm=100.0, warmup_steps=2, eps=1e-6)
 STEPS, SAVED = 5, 3
 ROWS = 8
 UNEVEN = {1: [slice(0, 8)], 2: [slice(0, 5), slice(5, 8)]}

@@ -11,6 +11,7 @@ from data_services.schema import UsageError
 from trainers.config import FromConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Names under which architectures know one and the same quantity.
@@ -19,8 +20,13 @@ _HIDDEN_DROPOUT = ("hidden_dropout_prob", "hidden_dropout", "resid_pdrop", "embd
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attn_pdrop", "attention_dropout")
 
 
-def load_backbone(folder: Path, attention: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
-    """The transformer of a model folder in fp32: its weights, or random ones where it has none."""
+def load_backbone(
+    folder: Path, attention: str = "auto", trust_remote_code: bool = False, *, lexical_init: bool = False
+) -> PreTrainedModel:
+    """The transformer of a model folder in fp32: its weights, or random ones where it has none.
+
+    lexical_init  how random ones begin, see `FromConfig`
+    """
     import torch
     from transformers import AutoConfig, AutoModel
 
@@ -33,6 +39,8 @@ def load_backbone(folder: Path, attention: str = "auto", trust_remote_code: bool
             model = AutoModel.from_pretrained(folder, config=config, use_safetensors=True, **options)
         else:
             model = AutoModel.from_config(config, **options)
+            if lexical_init:
+                _begin_lexical(model)
     except (ValueError, ImportError) as error:
         if "attention" not in str(error).lower():
             raise
@@ -41,11 +49,41 @@ def load_backbone(folder: Path, attention: str = "auto", trust_remote_code: bool
 
 
 def random_backbone(tower: FromConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> PreTrainedModel:
-    """A transformer of these sizes from the current torch generator."""
+    """A transformer of these sizes from the current torch generator, to save the config of and to probe."""
     from transformers import AutoModel
 
     config = _tower_config(tower, tokenizer, max_tokens)
-    return AutoModel.from_config(config, **_class_options(config))
+    model = AutoModel.from_config(config, **_class_options(config))
+    if tower.lexical_init:
+        _output_projections(model)
+    return model
+
+
+def _begin_lexical(model: PreTrainedModel) -> None:
+    """Token embeddings of unit variance, and layers that add nothing yet: their output projections are zero.
+
+    The untrained model is then a bag of its tokens in random directions, which nearly keeps lexical overlap
+    (Johnson & Lindenstrauss 1984), so that training begins from word matching, and words it never saw still match.
+    """
+    from torch import nn
+
+    table = model.get_input_embeddings()
+    assert isinstance(table, nn.Embedding)
+    nn.init.normal_(table.weight, std=1.0)
+    for weight in _output_projections(model):
+        nn.init.zeros_(weight)
+
+
+def _output_projections(model: PreTrainedModel) -> list[Tensor]:
+    """The weights by which layers add to the residual stream, of models built like Llama."""
+    endings = ("o_proj.weight", "down_proj.weight")
+    found: list[Tensor] = [p for name, p in model.named_parameters() if name.endswith(endings)]
+    if not found:
+        raise UsageError(
+            f"model.config.lexical_init: {model.config.model_type} has no o_proj and down_proj to begin at zero; "
+            "set it to false"
+        )
+    return found
 
 
 def pretrained_backbone(source: Path, trust_remote_code: bool) -> PreTrainedModel:

@@ -103,7 +103,8 @@ def build_encoder(config: ModelConfig, folder: Path) -> TextEncoder:
     Weights come from the folder where it has some, else from the current torch generator.
     """
     spec = ModelSpec.load(folder)
-    backbone = load_backbone(folder, config.attention, spec.trust_remote_code)
+    lexical = config.config is not None and config.config.lexical_init
+    backbone = load_backbone(folder, config.attention, spec.trust_remote_code, lexical_init=lexical)
     if not torch.cuda.is_available():
         fuse_norms(backbone)
     return TextEncoder(backbone, spec, config.token_dropout, spec.added_dropout)

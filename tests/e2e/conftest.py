@@ -1,0 +1,87 @@
+"""Real runs, each made once for the whole session and looked at by several tests."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.e2e.commands import Shell
+from tests.e2e.nodes import TwoNodes
+
+STEPS = 48
+
+
+def write_pairs(folder: Path) -> Path:
+    """train, validation and heldout as JSONL: a query shares words with its document, drawn from a fixed seed."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9))) for _ in range(400)]
+    folder.mkdir()
+    for split, rows in (("train", 480), ("validation", 32), ("heldout", 32)):
+        with open(folder / f"{split}.jsonl", "w") as file:
+            for _ in range(rows):
+                topic = draw.sample(words, 5)
+                document = draw.sample(topic, 4) + draw.choices(words, k=draw.randint(2, 12))
+                file.write(json.dumps({"query": " ".join(topic[:3]), "positive": " ".join(document)}) + "\n")
+    return folder
+
+
+def mini_recipe(pairs: Path) -> dict:
+    """Everything that has state is on: queue, momentum, dropout, warm-up, several chunks a batch, sharding."""
+    return {
+        "name": "mini",
+        "data": {"sources": [{"path": str(pairs)}], "batch": 32, "steps": STEPS},
+        "model": {
+            "config": {"hidden": 32, "layers": 1, "heads": 2, "intermediate": 64, "vocabulary": 512, "dropout": 0.1},
+            "max_tokens": 32,
+            "token_dropout": 0.1,
+        },
+        "queue": {"rows": 128},
+        "momentum": {"decay": 0.9},
+        "optimizer": {"lr": 0.01, "warmup_steps": 4},
+        "engine": {"zero_stage": 2, "precision": "bf16", "budget_tokens": 256, "caching": "on"},
+        "checkpoint": {"every_steps": 5, "keep": 2},
+        "cluster": {"workers": 2, "threads_per_worker": 1},
+    }
+
+
+@pytest.fixture(scope="session")
+def shell(tmp_path_factory):
+    temporary = Path(tempfile.mkdtemp(prefix="gyre-"))
+    shell = Shell(tmp_path_factory.mktemp("e2e"), temporary)
+    yield shell
+    shell.close()
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs")
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory, pairs):
+    path = tmp_path_factory.mktemp("recipes") / "mini.yaml"
+    path.write_text(yaml.safe_dump(mini_recipe(pairs)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def whole(shell, recipe, tmp_path_factory):
+    """The run that nothing interrupts: (what the command said, its JSON)."""
+    file = tmp_path_factory.mktemp("json") / "whole.json"
+    ended = shell("train", recipe, "--json", file)
+    assert ended.code == 0, ended
+    return ended, json.loads(file.read_text())
+
+
+@pytest.fixture(scope="session")
+def two_nodes(shell):
+    nodes = TwoNodes(shell)
+    yield nodes
+    nodes.close()
