@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import threading
@@ -15,6 +16,7 @@ from cluster.prepare import Prepared
 from cluster.worker import Task, train_on_worker
 from data_services.schema import RunError, UsageError
 from trainers.checkpoint import latest
+from trainers.hooks import first_line_at
 
 if TYPE_CHECKING:
     from cluster.tracking import Tracker
@@ -56,13 +58,13 @@ def fit(ready: Prepared, tracker: Tracker, tell: Progress) -> float:
             thread.join(POLL_S)
             follower.poll()
         follower.poll()
-        tracker.flush()
     newest = latest(run.checkpoints)
     if outcome and outcome[0] is not None:
         raise run_error(outcome[0], run, newest) from outcome[0]
     if stopped:
         at = f"at step {newest.step}" if newest else "before the first checkpoint"
         raise RunError(f"stopped {at}; go on with: gyre train RECIPE --resume {run.run_id}")
+    tracker.flush()
     return follower.first_step_at
 
 
@@ -124,7 +126,8 @@ def ray_worker(config: Mapping[str, Any]) -> None:
         feed = worker_batches(ray.train.get_dataset_shard("plan"), rank, start_of(task.run), task.steps)
         train_on_worker(task, lambda start: feed)
     except WOULD_FAIL_AGAIN as error:
-        task.run.failure.write_text(f"{error}" if isinstance(error, RunError | UsageError) else f"{error!r}")
+        with contextlib.suppress(OSError):  # even a full disk takes the empty file, which prevents a restart
+            task.run.failure.write_text(f"{error}" if isinstance(error, RunError | UsageError) else f"{error!r}")
         raise
 
 
@@ -137,8 +140,10 @@ def start_of(run: RunPaths) -> int:
 def run_error(error: BaseException, run: RunPaths, newest: Any) -> RunError:
     """The failing worker's own sentence where it left one, else the last line of its traceback."""
     log = run.root / "failure.log"
-    log.write_text(str(error))
-    told = (run.failure.read_text() if run.failure.exists() else str(error)).strip().splitlines() or [repr(error)]
+    with contextlib.suppress(OSError):  # the disk may be what failed
+        log.write_text(str(error))
+    sentence = run.failure.read_text() if run.failure.exists() else ""
+    told = (sentence or str(error)).strip().splitlines() or [repr(error)]
     kept = f"the last checkpoint is step {newest.step}" if newest else "there is no checkpoint yet"
     return RunError(
         f"training failed: {told[-1]} ({kept}; tracebacks in {log}; go on with: "
@@ -175,20 +180,22 @@ class Follower:
         self.path, self.steps, self.batch = run.metrics, steps, batch
         self.tracker, self.tell = tracker, tell
         self.first_step_at = time.time()
-        self._offset = self._seen = 0
+        self._seen, self._next = 0, tracker.last_step + 1  # the tracker has the steps before
 
     def poll(self) -> None:
-        """Takes in the whole lines that have come since. After a restart the file is shorter: rank 0 cut it."""
+        """Takes in the whole lines of steps that are new.
+
+        They are found by their step, not by an offset: after a restart rank 0 has cut the file, and may have
+        written on past the old offset before this looks again.
+        """
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
-            self._offset = min(self._offset, file.seek(0, 2))
-            file.seek(self._offset)
+            file.seek(first_line_at(file, self._next))
             text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
+        for line in text[: text.rfind(b"\n") + 1].splitlines():
             metrics = json.loads(line)
+            self._next = metrics["step"] + 1
             self._take(metrics.pop("step"), metrics)
 
     def _take(self, step: int, metrics: dict[str, float]) -> None:

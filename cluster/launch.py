@@ -9,24 +9,30 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
 from cluster.fit import Progress, fit
-from cluster.paths import RunPaths, find_run, home
-from cluster.prepare import Prepared, check_resumable, data_fingerprint, prepare, tokenizer_of
+from cluster.paths import find_run, run_home
+from cluster.prepare import Prepared, check_resumable, data_fingerprint, prepare
+from cluster.scoring import score_everywhere
+from data_services.schema import RunError
 from trainers.checkpoint import latest, write_json
 
 if TYPE_CHECKING:
     from cluster.tracking import Tracker
-    from data_services.store import StoredSource
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run gives. metrics: {"bm25" | "untrained" | "trained": {metric: value}} on the held-out split."""
+    """What a finished run gives.
+
+    metrics, validation  {"bm25" | "untrained" | "trained": {metric: value}} on the held-out and validation split
+    over_bm25            {split: nDCG of trained less BM25, its 95 % interval `low`, `high`, and `p`}, paired bootstrap
+    """
 
     run_id: str
     checkpoint: str
@@ -37,6 +43,7 @@ class TrainResult:
     gate: str
     metrics: dict[str, dict[str, float]]
     validation: dict[str, dict[str, float]]
+    over_bm25: dict[str, dict[str, float]]
     throughput: dict[str, float]
     seconds: dict[str, float]
     world_size: int
@@ -59,7 +66,7 @@ def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | 
 
     tell = on_progress or (lambda event: None)
     began = time.time()
-    root = Path(recipe.cluster.storage).absolute() if recipe.cluster.storage else home()
+    root = run_home(recipe.cluster.storage)
     earlier = find_run(resume, root) if resume else None
     if earlier:
         check_resumable(earlier, recipe)
@@ -74,7 +81,8 @@ def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | 
             tell({"kind": "phase", "text": "evaluating"})
             result = conclude(ready, tracker, tell, began, first_step)
         except BaseException:
-            tracker.finish("FAILED")
+            with suppress(RunError):  # a store that fails as well must not hide why the run did
+                tracker.finish("FAILED")
             raise
         tracker.finish("FINISHED")
     return result
@@ -102,7 +110,8 @@ def conclude(ready: Prepared, tracker: Tracker, tell: Progress, began: float, fi
     from cluster import registry
 
     recipe, run = ready.recipe, ready.run
-    scores = score_everywhere(ready)
+    scored = score_everywhere(ready)
+    scores = {split: found.rows for split, found in scored.items()}
     for split, rows in scores.items():
         tracker.log_result({f"{split}.{model}.{name}": v for model, row in rows.items() for name, v in row.items()})
     evaluation = recipe.evaluation
@@ -135,6 +144,7 @@ def conclude(ready: Prepared, tracker: Tracker, tell: Progress, began: float, fi
         gate=registry.gate_result(version).sentence,
         metrics=heldout,
         validation=validation,
+        over_bm25={split: found.over_bm25 for split, found in scored.items()},
         throughput=throughput(run.metrics),
         seconds={"to_first_step": first_step - began, "total": time.time() - began},
         world_size=recipe.cluster.workers,
@@ -160,35 +170,3 @@ def throughput(metrics: Path) -> dict[str, float]:
         "mfu": sum(s["mfu"] * s["seconds"] for s in steady) / seconds,
         "peak_memory_bytes": max(s["peak_memory_bytes"] for s in steps),
     }
-
-
-def score_everywhere(ready: Prepared) -> dict[str, dict[str, dict[str, float]]]:
-    """{split: {"bm25" | "untrained" | "trained": {metric: value}}}, each split a task of the cluster."""
-    import ray
-
-    cluster = ready.recipe.cluster
-    task = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)(score_split)
-    asked = {split: task.remote(ready.recipe, ready.run, pool) for split, pool in ready.pools.items()}
-    return {split: ray.get(reference) for split, reference in asked.items()}
-
-
-def score_split(recipe: Recipe, run: RunPaths, pool: StoredSource) -> dict[str, dict[str, float]]:
-    """BM25, the model before training and after it, over the same candidates."""
-    import torch
-
-    from data_services.sources import retrieval_pool
-    from evaluation.metrics import metric_names
-    from evaluation.retrieval import bm25, evaluate_encoder, evaluate_retrieval
-    from trainers.encoders.text import LocalEncoder, build_encoder
-    from trainers.export import load_exported
-
-    queries, documents, relevant = retrieval_pool(pool)
-    k = recipe.evaluation.k
-    ranking, _ = bm25(queries, documents, k, recipe.evaluation.bm25)
-    rows = {"bm25": evaluate_retrieval(ranking, relevant, metric_names(k), queries=queries)}
-    torch.manual_seed(recipe.seed)
-    encoders = {"untrained": build_encoder(recipe.model, run.model), "trained": load_exported(run.export)}
-    for name, encoder in encoders.items():
-        local = LocalEncoder(encoder, tokenizer_of(run.model))
-        rows[name] = evaluate_encoder(local, queries, documents, relevant, k)
-    return {name: scores.metrics for name, scores in rows.items()}

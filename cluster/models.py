@@ -144,13 +144,12 @@ def evaluate(
     suite: a source's path, as in `data.sources` of a recipe; split: one it has.
     """
     from data_services.sources import SourceConfig, open_source, retrieval_pool
-    from evaluation.metrics import metric_names
-    from evaluation.retrieval import bm25, evaluate_encoder, evaluate_retrieval
+    from evaluation.retrieval import EvaluationConfig, bm25_rows, evaluate_encoder
 
     ref = resolve(model, root)
     pool = retrieval_pool(open_source(SourceConfig(path=suite, split=split), root or home()))
-    lexical, _ = bm25(pool.queries, pool.documents, k)
-    rows = {"bm25": evaluate_retrieval(lexical, pool.relevant, metric_names(k), queries=pool.queries).metrics}
+    baselines = bm25_rows(pool.queries, pool.documents, pool.relevant, EvaluationConfig(k=k))
+    rows = {name: scores.metrics for name, scores in baselines.items()}
     with open_encoder(ref.folder) as encoder:
         rows[ref.name] = evaluate_encoder(encoder, pool.queries, pool.documents, pool.relevant, k).metrics
     return Evaluation(ref.name, suite, split, len(pool.queries), len(pool.documents), rows)

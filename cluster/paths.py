@@ -43,6 +43,7 @@ class RunPaths:
     metrics      one JSON line a step, written by rank 0 as training goes
     data         fingerprint of every source (JSON)
     tracker      id of the run in the tracking store (JSON)
+    startup      when rank 0 entered training and when its model and engine stood, seconds since 1970 (JSON)
     failure      a worker's last sentence, where it failed in a way that a restart would repeat
     stop_request created to ask the workers to checkpoint and stop
     """
@@ -82,12 +83,20 @@ class RunPaths:
         return self.root / "failure.txt"
 
     @property
+    def startup(self) -> Path:
+        return self.root / "startup.json"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
     @property
     def stop_request(self) -> Path:
         return self.root / "stop"
+
+    def evaluation(self, split: str) -> Path:
+        """Every model's score on every query of a split (Parquet)."""
+        return self.root / "evaluation" / f"{split}.parquet"
 
     @property
     def run_id(self) -> str:

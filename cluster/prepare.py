@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from cluster.config import Recipe, differences
 from cluster.paths import RunPaths
@@ -61,8 +62,14 @@ class Prepared:
 
 
 def check_resumable(run: RunPaths, recipe: Recipe) -> None:
-    """Raises UsageError with the list of what differs between the run's recipe and this one."""
-    saved = Recipe.model_validate_json(run.recipe.read_text())
+    """Raises UsageError with the list of what the run's folder lacks, or of what this recipe has otherwise."""
+    missing = [str(p.relative_to(run.root)) for p in (run.data, run.model / "config.json") if not p.is_file()]
+    if missing:
+        raise UsageError(f"run {run.run_id} is incomplete, {', '.join(missing)} missing: it can't be resumed")
+    try:
+        saved = Recipe.model_validate_json(run.recipe.read_text())
+    except ValidationError as error:
+        raise UsageError(f"{run.recipe} is no recipe of this version: {error.errors()[0]['msg']}") from error
     changed = differences(saved, recipe)
     if changed:
         told = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in sorted(changed.items()))

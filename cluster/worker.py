@@ -7,13 +7,15 @@ needs is a `Task` and a stream of batches.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.config import Recipe
+from cluster.config import Recipe, import_object
 from cluster.paths import RunPaths
-from data_services.schema import BatchStream
+from data_services.schema import BatchStream, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -45,16 +47,19 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
 
     Collective over the default process group. A request to stop ends it early, after a checkpoint.
     """
+    entered = time.time()
     import torch
 
     from trainers import loop
-    from trainers.checkpoint import CheckpointStore, latest
+    from trainers.checkpoint import CheckpointStore, latest, write_json
     from trainers.collectives import Group
     from trainers.hooks import MetricsLog, StopFile
 
     group = Group()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", task.recipe.cluster.threads)))
     step = build_step(task, group)
+    if group.rank == 0:
+        write_json(task.run.startup, {"entered": entered, "built": time.time()})
     newest: Checkpoint | None = group.broadcast_object(latest(task.run.checkpoints))
     start = restore(step, newest) if newest else 0
     store = CheckpointStore(task.run.checkpoints, task.recipe.checkpoint, group)
@@ -88,7 +93,6 @@ def build_step(task: Task, group: Group) -> ContrastiveStep:
     import torch
 
     from trainers.ema import MomentumEncoder
-    from trainers.encoders.text import build_encoder
     from trainers.engine import Engine
     from trainers.negative_queue import NegativeQueue
     from trainers.objectives.contrastive import Contrastive
@@ -98,7 +102,7 @@ def build_step(task: Task, group: Group) -> ContrastiveStep:
 
     def fresh() -> TextEncoder:
         torch.manual_seed(recipe.seed)
-        return build_encoder(recipe.model, task.run.model)
+        return encoder_of(recipe, task.run.model)
 
     model = fresh()
     engine = Engine(model, recipe.engine, recipe.optimizer, task.steps)
@@ -113,7 +117,8 @@ def build_step(task: Task, group: Group) -> ContrastiveStep:
         model.spec.max_tokens,
         recipe.engine.activation_bytes,
     )
-    objective = Contrastive(recipe.objective, group)
+    named = recipe.objective.path
+    objective = (import_object(named, "objective.path") if named else Contrastive)(recipe.objective, group)
     return ContrastiveStep(
         engine,
         objective,
@@ -123,6 +128,19 @@ def build_step(task: Task, group: Group) -> ContrastiveStep:
         rank=group.rank,
         prompt_tokens=task.prompt_tokens,
     )
+
+
+def encoder_of(recipe: Recipe, folder: Path) -> TextEncoder:
+    """The recipe's tower from its model folder; random weights come from the current torch generator."""
+    from trainers.encoders.text import TextEncoder, build_encoder
+
+    named = recipe.model.encoder
+    if named is None:
+        return build_encoder(recipe.model, folder)
+    encoder = import_object(named, "model.encoder")(recipe.model, folder)
+    if not isinstance(encoder, TextEncoder):
+        raise UsageError(f"model.encoder: {named} returned a {type(encoder).__name__}; it must return a TextEncoder")
+    return encoder
 
 
 def tensors_of(step: ContrastiveStep) -> dict[str, torch.Tensor]:

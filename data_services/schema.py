@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """Base of every config section: unknown keys are errors, values don't change after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class UsageError(ValueError):

@@ -7,17 +7,17 @@ White space gives no tokens, so indentation is free.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from data_services.schema import Ragged, UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer
 
 PAD, UNKNOWN, START = "[PAD]", "[UNK]", "[CLS]"
 _SPECIAL = (PAD, UNKNOWN, START)
@@ -71,6 +71,13 @@ def train_bpe(texts: Iterable[str], vocabulary: int, folder: Path) -> None:
     wrapped.save_pretrained(folder)
 
 
+class _Loaded(NamedTuple):
+    """The Rust tokenizer, without the dictionaries that Transformers builds around it; ids of special tokens."""
+
+    backend: Tokenizer
+    special_ids: frozenset[int]
+
+
 class FolderTokenizer:
     """The tokenizer of a folder with prompts and truncation, token for token what SentenceTransformer makes.
 
@@ -79,15 +86,15 @@ class FolderTokenizer:
                 `truncation_side` says
     prompts     by field ("query", "document"), put in front of the text as text; a field without one has none
 
-    It pickles as its arguments and loads the folder when first used. Raises UsageError where the folder has
-    no fast tokenizer.
+    It loads the folder when first used or pickled. What is unpickled has it: a data task needs neither the
+    folder nor Transformers, whose import takes seconds. Raises UsageError where the folder has no fast tokenizer.
     """
 
     def __init__(self, folder: Path, max_tokens: int, prompts: Mapping[str, str]) -> None:
         self.folder, self.max_tokens, self.prompts = Path(folder), max_tokens, dict(prompts)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FolderTokenizer, (self.folder, self.max_tokens, self.prompts)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_loaded": self._loaded}
 
     def __call__(self, texts: Sequence[str], field: str) -> Ragged:
         prompt = self.prompts.get(field, "")
@@ -103,17 +110,17 @@ class FolderTokenizer:
         if not prompt:
             return 0
         ids = self._encode([prompt])[0]
-        return len(ids) - int(ids[-1] in self._tokenizer.all_special_ids)
+        return len(ids) - int(ids[-1] in self._loaded.special_ids)
 
     def _encode(self, texts: list[str]) -> Ragged:
-        lists = [encoding.ids for encoding in self._encode_batch(texts)]
+        lists = [encoding.ids for encoding in self._loaded.backend.encode_batch_fast(texts)]
         offsets = np.zeros(len(lists) + 1, np.int64)
         np.cumsum([len(ids) for ids in lists], out=offsets[1:])
         values = np.fromiter(itertools.chain.from_iterable(lists), np.int32, offsets[-1])
         return Ragged(values, offsets)
 
     @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerFast:
+    def _loaded(self) -> _Loaded:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:
@@ -122,13 +129,7 @@ class FolderTokenizer:
             raise UsageError(f"{self.folder} holds no tokenizer: {str(error).splitlines()[0]}") from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise UsageError(f"the tokenizer of {self.folder} has no fast form (tokenizer.json); convert it")
-        return tokenizer
-
-    @cached_property
-    def _encode_batch(self) -> Callable[[list[str]], list[Any]]:
-        """The Rust tokenizer without the dictionaries that Transformers builds around it."""
-        backend = self._tokenizer.backend_tokenizer
+        backend, side = tokenizer.backend_tokenizer, tokenizer.truncation_side
         backend.no_padding()
-        side = self._tokenizer.truncation_side
         backend.enable_truncation(self.max_tokens, strategy="longest_first", direction=side)
-        return backend.encode_batch_fast
+        return _Loaded(backend, frozenset(tokenizer.all_special_ids))

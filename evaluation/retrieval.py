@@ -40,10 +40,11 @@ class EvaluationConfig(Section):
     """`evaluation:` what a run is measured on. The held-out split is scored once, at the end of a run."""
 
     pool: str | None = Field(None, description="source of queries and documents; None: the first of `data.sources`")
-    validation: str = Field("validation", description="split that gates and choices look at")
-    heldout: str = Field("heldout", description="split of the final table")
+    validation: str | None = Field("validation", description="split that gates and choices look at; null: none")
+    heldout: str | None = Field("heldout", description="split of the final table; null: none")
     k: int = Field(10, ge=1, description="cutoff of ndcg@k, mrr@k and recall@k")
     bm25: BM25Config = _BM25
+    bm25_tuned: BM25Config | None = Field(None, description="a second baseline row, with parameters of your own")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,16 @@ def evaluate_retrieval(
         ranking = np.take_along_axis(ranking, np.take_along_axis(by_position, falling, 1), 1)
     values = per_query(ranking, relevant, metrics)
     return Scores({name: float(x.mean()) for name, x in values.items()}, values)
+
+
+def bm25_rows(
+    queries: Sequence[str], documents: Sequence[str], relevant: Sequence[set[int]], config: EvaluationConfig
+) -> dict[str, Scores]:
+    """The lexical baselines of every table: "bm25", and "bm25_tuned" where the recipe gives its parameters."""
+    variants = {"bm25": config.bm25} | ({"bm25_tuned": config.bm25_tuned} if config.bm25_tuned else {})
+    rankings = {name: bm25(queries, documents, config.k, variant)[0] for name, variant in variants.items()}
+    names = metric_names(config.k)
+    return {name: evaluate_retrieval(r, relevant, names, queries=queries) for name, r in rankings.items()}
 
 
 def evaluate_encoder(

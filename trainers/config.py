@@ -19,13 +19,14 @@ class FromConfig(Section):
     hidden: int = Field(256, gt=0, description="width of the residual stream")
     layers: int = Field(2, gt=0)
     heads: int = Field(4, gt=0)
+    head_dim: int | None = Field(None, gt=0, multiple_of=2, description="None: hidden / heads")
     intermediate: int = Field(768, gt=0, description="width of the feed-forward layer")
     dropout: float = Field(0.1, ge=0, lt=1, description="share of hidden units dropped in training")
     vocabulary: int = Field(8192, gt=300, description="tokens of the trained BPE, special ones included")
     lexical_init: bool = Field(
         False,
-        description="token embeddings of unit variance and layers that begin as the identity, so that the untrained "
-        "model is a bag of its tokens",
+        description="layers begin as the identity and tokens can weigh more or less, so that the untrained model "
+        "matches words; for small towers trained from scratch",
     )
 
 
@@ -34,6 +35,11 @@ class ModelConfig(Section):
 
     path: str | None = Field(None, description="folder or hub id of a pretrained model or Sentence Transformers folder")
     config: FromConfig | None = Field(None, description="build from random weights instead")
+    encoder: str | None = Field(
+        None,
+        description="your own tower, package.module:function, called with (model section, model folder); "
+        "returns a TextEncoder",
+    )
     init_from: str | None = Field(None, description="folder whose weights start this run; not a resume")
     pooling: Literal["mean", "cls", "last"] | None = Field(
         None, description="None: what the Sentence Transformers folder says, else mean"
@@ -70,6 +76,9 @@ class ModelConfig(Section):
 class ObjectiveConfig(Section):
     """`objective:` the contrastive loss."""
 
+    path: str | None = Field(
+        None, description="your own loss, package.module:Name, made with (this section, group); None: InfoNCE"
+    )
     temperature: float = Field(0.05, gt=0, description="divides the cosine similarity")
     directions: Literal["both", "query_to_document"] = "both"
     mask_same_document: bool = Field(True, description="a candidate equal to the query's positive is no negative")

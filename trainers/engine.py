@@ -9,6 +9,7 @@ import importlib
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -43,8 +44,10 @@ def initialize(model: nn.Module, settings: dict[str, Any], optimizer: torch.opti
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
-    import deepspeed
-    from deepspeed.runtime import compiler
+    # DeepSpeed's autotuner, which nothing here uses, takes MLflow along where it is installed: 2 s.
+    with _not_to_be_had("mlflow"):
+        import deepspeed
+        from deepspeed.runtime import compiler
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r".*Please use `torch\.distributed\.\w+_single`", FutureWarning)
@@ -58,6 +61,19 @@ def initialize(model: nn.Module, settings: dict[str, Any], optimizer: torch.opti
         compiler.compile = decorator
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
+
+
+@contextmanager
+def _not_to_be_had(module: str) -> Iterator[None]:
+    """Inside, importing `module` raises ImportError, unless it is imported already."""
+    hidden = module not in sys.modules
+    if hidden:
+        sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[module]
 
 
 class Engine:

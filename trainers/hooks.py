@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from data_services.schema import RunError
+
 
 class MetricsSink(Protocol):
     """Receives the metrics of each step, in order, on rank 0."""
@@ -22,10 +24,16 @@ class MetricsLog:
         path.touch()
         with open(path, "r+b") as file:
             file.truncate(first_line_at(file, start))
+        self._path = path
         self._file = open(path, "a", buffering=1)  # noqa: SIM115  held for the whole run
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"the metrics of step {step} could not be written: {error.strerror}: {self._path}"
+            ) from error
 
 
 def first_line_at(file: BinaryIO, step: int) -> int:

@@ -48,6 +48,7 @@ def run(job: Job) -> int:
         return reached
     for batch in job.batches(job.start):
         clock.received()
+        job.group.reset_traffic()  # what restoring or saving sent is not the step's
         metrics = job.step(batch)
         reached = batch.step + 1
         stopping = report(job, batch, metrics, clock)
@@ -104,7 +105,6 @@ def report(job: Job, batch: Batch, metrics: Mapping[str, float], clock: Clock) -
                 "traffic_bytes": float(sum(job.group.traffic.values())),
             },
         )
-    job.group.reset_traffic()
     return stop > 0
 
 

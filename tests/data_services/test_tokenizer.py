@@ -1,4 +1,5 @@
 import pickle
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -151,3 +152,18 @@ def test_it_pickles_before_and_after_use_and_takes_no_texts(trained):
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(UsageError, match=f"{tmp_path.name} holds no tokenizer"):
         FolderTokenizer(tmp_path, 16, {})(["x"], "query")
+
+
+def test_a_data_task_tokenises_without_transformers_and_without_the_folder(trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    tokenizer = FolderTokenizer(copy, 16, PROMPTS)
+    carried = pickle.dumps(tokenizer)
+    shutil.rmtree(copy)
+    code = (
+        "import pickle, sys; tokenizer = pickle.loads(sys.stdin.buffer.read())\n"
+        f"print(tokenizer({TEXTS!r}, 'query').values.tolist(), tokenizer.prompt_tokens('query'))\n"
+        "print({'transformers', 'torch'} & set(sys.modules))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], input=carried, capture_output=True, check=True).stdout
+    expected = f"{tokenizer(TEXTS, 'query').values.tolist()} {tokenizer.prompt_tokens('query')}\nset()\n"
+    assert told.decode() == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -48,10 +49,8 @@ class Running:
             time.sleep(0.01)
 
     def descendants(self) -> set[psutil.Process]:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             self.seen |= set(psutil.Process(self.process.pid).children(recursive=True))
-        except psutil.NoSuchProcess:
-            pass
         return self.seen
 
     def signal(self, number: signal.Signals) -> None:
@@ -145,6 +144,13 @@ def steps_in(metrics: Path | None) -> list[dict[str, Any]]:
 def results_in(metrics: Path) -> list[dict[str, Any]]:
     """What every step computed, to the last bit, without what depends on the clock."""
     return [{k: v for k, v in step.items() if k not in TIMED} for step in steps_in(metrics)]
+
+
+def differing(results: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[int, list[str]]:
+    """{step: metrics that aren't the same to the last bit}, empty where all are."""
+    assert len(results) == len(others)
+    pairs = ((a, [k for k in a | b if a.get(k) != b.get(k)]) for a, b in zip(results, others, strict=True))
+    return {a["step"]: keys for a, keys in pairs if keys}
 
 
 def training_workers(processes: set[psutil.Process]) -> list[psutil.Process]:

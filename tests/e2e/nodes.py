@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import socket
 import subprocess
@@ -29,16 +30,14 @@ class TwoNodes:
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         self._started: list[subprocess.Popen[bytes]] = []
-        self._log = Path(shell.env["RAY_TMPDIR"]) / "nodes.log"
+        self._logs = Path(shell.env["RAY_TMPDIR"])
         head, jobs = free_port(), free_port()
         self.env = {name: self._env[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
         self.env["RAY_ADDRESS"] = f"127.0.0.1:{head}"
         self.jobs = f"http://127.0.0.1:{jobs}"
         dashboard = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={jobs}"]
         self._start(3, "--head", f"--port={head}", "--node-ip-address=127.0.0.1", *dashboard)
-        self._answering(head)
         self._start(2, f"--address=127.0.0.1:{head}", "--node-ip-address=127.0.0.1")
-        self._answering(jobs)
 
     def processes(self) -> set[psutil.Process]:
         """All that runs on the cluster."""
@@ -49,31 +48,26 @@ class TwoNodes:
 
     def close(self) -> None:
         left = self.processes()
-        for node in reversed(self._started):
-            node.terminate()
         for node in self._started:
-            node.wait(30)
-        for process in psutil.wait_procs(left, timeout=10)[1]:
-            process.kill()
+            node.kill()
+            node.wait()
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=20)
 
     def _start(self, cpus: int, *options: str) -> None:
+        """`ray start` in the foreground, so that the node's processes are its children; returns when it runs."""
         command = [RAY, "start", "--block", f"--num-cpus={cpus}", "--object-store-memory=200000000", *options]
-        with open(self._log, "ab") as log:
-            self._started.append(
-                subprocess.Popen(command, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-            )
-
-    def _answering(self, port: int) -> None:
+        log = self._logs / f"node-{len(self._started)}.log"
+        with open(log, "wb") as out:
+            node = subprocess.Popen(command, env=self._env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        self._started.append(node)
         deadline = time.monotonic() + PATIENCE_S
-        while True:
-            assert all(node.poll() is None for node in self._started), self._log.read_text()
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-            except OSError:
-                assert time.monotonic() < deadline, self._log.read_text()
-                time.sleep(0.1)
-            else:
-                return
+        while "Ray runtime started" not in (text := log.read_text()):
+            assert node.poll() is None, text
+            assert time.monotonic() < deadline, text
+            time.sleep(0.1)
 
 
 def free_port() -> int:

@@ -19,6 +19,8 @@ _INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim")
 _HIDDEN_DROPOUT = ("hidden_dropout_prob", "hidden_dropout", "resid_pdrop", "embd_pdrop", "resid_dropout")
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attn_pdrop", "attention_dropout")
 
+SILENT_ONE_IN = 4  # dimensions without gain, of `lexical_init`; chosen on the built-in corpus's validation split
+
 
 def load_backbone(
     folder: Path, attention: str = "auto", trust_remote_code: bool = False, *, lexical_init: bool = False
@@ -60,18 +62,25 @@ def random_backbone(tower: FromConfig, tokenizer: PreTrainedTokenizerBase, max_t
 
 
 def _begin_lexical(model: PreTrainedModel) -> None:
-    """Token embeddings of unit variance, and layers that add nothing yet: their output projections are zero.
+    """Begin as a bag of tokens: layers that add nothing yet, and room for a token to weigh more or less.
 
-    The untrained model is then a bag of its tokens in random directions, which nearly keeps lexical overlap
-    (Johnson & Lindenstrauss 1984), so that training begins from word matching, and words it never saw still match.
+    With output projections of zero the untrained vector is the mean of random token directions, which nearly keeps
+    word overlap (Johnson & Lindenstrauss 1984); training starts from word matching, and words it never saw still
+    match. The final norm would give every token the same weight in that mean. A share of the dimensions therefore
+    gets no gain there: what a token's embedding, or a layer, puts into them takes weight off the token, and what
+    leaves them adds it, as inverse document frequency does in BM25.
     """
+    import torch
     from torch import nn
 
-    table = model.get_input_embeddings()
+    table, norm = model.get_input_embeddings(), getattr(model, "norm", None)
     assert isinstance(table, nn.Embedding)
-    nn.init.normal_(table.weight, std=1.0)
-    for weight in _output_projections(model):
-        nn.init.zeros_(weight)
+    assert norm is not None, "a model with o_proj and down_proj has a final norm"
+    with torch.no_grad():
+        table.weight.normal_(std=0.02)
+        norm.weight[: len(norm.weight) // SILENT_ONE_IN] = 0
+        for weight in _output_projections(model):
+            weight.zero_()
 
 
 def _output_projections(model: PreTrainedModel) -> list[Tensor]:
@@ -215,7 +224,7 @@ def _tower_config(tower: FromConfig, tokenizer: PreTrainedTokenizerBase, max_tok
         near = difflib.get_close_matches(tower.architecture, list(MODEL_MAPPING_NAMES), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"model.config.architecture: transformers knows no model_type {tower.architecture!r}{hint}")
-    head_dim, rest = divmod(tower.hidden, tower.heads)
+    head_dim, rest = (tower.head_dim, 0) if tower.head_dim else divmod(tower.hidden, tower.heads)
     if rest or head_dim % 2:
         raise UsageError(
             f"model.config.heads: {tower.hidden} hidden units over {tower.heads} heads leave "
@@ -223,6 +232,8 @@ def _tower_config(tower: FromConfig, tokenizer: PreTrainedTokenizerBase, max_tok
         )
     default = AutoConfig.for_model(tower.architecture)
     known = set(default.to_dict()) | set(default.attribute_map)
+    if tower.head_dim and "head_dim" not in known:
+        raise UsageError(f"model.config.head_dim: {tower.architecture} always has hidden / heads; leave it out")
     wanted: dict[str, Any] = {
         "num_key_value_heads": tower.heads,
         "head_dim": head_dim,

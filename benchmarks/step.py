@@ -1,0 +1,133 @@
+"""Our whole training step against Sentence Transformers' trainer, on the built-in corpus.
+
+One process each with the same threads, the same weights (the quickstart's tower, exported once as a Sentence
+Transformers folder), the same pairs in the same batches, AdamW, clipping at 1.0. Timed from the end of one
+optimizer step to the end of the next, so reading and tokenising are in it on both sides. Dropout is off on both
+sides (Sentence Transformers has none for this architecture). Ours computes both directions of the loss and reports
+its metrics by step; the peer reports nothing.
+
+The peer is measured at its defaults, and at the best of several settings at our precision (`TUNED`), chosen by short
+runs. Queue and momentum encoder are off for the ratios; a fourth run has them on and says what they cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import child, in_turns, machine, machine_line, options, ratios, shown, spread, write
+from benchmarks.step_runs import Length, Peer
+
+DEFAULT = Peer()
+# Small mini-batches pad less, large ones compute more at once.
+TUNED = [
+    Peer("bf16", attention, mini_batch)
+    for attention in ("eager", "sdpa")
+    for mini_batch in (8, 16, 32, 64, 128, None)
+]
+TUNED_QUICK = [Peer("bf16", "eager", 32), Peer("bf16", "eager", None)]
+
+
+def main() -> None:
+    parser = options(__doc__ or "")
+    parser.add_argument("--batch", type=int, default=128, help="pairs of a step")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each side")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps of a run, after 3 that warm up")
+    args = parser.parse_args()
+    missing = [
+        name for name in ("sentence_transformers", "datasets", "accelerate") if find_spec(name) is None
+    ]
+    if missing:
+        sys.exit(f"the peer's trainer needs {', '.join(missing)}: pip install 'sentence-transformers[train]'")
+    about = machine()
+    print(machine_line(about))
+    with tempfile.TemporaryDirectory(prefix="gyre-benchmark-") as home:
+        figures = measure(args, Path(home))
+    write(args.json, figures | {"machine": about})
+
+
+def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
+    """All runs, then the figures; prints them as they come."""
+    rounds, length = (1, Length(1, 2)) if args.quick else (args.rounds, Length(3, args.steps))
+
+    def run(kind: str, of: Length = length, **more: Any) -> dict[str, Any]:
+        given = {"home": str(home), "batch": args.batch, "length": asdict(of)} | more
+        return child("benchmarks.step_runs", kind, given, args.threads)
+
+    run("prepare")
+    tried = {}
+    for peer in TUNED_QUICK if args.quick else TUNED:
+        tried[peer] = run("peer", Length(1, 2) if args.quick else Length(2, 4), peer=asdict(peer))
+        print(f"  tried {peer.line}: {_figures(tried[peer])}", flush=True)
+    best = max(tried, key=lambda peer: tried[peer]["pairs_per_s"])
+
+    sides: dict[str, Callable[[], dict[str, Any]]] = {
+        "ours": lambda: run("ours"),
+        "st_tuned": lambda: run("peer", peer=asdict(best)),
+        "st_defaults": lambda: run("peer", peer=asdict(DEFAULT)),
+        "ours_with_memory": lambda: run("ours", memory=True),
+    }
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for i, side in in_turns(list(sides), rounds):
+        runs[side].append(sides[side]())
+        print(f"  round {i + 1}, {side}: {_figures(runs[side][-1])}", flush=True)
+    figures = summary(runs)
+    figures["peer"] = {
+        "version": f"sentence-transformers {version('sentence-transformers')}",
+        "equal_precision": best.line,
+        "defaults": DEFAULT.line,
+        "tried": {peer.line: result["pairs_per_s"] for peer, result in tried.items()},
+    }
+    figures["setting"] = {"batch": args.batch, "threads": args.threads, "rounds": rounds, **asdict(length)}
+    show(figures)
+    return figures
+
+
+def _figures(result: dict[str, Any]) -> str:
+    return f"{result['pairs_per_s']:.1f} pairs/s, {result['peak_rss_bytes'] / 2**30:.1f} GiB"
+
+
+def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The figures of all rounds, each with its spread. runs: by side, one result a round."""
+    speed = {side: [r["pairs_per_s"] for r in results] for side, results in runs.items()}
+    shares = [r["shares"] for r in runs["ours_with_memory"]]
+    figures: dict[str, Any] = {
+        "over_st_equal_precision": ratios(speed["ours"], speed["st_tuned"]),
+        "over_st_defaults": ratios(speed["ours"], speed["st_defaults"]),
+        **{f"{part}_share_of_step": spread([s[part] for s in shares]) for part in shares[0]},
+        "queue_and_ema_share_of_step": spread([s["queue"] + s["ema"] for s in shares]),
+        "pairs_per_s": {side: spread(values) for side, values in speed.items()},
+        "peak_rss_bytes": {side: max(r["peak_rss_bytes"] for r in results) for side, results in runs.items()},
+        "ours_cached": runs["ours"][0]["cached"],
+    }
+    return figures
+
+
+def show(figures: dict[str, Any]) -> None:
+    peer, setting = figures["peer"], figures["setting"]
+    print(
+        f"batch {setting['batch']}, {setting['threads']} threads, {setting['rounds']} rounds; {peer['version']}"
+    )
+    for side, speed in figures["pairs_per_s"].items():
+        memory = figures["peak_rss_bytes"][side] / 2**30
+        print(f"{side:>18}  {shown(speed, '{:6.1f}')} pairs/s, peak {memory:.1f} GiB")
+    for key, what in {
+        "over_st_equal_precision": f"over {peer['equal_precision']}",
+        "over_st_defaults": f"over {peer['defaults']}",
+    }.items():
+        print(f"{shown(figures[key])} times  {what}")
+    for part in ("queue", "ema", "queue_and_ema", "momentum_forward"):
+        print(f"{shown(figures[f'{part}_share_of_step'], '{:.1%}')} of a step  {part}")
+
+
+if __name__ == "__main__":
+    main()
