@@ -119,31 +119,46 @@ def parts_of(ends: dict[str, float]) -> dict[str, float]:
 
 def start(home: Path, workers: int, env: dict[str, str]) -> dict[str, float]:
     """One run until its first step, then stopped; returns when each part ended, seconds since 1970."""
-    before = set(home.glob("*/recipe.json"))
-    command = [BIN / "gyre", "train", QUICKSTART, f"cluster.workers={workers}"]
-    environment = os.environ | {"GYRE_HOME": str(home), "PYTHONUNBUFFERED": "1"} | env
-    environment.pop("RAY_ADDRESS", None) if not env else None
+    earlier = set(home.glob("*/recipe.json"))
+    shell = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "GYRE_"))
+    }
     ends = {"began": time.time()}
     process = subprocess.Popen(
-        command, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [BIN / "gyre", "train", QUICKSTART, f"cluster.workers={workers}"],
+        env=shell | {"GYRE_HOME": str(home), "PYTHONUNBUFFERED": "1"} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     said: list[str] = []
-    reader = threading.Thread(target=_read, args=(process, ends, said), daemon=True)
-    reader.start()
+    threading.Thread(target=_read, args=(process, ends, said), daemon=True).start()
     try:
-        while not (
-            found := set(home.glob("*/metrics.jsonl")) - {r.with_name("metrics.jsonl") for r in before}
-        ) or (not next(iter(found)).stat().st_size):
+        while (run := _stepped(home, earlier)) is None:
             if process.poll() is not None or time.time() - ends["began"] > LIMIT_S:
                 sys.exit("the run came to no first step:\n" + "".join(said[-15:]))
             time.sleep(0.02)
+        ends["stepped"] = time.time()
     finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    return ends | ends_in(next(iter(found)).parent)
+        _stop(process)
+    return ends | ends_in(run, ends["stepped"])
+
+
+def _stepped(home: Path, earlier: set[Path]) -> Path | None:
+    """The new run's folder, once its first step is in its metrics."""
+    for recipe in set(home.glob("*/recipe.json")) - earlier:
+        metrics = recipe.with_name("metrics.jsonl")
+        if metrics.exists() and metrics.stat().st_size:
+            return recipe.parent
+    return None
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def _read(process: subprocess.Popen[str], ends: dict[str, float], said: list[str]) -> None:
@@ -154,19 +169,17 @@ def _read(process: subprocess.Popen[str], ends: dict[str, float], said: list[str
             ends[part] = time.time()
 
 
-def ends_in(run: Path) -> dict[str, float]:
+def ends_in(run: Path, stepped: float) -> dict[str, float]:
     """The ends that a run's folder tells of."""
     worker = json.loads((run / "startup.json").read_text())
     with open(run / "metrics.jsonl") as file:
         first = json.loads(file.readline())
-    looped = worker["built"]
     return {
         "prepared": (run / "recipe.json").stat().st_mtime,
         "tracked": (run / "tracker.json").stat().st_mtime,
         "entered": worker["entered"],
-        "built": looped,
-        "fed": looped + first["data_wait_s"],
-        "stepped": looped + first["seconds"],
+        "built": worker["built"],
+        "fed": stepped - (first["seconds"] - first["data_wait_s"]),
     }
 
 

@@ -61,7 +61,7 @@ def fit(ready: Prepared, tracker: Tracker, tell: Progress) -> float:
     newest = latest(run.checkpoints)
     if outcome and outcome[0] is not None:
         raise run_error(outcome[0], run, newest) from outcome[0]
-    if stopped:
+    if stopped or newest is None or newest.step < ready.plan.steps:
         at = f"at step {newest.step}" if newest else "before the first checkpoint"
         raise RunError(f"stopped {at}; go on with: gyre train RECIPE --resume {run.run_id}")
     tracker.flush()

@@ -7,9 +7,12 @@ must survive lies in that folder; the driver can be killed at any moment and `re
 
 from __future__ import annotations
 
+import importlib
 import json
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +27,9 @@ from trainers.checkpoint import latest, write_json
 
 if TYPE_CHECKING:
     from cluster.tracking import Tracker
+
+# What the driver needs once it is connected, seconds of imports; starting Ray is mostly waiting.
+IMPORTED_AHEAD = ("torch", "transformers.modeling_utils", "mlflow", "ray.train.torch")
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | 
     if earlier:
         check_resumable(earlier, recipe)
     tell({"kind": "phase", "text": "connecting to Ray"})
-    with connect(recipe.cluster, root):
+    with imported_meanwhile(*IMPORTED_AHEAD), connect(recipe.cluster, root):
         tell({"kind": "phase", "text": "preparing data and model"})
         ready = prepare(recipe, root, earlier)
         tracker = open_tracker(ready, root)
@@ -86,6 +92,23 @@ def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | 
             raise
         tracker.finish("FINISHED")
     return result
+
+
+@contextmanager
+def imported_meanwhile(*modules: str) -> Iterator[None]:
+    """Imports them in a thread while the body runs; none is begun after its end."""
+    ended = threading.Event()
+
+    def run() -> None:
+        for module in modules:
+            if not ended.is_set():
+                importlib.import_module(module)
+
+    threading.Thread(target=run, name="imports").start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def open_tracker(ready: Prepared, root: Path) -> Tracker:

@@ -87,6 +87,11 @@ def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None) -> Prepared:
     sources = tuple(open_source(source, root) for source in recipe.data.sources)
     pools = open_pools(recipe, root)
     plan = plan_of(recipe.data, sources, recipe.seed)
+    if recipe.optimizer.warmup_steps >= plan.steps:
+        raise UsageError(
+            f"optimizer.warmup_steps ({recipe.optimizer.warmup_steps}) leaves nothing of the plan's {plan.steps} steps; "
+            "lower it"
+        )
     if earlier:
         check_data(earlier, sources)
         return Prepared(recipe, root, earlier, sources, pools, plan, tokenizer_of(earlier.model))

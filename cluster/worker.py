@@ -133,6 +133,7 @@ def build_step(task: Task, group: Group) -> ContrastiveStep:
 def encoder_of(recipe: Recipe, folder: Path) -> TextEncoder:
     """The recipe's tower from its model folder; random weights come from the current torch generator."""
     from trainers.encoders.text import TextEncoder, build_encoder
+    from trainers.export import BACKBONE
 
     named = recipe.model.encoder
     if named is None:
@@ -140,6 +141,11 @@ def encoder_of(recipe: Recipe, folder: Path) -> TextEncoder:
     encoder = import_object(named, "model.encoder")(recipe.model, folder)
     if not isinstance(encoder, TextEncoder):
         raise UsageError(f"model.encoder: {named} returned a {type(encoder).__name__}; it must return a TextEncoder")
+    outside = next((name for name, _ in encoder.named_parameters() if not name.startswith(BACKBONE)), None)
+    if outside:
+        raise UsageError(
+            f"model.encoder: {named} has the weight {outside}, which an export can't hold; move it into the backbone"
+        )
     return encoder
 
 

@@ -104,6 +104,9 @@ class OptimizerConfig(Section):
     """`optimizer:` AdamW with linear warm-up and a cosine to `min_lr_share`."""
 
     lr: float = Field(2e-3, gt=0)
+    embedding_lr: float | None = Field(
+        None, gt=0, description="of token embedding tables, which a tower from random weights wants larger; None: lr"
+    )
     weight_decay: float = Field(0.01, ge=0, description="on matrices only: not on norms, biases or embeddings")
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(1e-8, gt=0)

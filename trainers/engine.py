@@ -103,7 +103,7 @@ class Engine:
         agree(model, self.device)
         self.names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
         trained = {name: (p.shape, p.data) for p, name in self.names.items() if p.requires_grad}
-        groups = parameter_groups(model, optimizer.weight_decay)
+        groups = parameter_groups(model, optimizer)
         self._adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
         self._deepspeed = initialize(model, self._settings(model), self._adamw)
         self.module: Any = model
@@ -250,7 +250,7 @@ class Engine:
         assert not self._accumulating, "step() before the backward pass that is `last`"
         lr = learning_rate(self.optimizer, self.global_steps, self.total_steps)
         for group in self._adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_share"]
         if self.config.zero_stage == 0:
             limit = self.optimizer.clip_norm or math.inf
             grad_norm = float(torch.nn.utils.clip_grad_norm_(self._trainable(), limit))

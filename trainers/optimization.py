@@ -21,23 +21,24 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     return config.lr * (config.min_lr_share + (1 - config.min_lr_share) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices, which decay, and norms, biases and embedding tables.
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Trainable parameters in groups: matrices, which decay; norms and biases; embedding tables.
 
-    An embedding table stays one where an output layer shares it.
+    An embedding table stays one where an output layer shares it. `lr_share` of a group is what its learning rate is
+    of `config.lr`.
     """
-    spared = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
-        for p in module.parameters(recurse=False)
-    }
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": weight_decay},
-        {"params": [], "weight_decay": 0.0},
-    ]
+    modules = [m for m in model.modules() if not isinstance(m, nn.Embedding)]
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    norms = {id(p) for m in modules if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)}
+    matrices: dict[str, Any] = {"params": [], "weight_decay": config.weight_decay, "lr_share": 1.0}
+    spared: dict[str, Any] = {"params": [], "weight_decay": 0.0, "lr_share": 1.0}
+    embeddings = spared
+    if config.embedding_lr is not None:
+        embeddings = {"params": [], "weight_decay": 0.0, "lr_share": config.embedding_lr / config.lr}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            decays = p.ndim >= 2 and id(p) not in spared and not name.endswith("bias")
-            groups[0 if decays else 1]["params"].append(p)
+            decays = p.ndim >= 2 and id(p) not in norms and not name.endswith("bias")
+            group = embeddings if id(p) in tables else matrices if decays else spared
+            group["params"].append(p)
+    groups = [matrices, spared] if embeddings is spared else [matrices, spared, embeddings]
     return [group for group in groups if group["params"]]

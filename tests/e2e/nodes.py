@@ -20,7 +20,7 @@ RAY = Path(sys.executable).with_name("ray")
 class TwoNodes:
     """Two raylets. A worker of two CPUs fits once on each, so that two workers must spread; data has one CPU more.
 
-    env: what a command needs to reach the cluster, and its job server.
+    env: what a command needs to reach the cluster.
     """
 
     def __init__(self, shell: Shell) -> None:
@@ -34,7 +34,7 @@ class TwoNodes:
         head, jobs = free_port(), free_port()
         self.env = {name: self._env[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
         self.env["RAY_ADDRESS"] = f"127.0.0.1:{head}"
-        self.jobs = f"http://127.0.0.1:{jobs}"
+        self._jobs = jobs
         dashboard = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={jobs}"]
         self._start(3, "--head", f"--port={head}", "--node-ip-address=127.0.0.1", *dashboard)
         self._start(2, f"--address=127.0.0.1:{head}", "--node-ip-address=127.0.0.1")
@@ -45,6 +45,18 @@ class TwoNodes:
         for node in self._started:
             found |= set(psutil.Process(node.pid).children(recursive=True))
         return found
+
+    def job_server(self) -> str:
+        """Its address, once it answers: the dashboard starts in the background."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self._jobs), 1).close()
+            except OSError:
+                assert time.monotonic() < deadline, "the dashboard didn't start"
+                time.sleep(0.1)
+            else:
+                return f"http://127.0.0.1:{self._jobs}"
 
     def close(self) -> None:
         left = self.processes()

@@ -6,6 +6,7 @@ it computed must then be, bit for bit, what the run that nothing interrupted com
 """
 
 import json
+import os
 import signal
 
 import pytest
@@ -92,3 +93,19 @@ def test_replayed_steps_are_in_mlflow_once(finished, shell):
     assert run.info.status == "FINISHED"
     logged = mlflow.get_metric_history(run.info.run_id, "loss")
     assert [(m.step, m.value) for m in logged] == [(s["step"], s["loss"]) for s in steps_in(shell.metrics(NAME))]
+
+
+@pytest.mark.proof
+def test_ctrl_c_on_a_cluster_in_the_process_is_a_checkpoint_then_exit_1(shell, recipe):
+    """A terminal sends SIGINT to the whole process group, what Ray has started there included."""
+    from trainers.checkpoint import latest
+
+    running = shell.start("train", recipe, "name=interrupted", run="interrupted")
+    running.until_step(WORKER_KILLED)
+    os.killpg(running.process.pid, signal.SIGINT)
+    ended = running.wait()
+    assert ended.code == 1, ended
+    reached = len(steps_in(shell.metrics("interrupted")))
+    assert WORKER_KILLED <= reached < STEPS
+    assert ended.err.startswith(f"gyre: stopped at step {reached}; go on with: ")
+    assert latest(shell.run_folder("interrupted") / "checkpoints").step == reached

@@ -354,12 +354,15 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine():
 def test_only_matrices_decay():
     model = toy(0)
     names = {id(p): n for n, p in model.named_parameters()}
-    decaying, spared = parameter_groups(model, 0.3)
+    decaying, spared = parameter_groups(model, OptimizerConfig(weight_decay=0.3))
     assert {names[id(p)] for p in decaying["params"]} == set(DECAYING)
     assert decaying["weight_decay"] == 0.3
     expected = {"embed.weight", "norm.weight", "norm.bias", "up.bias", "down.bias"}
     assert {names[id(p)] for p in spared["params"]} == expected
     assert spared["weight_decay"] == 0.0
+    *_, embeddings = parameter_groups(model, OptimizerConfig(lr=1e-3, embedding_lr=5e-3))
+    assert {names[id(p)] for p in embeddings["params"]} == {"embed.weight"}
+    assert (embeddings["weight_decay"], embeddings["lr_share"]) == (0.0, pytest.approx(5.0))
 
 
 class Cut:

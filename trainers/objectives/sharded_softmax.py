@@ -98,9 +98,9 @@ class InnerProduct:
     def logits(self, queries: Tensor, candidates: Tensor) -> Tensor:
         return (queries @ candidates.to(queries.dtype).T).div_(self.temperature)
 
-    def query_gradient(self, upstream: Tensor, candidates: Tensor) -> Tensor:
-        """[B, D] from upstream dL/dlogits [B, t]."""
-        return (upstream @ candidates.to(upstream.dtype)).div_(self.temperature)
+    def add_query_gradient(self, gradient: Tensor, upstream: Tensor, candidates: Tensor) -> None:
+        """Adds to gradient [B, D] that of upstream dL/dlogits [B, t], in place."""
+        gradient.addmm_(upstream, candidates.to(upstream.dtype), alpha=1 / self.temperature)
 
     def candidate_gradient(self, upstream: Tensor, queries: Tensor) -> Tensor:
         """[t, D] from upstream dL/dlogits [B, t]."""
@@ -231,7 +231,7 @@ class _ShardedSoftmax(torch.autograd.Function):
                 shares = (logits[:, among] - column_anchor[positives]).exp_()
                 weights[:, among] += shares.mul_(upstream[1][positives])
             documents_gradient[rows] = score.candidate_gradient(weights, queries).to(documents.dtype)
-            partial += score.query_gradient(weights, documents[rows])
+            score.add_query_gradient(partial, weights, documents[rows])
         queries_gradient = exchange.group.reduce_scatter(partial, exchange.sizes)
         return queries_gradient.to(ctx.query_dtype), documents_gradient, None
 
