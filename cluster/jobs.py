@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import time
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 DASHBOARD_PORT = 8265
+AGENT_TIMEOUT_S = 30.0
 # Names that are never shipped: what is large, local or rebuilt on the other side.
 EXCLUDED = (
     ".git",
@@ -105,9 +107,11 @@ def submit(
     where = dashboard_address(address)
     from ray.job_submission import JobSubmissionClient
 
+    for handler in logging.getLogger("ray").handlers:
+        handler.setLevel(logging.ERROR)  # else a line for each file that is packed or left out
     try:
         client = JobSubmissionClient(where)
-        job_id = client.submit_job(entrypoint=prepared.entrypoint, runtime_env=prepared.runtime_env)
+        job_id = _accepted(client, prepared)
     except ConnectionError as error:
         raise UsageError(
             f"no job server answers at {where}; is the cluster's dashboard on, and RAY_ADDRESS right?"
@@ -118,6 +122,18 @@ def submit(
         return JobResult(job_id, "PENDING", None)
     asyncio.run(_follow(client, job_id, on_log))
     return _ended(client, job_id)
+
+
+def _accepted(client: JobSubmissionClient, prepared: Submission) -> str:
+    """The job's id. A head that has just started refuses jobs until its agent is up."""
+    deadline = time.monotonic() + AGENT_TIMEOUT_S
+    while True:
+        try:
+            return client.submit_job(entrypoint=prepared.entrypoint, runtime_env=prepared.runtime_env)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(1)
 
 
 async def _follow(client: JobSubmissionClient, job_id: str, on_log: Callable[[str], None]) -> None:

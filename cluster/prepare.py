@@ -89,7 +89,7 @@ def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None) -> Prepared:
     plan = plan_of(recipe.data, sources, recipe.seed)
     if recipe.optimizer.warmup_steps >= plan.steps:
         raise UsageError(
-            f"optimizer.warmup_steps ({recipe.optimizer.warmup_steps}) leaves nothing of the plan's {plan.steps} steps; "
+            f"optimizer.warmup_steps ({recipe.optimizer.warmup_steps}) leaves none of the plan's {plan.steps} steps: "
             "lower it"
         )
     if earlier:

@@ -52,7 +52,7 @@ def mini_recipe(pairs: Path) -> dict:
 
 @pytest.fixture(scope="session")
 def shell(tmp_path_factory):
-    temporary = Path(tempfile.mkdtemp(prefix="gyre-"))
+    temporary = Path(tempfile.mkdtemp(prefix="gyre-", dir="/tmp"))
     shell = Shell(tmp_path_factory.mktemp("e2e"), temporary)
     yield shell
     shell.close()

@@ -30,7 +30,7 @@ class TwoNodes:
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         self._started: list[subprocess.Popen[bytes]] = []
-        self._logs = Path(shell.env["RAY_TMPDIR"])
+        self._folder = Path(shell.env["RAY_TMPDIR"])
         head, jobs = free_port(), free_port()
         self.env = {name: self._env[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
         self.env["RAY_ADDRESS"] = f"127.0.0.1:{head}"
@@ -70,8 +70,11 @@ class TwoNodes:
 
     def _start(self, cpus: int, *options: str) -> None:
         """`ray start` in the foreground, so that the node's processes are its children; returns when it runs."""
-        command = [RAY, "start", "--block", f"--num-cpus={cpus}", "--object-store-memory=200000000", *options]
-        log = self._logs / f"node-{len(self._started)}.log"
+        # A temporary folder each, as on two machines: one node removes shipped files that it no longer needs.
+        own = self._folder / f"node-{len(self._started)}"
+        size = (f"--num-cpus={cpus}", "--object-store-memory=200000000")
+        command = [RAY, "start", "--block", f"--temp-dir={own}", *size, *options]
+        log = own.with_suffix(".log")
         with open(log, "wb") as out:
             node = subprocess.Popen(command, env=self._env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
         self._started.append(node)

@@ -48,8 +48,8 @@ def refused(monkeypatch, capfd, tmp_path):
 
 
 def everything_in(home):
-    """Files by path and time, but for sources that were converted whole: the next run takes them up."""
-    files = (p for p in home.rglob("*") if p.is_file() and not (p.parent / "manifest.json").exists())
+    """Files by path and time, but for converted sources: the next run takes them up."""
+    files = (p for p in home.rglob("*") if p.is_file() and not p.is_relative_to(home / "data"))
     return {(p, p.stat().st_mtime_ns) for p in files}
 
 
