@@ -153,7 +153,7 @@ def _stepped(home: Path, earlier: set[Path]) -> Path | None:
     return None
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
+def _stop(process: subprocess.Popen[Any]) -> None:
     process.terminate()
     try:
         process.wait(60)
@@ -199,16 +199,18 @@ def cluster(cpus: int) -> Iterator[dict[str, str]]:
         f"--num-cpus={cpus}",
         "--node-ip-address=127.0.0.1",
         "--include-dashboard=false",
+        "--dashboard-agent-listen-port=0",
         f"--object-store-memory={1 << 30}",
     ]
     with tempfile.TemporaryFile("w+") as log:
-        head = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | env, stdout=log, stderr=log)
+        head = subprocess.Popen(
+            command, cwd=REPOSITORY, env=os.environ | env, stdout=log, stderr=log, start_new_session=True
+        )
         try:
             _wait_for(port, head, log)
             yield env | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
         finally:
-            head.terminate()
-            head.wait(60)
+            _stop(head)
 
 
 def _wait_for(port: int, head: subprocess.Popen[bytes], log: Any) -> None:

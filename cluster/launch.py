@@ -11,7 +11,7 @@ import importlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,7 +77,8 @@ def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | 
     if earlier:
         check_resumable(earlier, recipe)
     tell({"kind": "phase", "text": "connecting to Ray"})
-    with imported_meanwhile(*IMPORTED_AHEAD), connect(recipe.cluster, root):
+    with imported_meanwhile(*IMPORTED_AHEAD) as wait_for_imports, connect(recipe.cluster, root):
+        wait_for_imports()
         tell({"kind": "phase", "text": "preparing data and model"})
         ready = prepare(recipe, root, earlier)
         tracker = open_tracker(ready, root)
@@ -95,8 +96,12 @@ def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | 
 
 
 @contextmanager
-def imported_meanwhile(*modules: str) -> Iterator[None]:
-    """Imports them in a thread while the body runs; none is begun after its end."""
+def imported_meanwhile(*modules: str) -> Iterator[Callable[[], None]]:
+    """Imports them in a thread while the body runs; none is begun after its end.
+
+    Gives a function that waits for the thread. The body calls it before it imports any of them itself: two
+    threads in circular imports see each other's modules half made.
+    """
     ended = threading.Event()
 
     def run() -> None:
@@ -104,9 +109,10 @@ def imported_meanwhile(*modules: str) -> Iterator[None]:
             if not ended.is_set():
                 importlib.import_module(module)
 
-    threading.Thread(target=run, name="imports").start()
+    thread = threading.Thread(target=run, name="imports")
+    thread.start()
     try:
-        yield
+        yield thread.join
     finally:
         ended.set()
 

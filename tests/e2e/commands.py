@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,13 @@ class Running:
     process: subprocess.Popen[bytes]
     out: Path
     err: Path
-    metrics_of: Any
+    metrics: Callable[[], Path | None]
     seen: set[psutil.Process] = field(default_factory=set)
 
     def until_step(self, steps: int) -> None:
         """Returns once so many steps of the run are in its metrics file."""
         deadline = time.monotonic() + PATIENCE_S
-        while len(steps_in(self.metrics_of())) < steps:
+        while len(steps_in(self.metrics())) < steps:
             assert self.process.poll() is None, f"ended before step {steps}: {self._ended()}"
             assert time.monotonic() < deadline, f"not at step {steps} after {PATIENCE_S} s: {self._ended()}"
             time.sleep(0.01)
@@ -114,7 +115,8 @@ class Shell:
                 stderr=to_err,
                 start_new_session=True,
             )
-        running = Running(process, out, err, lambda: self.metrics(run))
+        home = Path((env or {}).get("GYRE_HOME", self.home))
+        running = Running(process, out, err, lambda: metrics_of(home, run))
         self._started.append(running)
         return running
 
@@ -126,11 +128,16 @@ class Shell:
         return folder
 
     def metrics(self, run: str) -> Path | None:
-        return next(iter(self.home.glob(f"{run}*/metrics.jsonl")), None)
+        return metrics_of(self.home, run)
 
     def close(self) -> None:
         for running in self._started:
             running.stop()
+
+
+def metrics_of(home: Path, run: str) -> Path | None:
+    """The metrics file of the run whose name begins so, None before there is one."""
+    return next(iter(home.glob(f"{run}*/metrics.jsonl")), None)
 
 
 def steps_in(metrics: Path | None) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ def test_the_workers_stop_together_and_the_checkpoint_before_is_whole(gloo, reci
 def test_the_command_says_so_and_resumes_when_there_is_room_again(shell, recipe, whole, tmp_path):
     with small_disk(tmp_path / "disk", 64) as disk:
         env = {"GYRE_HOME": str(disk)}
-        running = shell.start("train", recipe, env=env, run=disk)
+        running = shell.start("train", recipe, env=env, run="mini")
         running.until_step(FULL_AT)
         ballast = fill(disk)
         ended = running.wait()
