@@ -124,11 +124,16 @@ def resolve(model: str, root: Path | None = None) -> ModelRef:
 @contextmanager
 def open_encoder(folder: Path) -> Iterator[Encoder]:
     """The model of a folder as an encoder on this process's device, with its prompts, length and pooling."""
+    from cluster.prepare import tokenizer_of
     from data_services.tokenizer import FolderTokenizer
     from trainers.config import ModelConfig
-    from trainers.encoders.model_folder import prepare_model_folder
+    from trainers.encoders.model_folder import SPEC_FILE, prepare_model_folder
     from trainers.encoders.text import LocalEncoder, build_encoder
+    from trainers.export import load_exported
 
+    if (folder / SPEC_FILE).exists():
+        yield LocalEncoder(load_exported(folder), tokenizer_of(folder))
+        return
     config = ModelConfig(path=str(folder))
     with tempfile.TemporaryDirectory(prefix="gyre-") as place:
         spec = prepare_model_folder(config, Path(place) / "model")

@@ -48,8 +48,9 @@ def client(root: Path | None = None) -> MlflowClient:
     from mlflow import MlflowClient
 
     # Importing mlflow configures its own loggers, the migration's included, back to INFO.
-    for noisy in ("mlflow", "mlflow.store.db.utils", "alembic"):
+    for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback of what it raises as well
     uri = tracking_uri(root)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)

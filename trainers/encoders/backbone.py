@@ -31,7 +31,9 @@ def load_backbone(
     """
     import torch
     from transformers import AutoConfig, AutoModel
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # one bar a load would drown a run's own lines
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     config.use_cache = False
     options = {"trust_remote_code": trust_remote_code, "dtype": torch.float32, **_class_options(config)}
