@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 DASHBOARD_PORT = 8265
-AGENT_TIMEOUT_S = 30.0
+AGENT_TIMEOUT_S = 60.0
 # Names that are never shipped: what is large, local or rebuilt on the other side.
 EXCLUDED = (
     ".git",

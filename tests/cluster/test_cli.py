@@ -158,6 +158,7 @@ def test_train_hands_over_the_recipe_and_says_what_to_type_next(gyre, monkeypatc
         gate="every gate passed",
         metrics=rows,
         validation=rows,
+        over_bm25={},
         throughput={},
         seconds={},
         world_size=1,

@@ -73,7 +73,9 @@ class TwoNodes:
         # A temporary folder each, as on two machines: one node removes shipped files that it no longer needs.
         own = self._folder / f"node-{len(self._started)}"
         size = (f"--num-cpus={cpus}", "--object-store-memory=200000000")
-        command = [RAY, "start", "--block", f"--temp-dir={own}", *size, *options]
+        # The agent takes jobs; at its usual port it would find that of any other Ray on this machine.
+        places = (f"--temp-dir={own}", "--dashboard-agent-listen-port=0")
+        command = [RAY, "start", "--block", *places, *size, *options]
         log = own.with_suffix(".log")
         with open(log, "wb") as out:
             node = subprocess.Popen(command, env=self._env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
