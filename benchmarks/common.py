@@ -23,13 +23,9 @@ QUICKSTART = REPOSITORY / "recipes" / "quickstart.yaml"
 
 def options(description: str) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark takes."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument(
-        "--quick", action="store_true", help="few and short runs: whether it works, not a measurement"
-    )
+    parser.add_argument("--quick", action="store_true", help="few and short runs: whether it works, not a measurement")
     return parser
 
 
@@ -46,9 +42,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     """Spread of above[i] / below[i], the runs of one round."""
     if len(above) != len(below):
-        raise ValueError(
-            f"{len(above)} runs and {len(below)} of the other: a ratio takes one of each in every round"
-        )
+        raise ValueError(f"{len(above)} runs and {len(below)} of the other: a ratio takes one of each in every round")
     return spread([a / b for a, b in zip(above, below, strict=True)])
 
 
@@ -94,9 +88,7 @@ def machine() -> dict[str, Any]:
 
 def machine_line(of: Mapping[str, Any]) -> str:
     busy = "" if of["load"] < 0.5 else "; the machine was busy, take the figures as hints"
-    return (
-        f"{of['cpu']}, {of['cores']} cores, Python {of['python']}, load {of['load']:.1f} at the start{busy}"
-    )
+    return f"{of['cpu']}, {of['cores']} cores, Python {of['python']}, load {of['load']:.1f} at the start{busy}"
 
 
 def _cpu_model() -> str:
@@ -104,9 +96,7 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def write(file: Path | None, figures: Mapping[str, Any]) -> None:

@@ -97,9 +97,7 @@ def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
 def show(figures: dict[str, Any]) -> None:
     print(", ".join(f"{name} {value}" for name, value in figures["setting"].items()))
     for kind in ("starts_a_cluster", "running_cluster"):
-        print(
-            f"{kind.replace('_', ' ')}: {shown(figures[kind]['to_first_step_s'], '{:.1f}')} s to the first step"
-        )
+        print(f"{kind.replace('_', ' ')}: {shown(figures[kind]['to_first_step_s'], '{:.1f}')} s to the first step")
         for part, what in PARTS.items():
             print(f"  {shown(figures[kind]['parts_s'][part], '{:5.1f}'):>24} s  {what}")
     print(f"first run in an empty home: {figures['first_run']['to_first_step_s']:.1f} s")
@@ -120,9 +118,7 @@ def parts_of(ends: dict[str, float]) -> dict[str, float]:
 def start(home: Path, workers: int, env: dict[str, str]) -> dict[str, float]:
     """One run until its first step, then stopped; returns when each part ended, seconds since 1970."""
     earlier = set(home.glob("*/recipe.json"))
-    shell = {
-        name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "GYRE_"))
-    }
+    shell = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "GYRE_"))}
     ends = {"began": time.time()}
     process = subprocess.Popen(
         [BIN / "gyre", "train", QUICKSTART, f"cluster.workers={workers}"],

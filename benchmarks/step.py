@@ -29,9 +29,7 @@ from benchmarks.step_runs import Length, Peer
 DEFAULT = Peer()
 # Small mini-batches pad less, large ones compute more at once.
 TUNED = [
-    Peer("bf16", attention, mini_batch)
-    for attention in ("eager", "sdpa")
-    for mini_batch in (8, 16, 32, 64, 128, None)
+    Peer("bf16", attention, mini_batch) for attention in ("eager", "sdpa") for mini_batch in (8, 16, 32, 64, 128, None)
 ]
 TUNED_QUICK = [Peer("bf16", "eager", 32), Peer("bf16", "eager", None)]
 
@@ -43,9 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="runs of each side")
     parser.add_argument("--steps", type=int, default=12, help="timed steps of a run, after 3 that warm up")
     args = parser.parse_args()
-    missing = [
-        name for name in ("sentence_transformers", "datasets", "accelerate") if find_spec(name) is None
-    ]
+    missing = [name for name in ("sentence_transformers", "datasets", "accelerate") if find_spec(name) is None]
     if missing:
         sys.exit(f"the peer's trainer needs {', '.join(missing)}: pip install 'sentence-transformers[train]'")
     about = machine()
@@ -114,9 +110,7 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 def show(figures: dict[str, Any]) -> None:
     peer, setting = figures["peer"], figures["setting"]
-    print(
-        f"batch {setting['batch']}, {setting['threads']} threads, {setting['rounds']} rounds; {peer['version']}"
-    )
+    print(f"batch {setting['batch']}, {setting['threads']} threads, {setting['rounds']} rounds; {peer['version']}")
     for side, speed in figures["pairs_per_s"].items():
         memory = figures["peak_rss_bytes"][side] / 2**30
         print(f"{side:>18}  {shown(speed, '{:6.1f}')} pairs/s, peak {memory:.1f} GiB")

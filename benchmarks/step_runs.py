@@ -287,9 +287,7 @@ def peer(home: str, batch: int, length: dict[str, int], peer: dict[str, Any]) ->
         disable_tqdm=True,
     )
     data = Dataset.from_dict(pairs(reader, steps))
-    SentenceTransformerTrainer(
-        model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[Ends()]
-    ).train()
+    SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[Ends()]).train()
     return watch.result(batch, steps)
 
 

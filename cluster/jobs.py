@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 DASHBOARD_PORT = 8265
 AGENT_TIMEOUT_S = 60.0
+# Loggers of Ray that print a line for each file they leave out; the last two set a level of their own.
+TALKERS = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 # Names that are never shipped: what is large, local or rebuilt on the other side.
 EXCLUDED = (
     ".git",
@@ -107,8 +109,8 @@ def submit(
     where = dashboard_address(address)
     from ray.job_submission import JobSubmissionClient
 
-    for handler in logging.getLogger("ray").handlers:
-        handler.setLevel(logging.ERROR)  # else a line for each file that is packed or left out
+    for talker in TALKERS:
+        logging.getLogger(talker).setLevel(logging.ERROR)
     try:
         client = JobSubmissionClient(where)
         job_id = _accepted(client, prepared)

@@ -44,9 +44,7 @@ BOUNDS = {
 # docs/recipe.md: tables made from the models.
 
 
-def sections(
-    section: type[BaseModel] = Recipe, path: str = "", seen: set[type] | None = None
-) -> Iterator[Any]:
+def sections(section: type[BaseModel] = Recipe, path: str = "", seen: set[type] | None = None) -> Iterator[Any]:
     """(heading, path of its keys, model) of every section; one that occurs twice stands at its first place."""
     seen = {section} if seen is None else seen | {section}
     yield path.replace(".0", "") or TOP, f"{path}." if path else "", section
@@ -131,9 +129,7 @@ def write_tables(page: str) -> str:
     return page
 
 
-@pytest.mark.parametrize(
-    ("heading", "path", "section"), sections(), ids=lambda x: x if isinstance(x, str) else ""
-)
+@pytest.mark.parametrize(("heading", "path", "section"), sections(), ids=lambda x: x if isinstance(x, str) else "")
 def test_every_key_of_a_recipe_is_documented_as_the_models_have_it(heading, path, section):
     found = _found(RECIPE.read_text(), heading)
     there = found["table"] if found else ""
@@ -143,9 +139,7 @@ def test_every_key_of_a_recipe_is_documented_as_the_models_have_it(heading, path
 
 
 def test_the_page_has_no_section_that_a_recipe_lacks():
-    assert re.findall(r"(?m)^## (.+)$", RECIPE.read_text())[: len(list(sections()))] == [
-        s[0] for s in sections()
-    ]
+    assert re.findall(r"(?m)^## (.+)$", RECIPE.read_text())[: len(list(sections()))] == [s[0] for s in sections()]
 
 
 # Snippets.
@@ -188,9 +182,7 @@ def _names(module: str) -> set[str] | None:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             inside.add(node.name)
         elif isinstance(node, ast.Assign):
-            inside |= {
-                name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)
-            }
+            inside |= {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
         elif isinstance(node, ast.ImportFrom):
             inside |= {alias.name for alias in node.names}
     return inside
@@ -327,9 +319,7 @@ def test_the_example_in_engine_md_is_what_the_loss_gives():
 
 
 def test_every_metric_of_a_step_is_documented():
-    documented = re.findall(
-        r"(?m)^\| `(\w+)` \|", (DOCS / "training.md").read_text().partition("## The metrics")[2]
-    )
+    documented = re.findall(r"(?m)^\| `(\w+)` \|", (DOCS / "training.md").read_text().partition("## The metrics")[2])
     assert set(documented) == set(_metrics_of_a_step())
 
 
@@ -386,9 +376,7 @@ def test_every_file_of_a_run_is_documented():
     page = (DOCS / "training.md").read_text()
     for name, value in vars(RunPaths).items():
         if isinstance(value, property) and isinstance(path := getattr(run, name), Path):
-            assert re.search(rf"(?m)^{re.escape(path.name)}[/ ]", page), (
-                f"docs/training.md doesn't list {path.name}"
-            )
+            assert re.search(rf"(?m)^{re.escape(path.name)}[/ ]", page), f"docs/training.md doesn't list {path.name}"
 
 
 def test_links_lead_somewhere_and_the_index_has_every_page():
