@@ -167,13 +167,6 @@ def share_batch(batch: GlobalBatch, world_size: int, budget_tokens: int) -> list
     ]
 
 
-def padding_share(batch: Batch) -> float:
-    """Share of the tokens computed for this batch that are padding, in [0, 1)."""
-    lengths = np.concatenate([batch.queries.lengths, batch.documents.lengths])
-    padded = sum(len(c) * int(lengths[c].max()) for c in batch.chunks if len(c))
-    return 1.0 - float(lengths.sum()) / max(padded, 1)
-
-
 _RAGGED = ("queries", "documents", "chunks")
 
 

@@ -18,7 +18,6 @@ from data_services.collate import (
     cut,
     deal,
     from_arrow,
-    padding_share,
     share_batch,
     split,
     to_arrow,
@@ -137,7 +136,7 @@ def test_shares_hold_the_batch_once_with_positives_first_and_negatives_beside_th
         assert [share.documents[i][0] for i in range(len(share.documents))] == share.document_ids.tolist()
         assert (share.rows == share.query_ids + 7).all()
         assert sorted(np.concatenate(share.chunks)) == list(range(n + len(share.documents)))
-        assert 0 <= padding_share(share) < 1
+        assert share.tokens <= share.padded_tokens
     assert len({len(s.chunks) for s in shares}) == 1
 
 
