@@ -6,8 +6,9 @@ optimizer step to the end of the next, so reading and tokenising are in it on bo
 sides (Sentence Transformers has none for this architecture). Ours computes both directions of the loss and reports
 its metrics by step; the peer reports nothing.
 
-The peer is measured at its defaults, and at the best of several settings at our precision (`TUNED`), chosen by short
-runs. Queue and momentum encoder are off for the ratios; a fourth run has them on and says what they cost.
+The peer is measured at its defaults, and at the best of several settings (`tuned`) at our precision, bf16 where the
+machine has it, chosen by short runs. Queue and momentum encoder are off for the ratios; a fourth run has them on and
+says what they cost.
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ from typing import Any
 
 from benchmarks.common import child, in_turns, machine, machine_line, options, ratios, shown, spread, write
 from benchmarks.step_runs import Length, Peer
+from trainers.device import fast_bf16
 
 DEFAULT = Peer()
-# Small mini-batches pad less, large ones compute more at once.
-TUNED = [
-    Peer("bf16", attention, mini_batch) for attention in ("eager", "sdpa") for mini_batch in (8, 16, 32, 64, 128, None)
-]
-TUNED_QUICK = [Peer("bf16", "eager", 32), Peer("bf16", "eager", None)]
+
+
+def tuned(precision: str, quick: bool) -> list[Peer]:
+    """Settings to choose the peer's best from. Small mini-batches pad less, large ones compute more at once."""
+    if quick:
+        return [Peer(precision, "eager", 32), Peer(precision, "eager", None)]
+    sizes = (8, 16, 32, 64, 128, None)
+    return [Peer(precision, attention, size) for attention in ("eager", "sdpa") for size in sizes]
 
 
 def main() -> None:
@@ -61,7 +66,8 @@ def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
 
     run("prepare")
     tried = {}
-    for peer in TUNED_QUICK if args.quick else TUNED:
+    precision = "bf16" if fast_bf16("cpu") else "fp32"
+    for peer in tuned(precision, args.quick):
         tried[peer] = run("peer", Length(1, 2) if args.quick else Length(2, 4), peer=asdict(peer))
         print(f"  tried {peer.line}: {_figures(tried[peer])}", flush=True)
     best = max(tried, key=lambda peer: tried[peer]["pairs_per_s"])

@@ -150,7 +150,7 @@ def ours(home: str, batch: int, length: dict[str, int], memory: bool = False) ->
 
     steps, watch, group = Length(**length), Stopwatch(), Group()
     task, reader = our_task(Path(home), batch, steps, QUEUE_ROWS if memory else 0)
-    step = build_step(task, group)
+    step = build_step(task, group, {})
     newest: list[Batch] = []
     if memory:
         fill_queue(step)

@@ -29,48 +29,72 @@ WOULD_FAIL_AGAIN = (
 )  # fmt: skip
 
 
-def fit(ready: Prepared, tracker: Tracker, tell: Progress) -> float:
-    """Runs the workers to the end of the plan; returns the time of the first optimizer step seen.
+class Stopped(RunError):
+    """The run was asked to stop; it goes on with a resume."""
 
-    Ray Train's fit blocks, so it has a thread; this one follows the metrics and turns SIGINT and SIGTERM into a
-    request to checkpoint and stop.
+
+@contextmanager
+def training(ready: Prepared, tell: Progress) -> Iterator[Callable[[Tracker], float]]:
+    """Starts the workers on entering. Gives a function that follows them to the end of the plan and returns the time
+    of the first optimizer step seen; the body opens the tracker first, while they start.
+
+    SIGINT and SIGTERM become a request to checkpoint and stop, until the workers have ended. A run that is trained
+    already starts nothing.
     """
-    recipe, run = ready.recipe, ready.run
-    follower = Follower(run, ready.plan.steps, recipe.data.batch, tracker, tell)
-    if run.export.exists() and (done := latest(run.checkpoints)) and done.step == ready.plan.steps:
-        follower.poll()  # the driver may have died before it had sent the last steps
-        tracker.flush()
-        return follower.first_step_at
+    run = ready.run
     run.stop_request.unlink(missing_ok=True)
     run.failure.unlink(missing_ok=True)
-    trainer = ray_trainer(ready, tracker.run_id)
-    outcome: list[BaseException | None] = []
+    with contextlib.ExitStack() as signals:
+        stopped = signals.enter_context(stop_on_signal(run, tell))
+        fitting = None if is_trained(ready) else Fitting(ready)
 
-    def target() -> None:
+        def follow(tracker: Tracker) -> float:
+            follower = Follower(run, ready.plan.steps, ready.recipe.data.batch, tracker, tell)
+            while fitting and fitting.is_alive():
+                fitting.join(POLL_S)
+                follower.poll()
+            signals.close()
+            follower.poll()  # also where the driver died before it had sent the last steps of a trained run
+            if fitting:
+                check_outcome(fitting.error, ready, bool(stopped))
+            tracker.flush()
+            return follower.first_step_at
+
+        yield follow
+
+
+class Fitting(threading.Thread):
+    """Ray Train's `fit`, which blocks, in a thread; `error` is what it ended with."""
+
+    def __init__(self, ready: Prepared) -> None:
+        super().__init__(name="ray-train", daemon=True)
+        self._trainer = ray_trainer(ready)
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
         try:
-            trainer.fit()
-            outcome.append(None)
+            self._trainer.fit()
         except BaseException as error:  # noqa: BLE001  handed to the thread that waits
-            outcome.append(error)
+            self.error = error
 
-    thread = threading.Thread(target=target, name="ray-train", daemon=True)
-    with stop_on_signal(run, tell) as stopped:
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_S)
-            follower.poll()
-        follower.poll()
-    newest = latest(run.checkpoints)
-    if outcome and outcome[0] is not None:
-        raise run_error(outcome[0], run, newest) from outcome[0]
+
+def is_trained(ready: Prepared) -> bool:
+    newest = latest(ready.run.checkpoints)
+    return ready.run.export.exists() and newest is not None and newest.step == ready.plan.steps
+
+
+def check_outcome(error: BaseException | None, ready: Prepared, stopped: bool) -> None:
+    """Raises RunError where the workers failed, or were stopped before the end of the plan."""
+    newest = latest(ready.run.checkpoints)
+    if error is not None:
+        raise run_error(error, ready.run, newest) from error
     if stopped or newest is None or newest.step < ready.plan.steps:
         at = f"at step {newest.step}" if newest else "before the first checkpoint"
-        raise RunError(f"stopped {at}; go on with: gyre train RECIPE --resume {run.run_id}")
-    tracker.flush()
-    return follower.first_step_at
+        raise Stopped(f"stopped {at}; go on with: gyre train RECIPE --resume {ready.run.run_id}")
 
 
-def ray_trainer(ready: Prepared, tracker_run: str) -> Any:
+def ray_trainer(ready: Prepared) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -83,7 +107,7 @@ def ray_trainer(ready: Prepared, tracker_run: str) -> Any:
         run=run,
         steps=ready.plan.steps,
         prompt_tokens=(ready.tokenize.prompt_tokens("query"), ready.tokenize.prompt_tokens("document")),
-        lineage=ready.lineage(tracker_run),
+        lineage=ready.lineage(),
     )
     reader = ready.reader
 

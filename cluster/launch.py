@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
-from cluster.fit import Progress, fit
+from cluster.fit import Progress, Stopped, training
 from cluster.paths import find_run, run_home
 from cluster.prepare import Prepared, check_resumable, data_fingerprint, prepare
 from cluster.scoring import score_everywhere
@@ -81,18 +81,26 @@ def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | 
         wait_for_imports()
         tell({"kind": "phase", "text": "preparing data and model"})
         ready = prepare(recipe, root, earlier)
-        tracker = open_tracker(ready, root)
-        tell({"kind": "phase", "text": f"run {ready.run.run_id}: {ready.plan.steps} steps"})
-        try:
-            first_step = fit(ready, tracker, tell)
-            tell({"kind": "phase", "text": "evaluating"})
-            result = conclude(ready, tracker, tell, began, first_step)
-        except BaseException:
-            with suppress(RunError):  # a store that fails as well must not hide why the run did
-                tracker.finish("FAILED")
-            raise
-        tracker.finish("FINISHED")
+        with training(ready, tell) as follow:
+            tracker = open_tracker(ready, root)
+            tell({"kind": "phase", "text": f"run {ready.run.run_id}: {ready.plan.steps} steps"})
+            with closing_run(tracker):
+                first_step = follow(tracker)
+                tell({"kind": "phase", "text": "evaluating"})
+                result = conclude(ready, tracker, tell, began, first_step)
     return result
+
+
+@contextmanager
+def closing_run(tracker: Tracker) -> Iterator[None]:
+    """Ends the tracker's run as the body ends: finished, failed, or killed where it was stopped."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(RunError):  # a store that fails as well must not hide why the run did
+            tracker.finish("KILLED" if isinstance(error, Stopped) else "FAILED")
+        raise
+    tracker.finish("FINISHED")
 
 
 @contextmanager

@@ -52,12 +52,12 @@ class Prepared:
 
         return BatchReader(self.plan, self.sources, self.tokenize, self.recipe.data.negatives)
 
-    def lineage(self, tracker_run: str) -> dict[str, Any]:
+    def lineage(self) -> dict[str, Any]:
+        """What a checkpoint says of its origin; the tracker's run is in the run's folder."""
         return {
             "recipe": self.recipe.fingerprint(),
             "data": data_fingerprint(self.sources),
             "plan": self.plan.state(),
-            "tracker_run": tracker_run,
         }
 
 

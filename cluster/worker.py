@@ -32,7 +32,7 @@ class Task:
 
     steps          optimizer steps of the whole run
     prompt_tokens  leading tokens that are the prompt, of a query and of a document
-    lineage        what a checkpoint says of its origin: plan, fingerprints, the tracker's run
+    lineage        what a checkpoint says of its origin: plan and fingerprints
     """
 
     recipe: Recipe
@@ -57,15 +57,16 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
 
     group = Group()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", task.recipe.cluster.threads)))
-    step = build_step(task, group)
+    newest: Checkpoint | None = group.broadcast_object(latest(task.run.checkpoints))
+    step = build_step(task, group, newest.state if newest else {})
     if group.rank == 0:
         write_json(task.run.startup, {"entered": entered, "built": time.time()})
-    newest: Checkpoint | None = group.broadcast_object(latest(task.run.checkpoints))
     start = restore(step, newest) if newest else 0
     store = CheckpointStore(task.run.checkpoints, task.recipe.checkpoint, group)
 
     def save(at: int) -> None:
-        state = {"step": at, "cached": step.cached, "lineage": task.lineage}
+        chosen = {"cached": step.cached, "precision": step.engine.config.precision}
+        state = {"step": at, "lineage": task.lineage, **chosen}
         store.save(at, tensors_of(step), state)
 
     reached = loop.run(
@@ -88,8 +89,11 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
     return reached
 
 
-def build_step(task: Task, group: Group) -> ContrastiveStep:
-    """Model, engine, momentum encoder, queue and objective of a recipe, on this worker, from the recipe's seed."""
+def build_step(task: Task, group: Group, kept: Mapping[str, Any]) -> ContrastiveStep:
+    """Model, engine, momentum encoder, queue and objective of a recipe, on this worker, from the recipe's seed.
+
+    kept  what a checkpoint says of the choices that a run makes once; empty for a new run
+    """
     import torch
 
     from trainers.ema import MomentumEncoder
@@ -105,18 +109,18 @@ def build_step(task: Task, group: Group) -> ContrastiveStep:
         return encoder_of(recipe, task.run.model)
 
     model = fresh()
-    engine = Engine(model, recipe.engine, recipe.optimizer, task.steps)
+    precision = kept.get("precision", recipe.engine.precision)
+    engine_config = recipe.engine.model_copy(update={"precision": precision})
+    engine = Engine(model, engine_config, recipe.optimizer, task.steps)
     memory = None
     if recipe.queue.rows or recipe.momentum.export:
         queue = NegativeQueue(recipe.queue, model.dim, group, engine.device) if recipe.queue.rows else None
         memory = Memory(MomentumEncoder(engine, fresh, recipe.momentum), queue)
-    cached = choose_caching(
-        engine,
-        recipe.engine.caching,
-        recipe.data.batch * (2 + recipe.data.negatives) / group.size,
-        model.spec.max_tokens,
-        recipe.engine.activation_bytes,
-    )
+    cached = kept.get("cached")
+    if cached is None:
+        texts = recipe.data.batch * (2 + recipe.data.negatives) / group.size
+        settings = recipe.engine
+        cached = choose_caching(engine, settings.caching, texts, model.spec.max_tokens, settings.activation_bytes)
     named = recipe.objective.path
     objective = (import_object(named, "objective.path") if named else Contrastive)(recipe.objective, group)
     return ContrastiveStep(
@@ -162,14 +166,12 @@ def tensors_of(step: ContrastiveStep) -> dict[str, torch.Tensor]:
 def restore(step: ContrastiveStep, checkpoint: Checkpoint) -> int:
     """Takes up a checkpoint, of any number of workers; returns the step to go on with. Collective."""
     checkpoint.verify(step.rank)
-    state = checkpoint.state
-    step.cached = state["cached"]
     step.engine.restore(checkpoint.tensors("engine."))
     if step.memory:
         step.memory.encoder.restore(checkpoint.tensors("momentum."))
         if step.memory.queue is not None:
             step.memory.queue.restore(checkpoint.tensors("queue."))
-    return state["step"]
+    return checkpoint.state["step"]
 
 
 def export(task: Task, step: ContrastiveStep, group: Group) -> None:

@@ -119,7 +119,11 @@ class EngineConfig(Section):
     """`engine:` how weights are sharded and chunks computed."""
 
     zero_stage: int = Field(2, ge=0, le=3)
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="type the model computes in; the optimizer's weights are fp32 either way. auto: bf16 where every "
+        "worker's hardware multiplies it (a GPU, a CPU with AMX or AVX-512 BF16), else fp32; a resume keeps the choice",
+    )
     offload: Literal["none", "cpu"] = Field("none", description="where ZeRO keeps optimizer state")
     budget_tokens: int = Field(8192, gt=0, description="padded tokens of one chunk, on one worker")
     caching: Literal["auto", "on", "off"] = Field(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,24 @@ def prepare_device(device: torch.device | str | None, deterministic: bool) -> to
             torch.backends.cudnn.benchmark = False
             torch.use_deterministic_algorithms(True)
     return device
+
+
+def fast_bf16(device: torch.device | str) -> bool:
+    """Whether the hardware has bf16 products. A CPU that has none emulates them, up to 90 times slower than fp32."""
+    if torch.device(device).type != "cpu":
+        return True
+    if platform.machine() in ("arm64", "aarch64"):
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def choose_precision(choice: Literal["auto", "bf16", "fp32"], device: torch.device) -> Literal["bf16", "fp32"]:
+    """`engine.precision`; auto is bf16 where every worker's hardware has it, else fp32. Collective."""
+    if choice != "auto":
+        return choice
+    fast = torch.tensor([fast_bf16(device)], dtype=torch.float32, device=device)
+    dist.all_reduce(fast, dist.ReduceOp.MIN)
+    return "bf16" if fast.item() else "fp32"
 
 
 @torch.no_grad()

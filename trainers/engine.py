@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data_services.schema import RunError, UsageError
 from trainers.collectives import engine_gradient_scale
 from trainers.config import EngineConfig, OptimizerConfig
-from trainers.device import agree, prepare_device
+from trainers.device import agree, choose_precision, prepare_device
 from trainers.optimization import learning_rate, parameter_groups
 from trainers.shards import Shard, Sharding, flat_shards, partitioned_shards, replicated_shards
 
@@ -95,10 +95,12 @@ class Engine:
     ) -> None:
         if config.offload != "none" and config.zero_stage == 0:
             raise UsageError("engine.offload: cpu needs engine.zero_stage of 1, 2 or 3; it is 0")
-        self.config, self.optimizer, self.total_steps = config, optimizer, total_steps
+        self.optimizer, self.total_steps = optimizer, total_steps
         self.device = prepare_device(device, config.deterministic)
         if not dist.is_initialized():
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+        precision = choose_precision(config.precision, self.device)
+        self.config = config = config.model_copy(update={"precision": precision})
         self.global_steps = 0
         agree(model, self.device)
         self.names: dict[Any, str] = {p: name for name, p in model.named_parameters()}

@@ -60,7 +60,7 @@ def plain_run(recipe, home):
 
     ready = prepare(load_recipe(recipe), home, None)
     prompts = ready.tokenize.prompt_tokens("query"), ready.tokenize.prompt_tokens("document")
-    return ready, Task(ready.recipe, ready.run, ready.plan.steps, prompts, ready.lineage("none"))
+    return ready, Task(ready.recipe, ready.run, ready.plan.steps, prompts, ready.lineage())
 
 
 def _without_ray(task, reader):

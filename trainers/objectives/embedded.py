@@ -1,0 +1,198 @@
+"""What an objective sees, the embeddings of a global batch and what is known of them, and what it gives back.
+
+Shapes as in data_services/schema.py. For late interaction token vectors [n, L, D] stand where a vector [n, D] does,
+with `Keys.lengths` valid tokens each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trainers.collectives import Group
+from trainers.negative_queue import QueueRows
+
+UNKNOWN = -(2**63)
+"""A class that isn't known: masks and relations treat it as equal to nothing."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What masks and relations compare, one row a query or candidate; a column that isn't known is None.
+
+    query_ids     [n] int64; of a query its own id, of a candidate the query that it answers (UNKNOWN: none)
+    document_ids  [n] int64; of a query its positive's id, of a candidate its own
+    labels, tasks, languages, modalities
+                  [n] int64 classes; UNKNOWN equals nothing
+    lengths       [n] int64 valid tokens of token vectors
+    log_q         [n] float, log of the probability with which a candidate was sampled
+    ceiling       [n] float, the logit above which something other than the positive counts as a false negative
+    reference     [n, R] unit vectors of a reference model
+    """
+
+    query_ids: Tensor
+    document_ids: Tensor
+    labels: Tensor | None = None
+    tasks: Tensor | None = None
+    languages: Tensor | None = None
+    modalities: Tensor | None = None
+    lengths: Tensor | None = None
+    log_q: Tensor | None = None
+    ceiling: Tensor | None = None
+    reference: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.query_ids)
+
+    def __getitem__(self, rows: slice | Tensor) -> Keys:
+        return self._each(lambda column: column[rows])
+
+    def to(self, device: torch.device | str) -> Keys:
+        return self._each(lambda column: column.to(device))
+
+    def columns(self) -> dict[str, Tensor]:
+        """The columns that are known, by name."""
+        return {f.name: column for f in fields(self) if (column := getattr(self, f.name)) is not None}
+
+    def gathered(self, group: Group, sizes: list[int]) -> Keys:
+        """The rows of all workers, [sum sizes], end to end in rank order: one all-gather for the integers and one
+        for every other column. Collective; every worker must know the same columns."""
+        columns = self.columns()
+        integers = [name for name, column in columns.items() if column.dtype == torch.int64]
+        together = group.all_gather(torch.stack([columns[name] for name in integers], 1), sizes)
+        others = {name: group.all_gather(c, sizes) for name, c in columns.items() if name not in integers}
+        return replace(self, **dict(zip(integers, together.unbind(1), strict=True)), **others)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Keys:
+        return replace(self, **{name: change(column) for name, column in self.columns().items()})
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """One worker's share of a global batch, embedded. Document j < b is the positive of query j.
+
+    queries, documents            [b, D] and [d, D], unit vectors with gradient
+    query_keys, document_keys     [b] and [d]
+    owners                        [d] int64, the query (0..b-1, on this worker) that each document belongs to
+    global_queries                B
+    step, progress                number of the step, and the share of the run that is done, 0 to 1
+    weights                       [b] of each pair in the means; None: equal
+    scores                        [d] float, how well a document answers its owner (a teacher's score, a graded
+                                  relevance); None: not known
+    momentum_queries, momentum_documents
+                                  the same texts by the momentum encoder, without gradient; None: there is none
+    queues                        by name, this worker's rows; `documents` and `queries` are the usual ones
+    learned                       by name, what the objective learns beside the tower: scalars with gradient
+    """
+
+    queries: Tensor
+    documents: Tensor
+    query_keys: Keys
+    document_keys: Keys
+    owners: Tensor
+    global_queries: int
+    step: int = 0
+    progress: float = 0.0
+    weights: Tensor | None = None
+    scores: Tensor | None = None
+    momentum_queries: Tensor | None = None
+    momentum_documents: Tensor | None = None
+    queues: Mapping[str, QueueRows] = field(default_factory=dict)
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        q, k = self.queries, self.documents
+        if q.ndim != k.ndim or q.ndim not in (2, 3) or q.shape[-1] != k.shape[-1]:
+            shapes = f"{list(q.shape)} and {list(k.shape)}"
+            raise ValueError(f"queries and documents are {shapes}: [b, D] and [d, D] of one D are needed")
+        if q.dtype != k.dtype or q.device != k.device:
+            raise ValueError(f"queries are {q.dtype} on {q.device}, documents {k.dtype} on {k.device}")
+        b, d = len(q), len(k)
+        if d < b:
+            raise ValueError(f"{d} documents for {b} queries: each query has its positive")
+        for name, rows, wanted in (
+            ("query_keys", len(self.query_keys), b),
+            ("document_keys", len(self.document_keys), d),
+            ("owners", len(self.owners), d),
+            ("weights", b if self.weights is None else len(self.weights), b),
+            ("scores", d if self.scores is None else len(self.scores), d),
+        ):
+            if rows != wanted:
+                raise ValueError(f"{name} has {rows} rows on axis 0, {wanted} are needed")
+
+    @property
+    def positives(self) -> Tensor:
+        """[b, D] the positive of each query."""
+        return self.documents[: len(self.queries)]
+
+
+@dataclass(frozen=True)
+class LossShare:
+    """One worker's share of the global loss.
+
+    loss     scalar L_r with L = sum_r L_r. Its backward, called on every worker, leaves in this worker's
+             embeddings the gradient of L (see trainers/collectives.py).
+    metrics  of the whole global batch, equal on every worker, `loss` = L among them
+    """
+
+    loss: Tensor
+    metrics: dict[str, float]
+
+
+class Objective(Protocol):
+    """A loss over embeddings, made once a worker with (its config section, the workers' `Group`).
+
+    learned  start values of the scalars that it learns; they come back as `Embedded.learned`
+    """
+
+    learned: Mapping[str, float]
+
+    def __call__(self, embedded: Embedded) -> LossShare:
+        """Collective, as is the backward of the result."""
+        ...
+
+
+class _GatherRows(torch.autograd.Function):
+    """x [n, ...] of every worker, end to end. Backward: this worker's rows of what *this worker* has upstream."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, sizes: list[int]) -> Tensor:
+        start = sum(sizes[: group.rank])
+        ctx.own = slice(start, start + sizes[group.rank])
+        gathered = group.all_gather(x, sizes)
+        return gathered.clone() if gathered is x else gathered
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        return upstream[0][ctx.own], None, None
+
+
+def gather_scalars(x: Tensor, group: Group) -> Tensor:
+    """x [n] (or [n, few]) of every worker, end to end in rank order, differentiable in this worker's own rows.
+
+    For a loss over all pairs' scalars, which every worker computes whole: call the total L, then give back
+    `share_of(L, group)`. The backward of L with respect to the own rows is already complete, so nothing is sent.
+    Collective.
+    """
+    return _GatherRows.apply(x, group, group.sizes(len(x), x.device))
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, workers: int) -> Tensor:
+        return total / workers
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream[0], None
+
+
+def share_of(total: Tensor, group: Group) -> Tensor:
+    """This worker's share, L/W, of a loss that every worker computed whole, with the gradient of the whole L: as
+    `LossShare` has it. Only for an L that reached the embeddings through `gather_scalars`."""
+    return _Share.apply(total, group.size)
