@@ -26,7 +26,6 @@ from typing import Any
 
 from benchmarks.common import child, in_turns, machine, machine_line, options, ratios, shown, spread, write
 from benchmarks.step_runs import Length, Peer
-from trainers.device import fast_bf16
 
 DEFAULT = Peer()
 
@@ -58,6 +57,8 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
     """All runs, then the figures; prints them as they come."""
+    from trainers.device import fast_bf16
+
     rounds, length = (1, Length(1, 2)) if args.quick else (args.rounds, Length(3, args.steps))
 
     def run(kind: str, of: Length = length, **more: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cluster.worker import Task
     from data_services.schema import Batch
     from data_services.stream import BatchReader
+    from trainers.negative_queue import Queues
     from trainers.step import ContrastiveStep
 
 QUEUE_ROWS = 8192
@@ -72,7 +73,7 @@ def prepare(home: str, batch: int, length: dict[str, int]) -> dict[str, Any]:
     return {}
 
 
-def our_recipe(root: Path, batch: int, length: Length, queue_rows: int) -> Any:
+def our_recipe(root: Path, batch: int, length: Length, queue_rows: int, caching: str = "auto") -> Any:
     from cluster.config import parse_recipe
     from cluster.recipe_file import read_yaml
 
@@ -83,6 +84,7 @@ def our_recipe(root: Path, batch: int, length: Length, queue_rows: int) -> Any:
             "data": raw["data"] | {"batch": batch, "steps": length.steps, "epochs": None},
             "model": {"path": str(root / "exported")},
             "optimizer": raw["optimizer"] | {"warmup_steps": 0, "clip_norm": 1.0},
+            "engine": raw.get("engine", {}) | {"caching": caching},
             "queue": {"rows": queue_rows},
             "momentum": {},
             "cluster": {"workers": 1},
@@ -91,7 +93,9 @@ def our_recipe(root: Path, batch: int, length: Length, queue_rows: int) -> Any:
     )
 
 
-def our_task(root: Path, batch: int, length: Length, queue_rows: int = 0) -> tuple[Task, BatchReader]:
+def our_task(
+    root: Path, batch: int, length: Length, queue_rows: int = 0, caching: str = "auto"
+) -> tuple[Task, BatchReader]:
     """A run of one worker without Ray, and its data."""
     from cluster.paths import RunPaths
     from cluster.prepare import tokenizer_of
@@ -99,11 +103,11 @@ def our_task(root: Path, batch: int, length: Length, queue_rows: int = 0) -> tup
     from data_services.sources import open_source
     from data_services.stream import BatchReader, plan_of
 
-    recipe = our_recipe(root, batch, length, queue_rows)
+    recipe = our_recipe(root, batch, length, queue_rows, caching)
     sources = [open_source(s, root) for s in recipe.data.sources]
     run = RunPaths(root / "run")
     reader = BatchReader(plan_of(recipe.data, sources, recipe.seed), sources, tokenizer_of(run.model))
-    return Task(recipe, run, length.steps, (0, 0), {}), reader
+    return Task(recipe, run, length.steps, {}), reader
 
 
 class Stopwatch:
@@ -141,7 +145,7 @@ class Stopwatch:
         return {"pairs_per_s": batch * length.timed / seconds, "seconds": seconds, "peak_rss_bytes": peak}
 
 
-def ours(home: str, batch: int, length: dict[str, int], memory: bool = False) -> dict[str, Any]:
+def ours(home: str, batch: int, length: dict[str, int], memory: bool = False, caching: str = "auto") -> dict[str, Any]:
     """Our training loop over LocalStream, as a worker runs it; checkpoints aside."""
     from cluster.worker import build_step
     from data_services.stream import LocalStream
@@ -149,7 +153,7 @@ def ours(home: str, batch: int, length: dict[str, int], memory: bool = False) ->
     from trainers.collectives import Group
 
     steps, watch, group = Length(**length), Stopwatch(), Group()
-    task, reader = our_task(Path(home), batch, steps, QUEUE_ROWS if memory else 0)
+    task, reader = our_task(Path(home), batch, steps, QUEUE_ROWS if memory else 0, caching)
     step = build_step(task, group, {})
     newest: list[Batch] = []
     if memory:
@@ -180,7 +184,7 @@ def ours(home: str, batch: int, length: dict[str, int], memory: bool = False) ->
             group=group,
             sink=sink,
             stop_requested=lambda: False,
-            flops_per_token=step.engine.module.flops_per_token,
+            flops_per_token=step.engine.module.tower.flops_per_token,
             peak_flops=1.0,
         )
     )
@@ -205,21 +209,28 @@ def fill_queue(step: ContrastiveStep) -> None:
     import torch
     from torch.nn.functional import normalize
 
-    from trainers.negative_queue import NO_QUERY
+    from trainers.objectives.keys import UNKNOWN, Keys
 
-    assert step.memory is not None
-    assert step.memory.queue is not None
-    vectors = normalize(torch.randn(QUEUE_ROWS, step.engine.module.dim), dim=1)
+    vectors = normalize(torch.randn(QUEUE_ROWS, step.engine.module.tower.training_dim), dim=1)
     ids = -1 - torch.arange(QUEUE_ROWS)
-    step.memory.queue.enqueue(vectors, ids, torch.full_like(ids, NO_QUERY), 0)
+    unknown = torch.full_like(ids, UNKNOWN)
+    # The columns that a batch's documents have.
+    queues_of(step).enqueue({"documents": (vectors, Keys(unknown, ids, rejects=unknown, tasks=unknown))}, 0)
+
+
+def queues_of(step: ContrastiveStep) -> Queues:
+    assert step.memory is not None
+    assert step.memory.queues is not None
+    return step.memory.queues
 
 
 def watch_memory(step: ContrastiveStep, watch: Stopwatch) -> None:
-    encoder, queue = step.memory.encoder, step.memory.queue
-    encoder.update = watch.timed("ema", encoder.update)
-    encoder.forward = watch.timed("forward", encoder.forward)
-    queue.enqueue = watch.timed("enqueue", queue.enqueue)
-    queue.age_steps = watch.timed("enqueue", queue.age_steps)
+    assert step.memory is not None
+    encoder, queues = step.memory.encoder, queues_of(step)
+    encoder.update = watch.timed("ema", encoder.update)  # type: ignore[method-assign]
+    encoder.forward = watch.timed("forward", encoder.forward)  # type: ignore[method-assign]
+    queues.enqueue = watch.timed("enqueue", queues.enqueue)  # type: ignore[method-assign]
+    queues.observe = watch.timed("enqueue", queues.observe)  # type: ignore[method-assign]
 
 
 def score_queue(step: ContrastiveStep, batch: Batch, watch: Stopwatch) -> None:
@@ -227,21 +238,21 @@ def score_queue(step: ContrastiveStep, batch: Batch, watch: Stopwatch) -> None:
     import torch
     from torch.nn.functional import normalize
 
-    from trainers.objectives.contrastive import Ids
+    from trainers.chunks import keys_of
 
-    ids = Ids(torch.from_numpy(batch.query_ids), torch.from_numpy(batch.document_ids))
     texts = len(batch.queries) + len(batch.documents)
-    vectors = normalize(torch.randn(texts, step.engine.module.dim), dim=1).requires_grad_()
+    vectors = normalize(torch.randn(texts, step.engine.module.tower.training_dim), dim=1).requires_grad_()
+    keys = keys_of(batch, None, vectors.device)
+    embedded = step.embedded(batch, vectors, vectors.new_zeros(0), keys, {})
 
-    def loss(rows: Any) -> None:
+    def loss(queues: Any) -> None:
+        # A second backward through the same split of `vectors` needs its graph again.
         queries, documents = vectors.split([len(batch.queries), len(batch.documents)])
-        share = step.objective(queries, documents, ids, batch.global_queries, rows)
+        share = step.objective(replace(embedded, queries=queries, documents=documents, queues=queues))
         share.loss.backward()
-        for value in share.metrics.values():
-            float(value)
 
-    watch.timed("with_queue", loss)(step.memory.queue.rows())
-    watch.timed("without_queue", loss)(None)
+    watch.timed("with_queue", loss)(embedded.queues)
+    watch.timed("without_queue", loss)({})
 
 
 def peer(home: str, batch: int, length: dict[str, int], peer: dict[str, Any]) -> dict[str, Any]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
 import json
-import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cluster.recipe_file import apply_overrides, read_yaml
 from data_services.schema import Section, UsageError
+from data_services.sources import columns_available
 from data_services.stream import DataConfig
 from evaluation.gates import GateConfig
 from evaluation.metrics import metric_names
@@ -25,11 +24,21 @@ from trainers.config import (
     EngineConfig,
     ModelConfig,
     MomentumConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     QueueConfig,
 )
+from trainers.objectives.config import (
+    AnyTerm,
+    ContrastiveSection,
+    GradedWeights,
+    Layers,
+    MainTerm,
+    MaskedLM,
+    Matryoshka,
+)
 
+# The column of a source for what a loss needs of each pair.
+CLASS_OF = {"labels": "label", "tasks": "task", "languages": "language", "modalities": "modality"}
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 
 
@@ -65,7 +74,12 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     data: DataConfig
     model: ModelConfig
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: MainTerm = ContrastiveSection()
+    terms: list[AnyTerm] = Field([], description="further losses, added to the objective with their weights")
+    matryoshka: Matryoshka | None = None
+    layers: Layers | None = None
+    graded_weights: GradedWeights | None = None
+    masked_lm: MaskedLM | None = None
     queue: QueueConfig = QueueConfig()
     momentum: MomentumConfig = MomentumConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -87,6 +101,7 @@ class Recipe(Section):
                 f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) leaves nothing of data.steps "
                 f"({self.data.steps}); lower it"
             )
+        self._check_losses()
         gate, evaluation = self.registry.gate, self.evaluation
         if gate is not None and (gate.over_bm25 is not None or gate.minimum is not None):
             measured = metric_names(evaluation.k)
@@ -98,6 +113,29 @@ class Recipe(Section):
                     f"choose one of {', '.join(measured)}, or change evaluation.k"
                 )
         return self
+
+    def _check_losses(self) -> None:
+        """Losses get what they need of the data and the model."""
+        there = columns_available(self.data.sources)
+        if self.masked_lm and (self.model.bidirectional is False or self.model.towers == "separate"):
+            raise ValueError("masked_lm needs one tower whose attention sees both sides: set model.bidirectional: true")
+        if (self.layers is None) != (not self.model.layers):
+            raise ValueError("layers and model.layers go together: name the layers there, and weigh their losses here")
+        for i, term in enumerate((self.objective, *self.terms)):
+            where = f"terms.{i - 1}" if i else "objective"
+            for need in sorted(term.needs):
+                columns = {"scores": ["positive_scores"] + ["negative_scores"] * (self.data.negatives > 0)}
+                for column in columns.get(need, [CLASS_OF[need]] if need in CLASS_OF else []):
+                    if column not in there:
+                        raise ValueError(
+                            f"{where} ({term.kind}) needs {column} of every pair: name its field in every one of "
+                            f"data.sources, as {column}"
+                        )
+            by_token = getattr(term, "similarity", None) == "max_sim"
+            if by_token != (self.model.pooling == "tokens") and (by_token or i == 0):
+                raise ValueError(
+                    f"{where}.similarity: max_sim and model.pooling: tokens go together; set both or neither"
+                )
 
     @property
     def registered_name(self) -> str:
@@ -154,17 +192,32 @@ def parse_recipe(raw: Mapping[str, Any], where: str, overridden: Sequence[str] =
     except ValidationError as error:
         problems = error.errors(include_url=False)
     first = min(problems, key=lambda p: p["type"] != "extra_forbidden")  # a misspelt key explains a missing one
-    key = ".".join(str(part) for part in first["loc"])
+    key = _key(first["loc"], misspelt=first["type"] == "extra_forbidden")
     if any(key == k or key.startswith(k + ".") or k.startswith(key + ".") for k in overridden if key):
         where = "command line"
     more = f" ({len(problems) - 1} more to mend)" if len(problems) > 1 else ""
     raise UsageError(f"{where}: {_sentence(key, first)}{more}")
 
 
+def _key(loc: Sequence[str | int], misspelt: bool) -> str:
+    """The dotted key of an error's place, in which pydantic also names the alternative of a type that it tried."""
+    path: list[str] = []
+    known = dict(known_keys(Recipe))
+    for part in loc:
+        if _generic(".".join([*path, str(part)])) in known or isinstance(part, int) or (misspelt and part is loc[-1]):
+            path.append(str(part))
+    return ".".join(path)
+
+
 def _sentence(key: str, problem: Any) -> str:
     kind, message, value = problem["type"], problem["msg"], problem["input"]
     if kind == "extra_forbidden":
+        if _generic(key) in dict(known_keys(Recipe)):
+            return f"{key} isn't a key of this kind; remove it, or choose the kind that has it"
         return f"unknown key {key}{_nearest(key)}"
+    if kind == "union_tag_invalid":
+        expected = problem["ctx"]["expected_tags"].replace("'", "")
+        return f"{key}.kind is {problem['ctx']['tag']!r}: it should be one of {expected}"
     if kind == "missing":
         return f"{key} is missing{_described(key)}"
     if kind == "value_error":
@@ -186,7 +239,7 @@ def _nearest(key: str) -> str:
     """The known key that was probably meant: first among its neighbours, then by its last name anywhere."""
     parent, _, leaf = key.rpartition(".")
     known = dict(known_keys(Recipe))
-    generic = ".".join("0" if part.isdigit() else part for part in parent.split("."))
+    generic = _generic(parent)
     beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == generic]
     if close := difflib.get_close_matches(leaf, beside, 1, 0.6):
         return f"; did you mean {parent + '.' if parent else ''}{close[0]}?"
@@ -196,9 +249,13 @@ def _nearest(key: str) -> str:
     return f"; known there: {', '.join(beside)}" if beside else ""
 
 
+def _generic(key: str) -> str:
+    """The key as `known_keys` has it: an element of a list is `0`."""
+    return ".".join("0" if part.isdigit() else part for part in key.split("."))
+
+
 def _described(key: str) -> str:
-    generic = ".".join("0" if part.isdigit() else part for part in key.split("."))
-    text = dict(known_keys(Recipe)).get(generic)
+    text = dict(known_keys(Recipe)).get(_generic(key))
     return f" ({text})" if text else ""
 
 
@@ -220,27 +277,3 @@ def _sections_of(annotation: Any, suffix: str = "") -> Iterator[tuple[type[BaseM
     elif origin in (list, tuple):
         for inner in get_args(annotation):
             yield from _sections_of(inner, f"{suffix}0.")
-
-
-def import_object(path: str, key: str) -> Any:
-    """The object a recipe names by import path, `package.module:Name`; the working directory comes first.
-
-    Raises UsageError that names `key`, the module or name that isn't there, and the nearest one.
-    """
-    module_name, colon, name = path.partition(":")
-    if not (colon and module_name and name):
-        raise UsageError(f"{key} is {path!r}: write an import path as package.module:Name")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"{key}: no module {error.name!r}, needed for {path!r}; is it installed, or in {here}?"
-        ) from error
-    if not hasattr(module, name):
-        close = difflib.get_close_matches(name, dir(module), 1)
-        raise UsageError(
-            f"{key}: module {module_name!r} has no {name!r}" + (f"; did you mean {close[0]}?" if close else "")
-        )
-    return getattr(module, name)

@@ -106,7 +106,6 @@ def ray_trainer(ready: Prepared) -> Any:
         recipe=recipe,
         run=run,
         steps=ready.plan.steps,
-        prompt_tokens=(ready.tokenize.prompt_tokens("query"), ready.tokenize.prompt_tokens("document")),
         lineage=ready.lineage(),
     )
     reader = ready.reader

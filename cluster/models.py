@@ -127,7 +127,8 @@ def open_encoder(folder: Path) -> Iterator[Encoder]:
     from cluster.prepare import tokenizer_of
     from data_services.tokenizer import FolderTokenizer
     from trainers.config import ModelConfig
-    from trainers.encoders.model_folder import SPEC_FILE, prepare_model_folder
+    from trainers.encoders.model_folder import prepare_model_folder
+    from trainers.encoders.spec import SPEC_FILE
     from trainers.encoders.text import LocalEncoder, build_encoder
     from trainers.export import load_exported
 

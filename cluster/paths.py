@@ -43,7 +43,8 @@ class RunPaths:
     metrics      one JSON line a step, written by rank 0 as training goes
     data         fingerprint of every source (JSON)
     tracker      id of the run in the tracking store (JSON)
-    startup      when rank 0 entered training and when its model and engine stood, seconds since 1970 (JSON)
+    startup      when rank 0 entered training and when its model and engine stood, seconds since 1970, and what
+                 the run chose: cached, precision, reduction (JSON)
     failure      a worker's last sentence, where it failed in a way that a restart would repeat
     stop_request created to ask the workers to checkpoint and stop
     """

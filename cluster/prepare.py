@@ -50,7 +50,8 @@ class Prepared:
     def reader(self) -> BatchReader:
         from data_services.stream import BatchReader
 
-        return BatchReader(self.plan, self.sources, self.tokenize, self.recipe.data.negatives)
+        data = self.recipe.data
+        return BatchReader(self.plan, self.sources, self.tokenize, data.negatives, data.positives)
 
     def lineage(self) -> dict[str, Any]:
         """What a checkpoint says of its origin; the tracker's run is in the run's folder."""
@@ -116,7 +117,7 @@ def open_pools(recipe: Recipe, root: Path) -> dict[str, StoredSource]:
     evaluation, first = recipe.evaluation, recipe.data.sources[0]
     path = evaluation.pool or first.path
     splits = [s for s in (evaluation.validation, evaluation.heldout) if s]
-    return {s: open_source(first.model_copy(update={"path": path, "split": s}), root) for s in splits}
+    return {s: open_source(first.texts_alone(path, s), root) for s in splits}
 
 
 def make_model_folder(recipe: Recipe, folder: Path, sources: tuple[StoredSource, ...]) -> None:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.config import Recipe, import_object
+from cluster.config import Recipe
 from cluster.paths import RunPaths
+from data_services.imports import import_object
 from data_services.schema import BatchStream, UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 
     from trainers.checkpoint import Checkpoint
     from trainers.collectives import Group
+    from trainers.encoders.spec import ModelSpec
     from trainers.encoders.text import TextEncoder
+    from trainers.model import Trained
+    from trainers.objectives.compose import Sum
     from trainers.step import ContrastiveStep
 
 
@@ -31,14 +35,12 @@ class Task:
     """One run, as its workers see it.
 
     steps          optimizer steps of the whole run
-    prompt_tokens  leading tokens that are the prompt, of a query and of a document
     lineage        what a checkpoint says of its origin: plan and fingerprints
     """
 
     recipe: Recipe
     run: RunPaths
     steps: int
-    prompt_tokens: tuple[int, int]
     lineage: Mapping[str, Any]
 
 
@@ -59,15 +61,14 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", task.recipe.cluster.threads)))
     newest: Checkpoint | None = group.broadcast_object(latest(task.run.checkpoints))
     step = build_step(task, group, newest.state if newest else {})
+    chosen = choices_of(step)
     if group.rank == 0:
-        write_json(task.run.startup, {"entered": entered, "built": time.time()})
+        write_json(task.run.startup, {"entered": entered, "built": time.time(), **chosen})
     start = restore(step, newest) if newest else 0
     store = CheckpointStore(task.run.checkpoints, task.recipe.checkpoint, group)
 
     def save(at: int) -> None:
-        chosen = {"cached": step.cached, "precision": step.engine.config.precision}
-        state = {"step": at, "lineage": task.lineage, **chosen}
-        store.save(at, tensors_of(step), state)
+        store.save(at, tensors_of(step), {"step": at, "lineage": task.lineage, **chosen})
 
     reached = loop.run(
         loop.Job(
@@ -80,7 +81,7 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
             group=group,
             sink=MetricsLog(task.run.metrics, start) if group.rank == 0 else lambda step, metrics: None,
             stop_requested=StopFile(task.run.stop_request),
-            flops_per_token=step.engine.module.flops_per_token,
+            flops_per_token=step.engine.module.tower.flops_per_token,
             peak_flops=loop.measured_peak_flops(step.engine.compute_dtype, step.engine.device),
         )
     )
@@ -97,41 +98,84 @@ def build_step(task: Task, group: Group, kept: Mapping[str, Any]) -> Contrastive
     import torch
 
     from trainers.ema import MomentumEncoder
+    from trainers.encoders.spec import ModelSpec
     from trainers.engine import Engine
-    from trainers.negative_queue import NegativeQueue
-    from trainers.objectives.contrastive import Contrastive
+    from trainers.negative_queue import Queues
     from trainers.step import ContrastiveStep, Memory, choose_caching
 
     recipe = task.recipe
-
-    def fresh() -> TextEncoder:
-        torch.manual_seed(recipe.seed)
-        return encoder_of(recipe, task.run.model)
-
-    model = fresh()
-    precision = kept.get("precision", recipe.engine.precision)
-    engine_config = recipe.engine.model_copy(update={"precision": precision})
-    engine = Engine(model, engine_config, recipe.optimizer, task.steps)
+    objective = objective_of(recipe, ModelSpec.load(task.run.model), group)
+    torch.manual_seed(recipe.seed)
+    model = model_of(recipe, task.run.model, objective.learned)
+    choices = {key: kept[key] for key in ("precision", "reduction") if key in kept}
+    engine = Engine(model, recipe.engine.model_copy(update=choices), recipe.optimizer, task.steps)
     memory = None
-    if recipe.queue.rows or recipe.momentum.export:
-        queue = NegativeQueue(recipe.queue, model.dim, group, engine.device) if recipe.queue.rows else None
-        memory = Memory(MomentumEncoder(engine, fresh, recipe.momentum), queue)
+    if recipe.queue.by_name or recipe.momentum.export or objective.momentum:
+        dim = model.tower.training_dim
+        queues = Queues(recipe.queue, dim, group, engine.device) if recipe.queue.by_name else None
+        memory = Memory(MomentumEncoder(engine, recipe.momentum), queues)
     cached = kept.get("cached")
     if cached is None:
-        texts = recipe.data.batch * (2 + recipe.data.negatives) / group.size
-        settings = recipe.engine
-        cached = choose_caching(engine, settings.caching, texts, model.spec.max_tokens, settings.activation_bytes)
-    named = recipe.objective.path
-    objective = (import_object(named, "objective.path") if named else Contrastive)(recipe.objective, group)
+        texts = recipe.data.batch * (1 + recipe.data.positives + recipe.data.negatives) / group.size
+        settings, length = recipe.engine, model.tower.spec.max_tokens
+        cached = choose_caching(engine, settings.caching, texts, length, settings.activation_bytes)
+    agreement = int(recipe.fingerprint()[:15], 16)
     return ContrastiveStep(
         engine,
         objective,
         memory,
         cached=cached,
         seed=recipe.seed,
-        rank=group.rank,
-        prompt_tokens=task.prompt_tokens,
+        group=group,
+        agreement=agreement,
+        head_weight=recipe.masked_lm.weight if recipe.masked_lm else 0.0,
     )
+
+
+def choices_of(step: ContrastiveStep) -> dict[str, Any]:
+    """What a run chose for itself once; checkpoints keep it, see `build_step`."""
+    config = step.engine.config
+    return {"cached": step.cached, "precision": config.precision, "reduction": config.reduction}
+
+
+def objective_of(recipe: Recipe, spec: ModelSpec, group: Group) -> Sum:
+    """The recipe's losses and what lies around them."""
+    from trainers.objectives.compose import Sum, loss_class
+    from trainers.objectives.config import CustomSection
+
+    def make(section: Any) -> Any:
+        return import_object(section.path, "path") if isinstance(section, CustomSection) else loss_class(section)
+
+    return Sum(
+        (recipe.objective, *recipe.terms),
+        group,
+        matryoshka=recipe.matryoshka,
+        layers=recipe.layers,
+        layer_count=len(spec.layers),
+        graded=recipe.graded_weights,
+        make=make,
+    )
+
+
+def model_of(recipe: Recipe, folder: Path, learned: Mapping[str, float]) -> Trained:
+    """What is trained: the recipe's tower or towers, the objective's scalars, the auxiliary head."""
+    from trainers.model import Trained
+
+    if recipe.model.towers == "separate":
+        from trainers.encoders.towers import build_towers
+
+        return Trained(build_towers(recipe.model, folder, lambda _, at: encoder_of(recipe, at)), learned)
+    tower = encoder_of(recipe, folder)
+    if recipe.masked_lm is None:
+        return Trained(tower, learned)
+    from transformers import AutoTokenizer
+
+    from trainers.objectives.masked_lm import MaskedLMHead
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    table: Any = tower.backbone.get_input_embeddings()
+    special, mask_id = tokenizer.all_special_ids, tokenizer.mask_token_id
+    return Trained(tower, learned, MaskedLMHead(recipe.masked_lm, table, tower.spec.hidden, mask_id, special))
 
 
 def encoder_of(recipe: Recipe, folder: Path) -> TextEncoder:
@@ -158,29 +202,31 @@ def tensors_of(step: ContrastiveStep) -> dict[str, torch.Tensor]:
     parts = {"engine": step.engine.state()}
     if step.memory:
         parts["momentum"] = step.memory.encoder.state()
-        if step.memory.queue is not None:
-            parts["queue"] = step.memory.queue.state()
+        if step.memory.queues is not None:
+            parts["queue"] = step.memory.queues.state()
     return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
 
 def restore(step: ContrastiveStep, checkpoint: Checkpoint) -> int:
     """Takes up a checkpoint, of any number of workers; returns the step to go on with. Collective."""
-    checkpoint.verify(step.rank)
+    checkpoint.verify(step.group.rank)
     step.engine.restore(checkpoint.tensors("engine."))
     if step.memory:
         step.memory.encoder.restore(checkpoint.tensors("momentum."))
-        if step.memory.queue is not None:
-            step.memory.queue.restore(checkpoint.tensors("queue."))
+        if step.memory.queues is not None:
+            step.memory.queues.restore(checkpoint.tensors("queue."))
     return checkpoint.state["step"]
 
 
 def export(task: Task, step: ContrastiveStep, group: Group) -> None:
     """The trained weights, or their average where the recipe says so, as a Sentence Transformers folder."""
-    from trainers.encoders.model_folder import ModelSpec
+    from trainers.encoders.spec import ModelSpec
     from trainers.export import export_sentence_transformer
+    from trainers.model import TOWER
 
     source = step.memory.encoder if step.memory and task.recipe.momentum.export else step.engine
-    weights = source.full_weights()
+    weights = {name.removeprefix(TOWER): w for name, w in source.full_weights().items() if name.startswith(TOWER)}
     if group.rank == 0:
-        export_sentence_transformer(weights, ModelSpec.load(task.run.model), task.run.model, task.run.export)
+        folder = task.run.model
+        export_sentence_transformer(weights, ModelSpec.load(folder), folder, task.run.export, task.recipe.model)
     group.barrier()

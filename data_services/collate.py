@@ -7,80 +7,19 @@ the whole batch. Both are functions of the lengths alone: every process that doe
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_services.schema import Batch, Column, Ragged, Tokenize
+from data_services.assemble import GlobalBatch
+from data_services.schema import Batch, Pairs, Ragged
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SOURCE_SHIFT = 40  # a row's key is source << 40 | row
 CHUNKS_PER_BUDGET = 128  # launching one more chunk costs about as much as 1/128 of a full one (see `cut`)
-
-
-@dataclass(frozen=True)
-class GlobalBatch:
-    """A whole global batch, tokenised.
-
-    queries       Ragged of B texts
-    documents     Ragged of B + m texts, the positive of query i at i, hard negatives after them
-    owners        [m] the query that each hard negative belongs to
-    query_ids     [B] int64;  document_ids [B + m] int64
-    rows          [B] int64, source << 40 | row
-    """
-
-    step: int
-    queries: Ragged
-    documents: Ragged
-    owners: np.ndarray
-    query_ids: np.ndarray
-    document_ids: np.ndarray
-    rows: np.ndarray
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """[n] uint64 -> [n] uint64, the finaliser of splitmix64 (Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def choose_positive(counts: np.ndarray, rows: np.ndarray, step: int, seed: int) -> np.ndarray:
-    """[B] which of its `counts` [B] positives each row shows: a keyed hash of (seed, step, row)."""
-    key = _mix(np.array([seed], np.uint64) + np.uint64(0x9E3779B97F4A7C15)) + np.uint64(step)
-    return (_mix(rows.astype(np.uint64) + _mix(key)) % counts.astype(np.uint64)).astype(np.int64)
-
-
-def tokenise(
-    table: pa.Table, rows: np.ndarray, tokenize: Tokenize, step: int, seed: int, negatives: int
-) -> GlobalBatch:
-    """The records of a global batch (`schema.Column`, [B] in the plan's order) as token lists.
-
-    rows [B] int64 row keys; negatives: hard negatives taken of each record, the first ones.
-    """
-    records = {name: table.column(name).to_pylist() for name in (Column.QUERY, Column.POSITIVES, Column.NEGATIVES)}
-    ids = {name: table.column(name).to_pylist() for name in (Column.POSITIVE_IDS, Column.NEGATIVE_IDS)}
-    counts = np.array([len(p) for p in records[Column.POSITIVES]])
-    chosen = choose_positive(counts, rows, step, seed)
-    documents = [p[c] for p, c in zip(records[Column.POSITIVES], chosen, strict=True)]
-    document_ids = [p[c] for p, c in zip(ids[Column.POSITIVE_IDS], chosen, strict=True)]
-    owners = []
-    for i, (texts, text_ids) in enumerate(zip(records[Column.NEGATIVES], ids[Column.NEGATIVE_IDS], strict=True)):
-        documents += texts[:negatives]
-        document_ids += text_ids[:negatives]
-        owners += [i] * len(texts[:negatives])
-    return GlobalBatch(
-        step=step,
-        queries=tokenize(records[Column.QUERY], "query"),
-        documents=tokenize(documents, "document"),
-        owners=np.array(owners, np.int64),
-        query_ids=np.array(table.column(Column.QUERY_ID).to_pylist(), np.int64),
-        document_ids=np.array(document_ids, np.int64),
-        rows=rows,
-    )
 
 
 def deal(costs: np.ndarray, world_size: int) -> list[np.ndarray]:
@@ -138,48 +77,83 @@ def split(chunks: list[np.ndarray], lengths: np.ndarray, count: int) -> list[np.
     return chunks
 
 
-def share_batch(batch: GlobalBatch, world_size: int, budget_tokens: int) -> list[Batch]:
-    """One Batch per worker: rows dealt by token cost, each with its own negatives; equally many chunks."""
+def share_batch(batch: GlobalBatch, world_size: int, budget_tokens: int, by_field: bool = False) -> list[Batch]:
+    """One Batch per worker: rows dealt by token cost, each with all of its documents; equally many chunks.
+
+    by_field  no chunk holds both queries and documents, the ones of queries come first: for two towers
+    """
     n = len(batch.queries)
-    lengths = batch.documents.lengths
-    costs = batch.queries.lengths + lengths[:n]
-    np.add.at(costs, batch.owners, lengths[n:])
-    shares, texts = deal(costs, world_size), []
-    for rows in shares:
-        mine = np.zeros(n, bool)
-        mine[rows] = True
-        documents = np.concatenate([rows, n + np.flatnonzero(mine[batch.owners])])
-        texts.append((documents, np.concatenate([batch.queries.lengths[rows], lengths[documents]])))
-    cuts = [cut(worker_lengths, budget_tokens) for _, worker_lengths in texts]
-    count = max(len(chunks) for chunks in cuts)
+    costs = batch.queries.lengths
+    np.add.at(costs, batch.owners, batch.documents.lengths)
+    shares = [_part(batch, rows) for rows in deal(costs, world_size)]
+    lengths = [(share["queries"].lengths, share["documents"].lengths) for share in shares]
+    if by_field:
+        cuts, query_chunks = _cut_by_field(lengths, budget_tokens)
+    else:
+        cuts, query_chunks = _cut_alike([np.concatenate(both) for both in lengths], budget_tokens), None
     return [
-        Batch(
-            step=batch.step,
-            global_queries=n,
-            queries=batch.queries.take(rows),
-            documents=batch.documents.take(documents),
-            query_ids=batch.query_ids[rows],
-            document_ids=batch.document_ids[documents],
-            rows=batch.rows[rows],
-            chunks=tuple(split(chunks, worker_lengths, count)),
-        )
-        for rows, (documents, worker_lengths), chunks in zip(shares, texts, cuts, strict=True)
+        Batch(global_queries=n, chunks=tuple(chunks), query_chunks=query_chunks, **share)
+        for share, chunks in zip(shares, cuts, strict=True)
     ]
 
 
-_RAGGED = ("queries", "documents", "chunks")
+def _cut_alike(lengths: Sequence[np.ndarray], budget_tokens: int) -> list[list[np.ndarray]]:
+    """The chunks of each worker's texts, equally many for all workers."""
+    cuts = [cut(of_worker, budget_tokens) for of_worker in lengths]
+    count = max(len(chunks) for chunks in cuts)
+    return [split(chunks, of_worker, count) for chunks, of_worker in zip(cuts, lengths, strict=True)]
+
+
+def _cut_by_field(
+    lengths: Sequence[tuple[np.ndarray, np.ndarray]], budget_tokens: int
+) -> tuple[list[list[np.ndarray]], int]:
+    """The chunks of each worker's queries, then those of its documents, each equally many for all; how many of queries.
+
+    lengths  of a worker's queries [b] and documents [d]
+    """
+    queries, documents = (_cut_alike(of_side, budget_tokens) for of_side in zip(*lengths, strict=True))
+    cuts = []
+    for (of_queries, _), first, then in zip(lengths, queries, documents, strict=True):
+        cuts.append(first + [len(of_queries) + chunk for chunk in then])
+    return cuts, len(queries[0])
+
+
+def _part(batch: Pairs, rows: np.ndarray) -> dict[str, Any]:
+    """The fields of `Pairs` for the queries at `rows` [b], ascending, and the documents that they own."""
+    n = len(batch.queries)
+    places = np.full(n, -1)  # of each query among `rows`
+    places[rows] = np.arange(len(rows))
+    documents = np.flatnonzero(places[batch.owners] >= 0)
+
+    def taken(names: tuple[str, ...], indices: np.ndarray) -> dict[str, Any]:
+        columns = {name: getattr(batch, name) for name in names}
+        return {name: column if column is None else column[indices] for name, column in columns.items()}
+
+    return {
+        "step": batch.step,
+        "queries": batch.queries.take(rows),
+        "documents": batch.documents.take(documents),
+        **taken(Pairs.OF_QUERIES, rows),
+        **taken(Pairs.OF_DOCUMENTS, documents),
+        "owners": places[batch.owners[documents]],
+        "prompt_tokens": batch.prompt_tokens[np.concatenate([rows, n + documents])],
+    }
+
+
+_NUMBERS, _RAGGED = ("step", "global_queries", "query_chunks", "rank"), ("queries", "documents", "chunks")
 
 
 def to_arrow(batch: Batch, rank: int) -> pa.Table:
-    """A table of one row: list columns of the batch's arrays, and the rank it is for."""
+    """A table of one row: list columns of the batch's arrays, and the rank it is for. What is None has no column."""
     import pyarrow as pa
 
-    chunks = Ragged(np.concatenate(batch.chunks).astype(np.int32), np.cumsum([0, *(len(c) for c in batch.chunks)]))
-    columns: dict[str, Any] = {"rank": rank, "step": batch.step, "global_queries": batch.global_queries}
-    for name, ragged in (("queries", batch.queries), ("documents", batch.documents), ("chunks", chunks)):
-        columns |= {f"{name}_values": ragged.values, f"{name}_offsets": ragged.offsets}
-    columns |= {name: getattr(batch, name) for name in ("query_ids", "document_ids", "rows")}
-    return pa.table({name: _one(value) for name, value in columns.items()})
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)} | {"rank": rank}
+    lists = np.cumsum([0, *(len(chunk) for chunk in batch.chunks)])
+    values["chunks"] = Ragged(np.concatenate(batch.chunks).astype(np.int32), lists)
+    for name in _RAGGED:
+        ragged = values.pop(name)
+        values |= {f"{name}_values": ragged.values, f"{name}_offsets": ragged.offsets}
+    return pa.table({name: _one(value) for name, value in values.items() if value is not None})
 
 
 def _one(value: int | np.ndarray) -> pa.Array:
@@ -197,15 +171,10 @@ def from_arrow(table: pa.Table) -> tuple[Batch, int]:
     def array(name: str) -> np.ndarray:
         return table.column(name)[0].values.to_numpy(zero_copy_only=False).copy()
 
-    ragged = {name: Ragged(array(f"{name}_values"), array(f"{name}_offsets")) for name in _RAGGED}
-    chunks = ragged["chunks"]
-    return Batch(
-        step=table.column("step")[0].as_py(),
-        global_queries=table.column("global_queries")[0].as_py(),
-        queries=ragged["queries"],
-        documents=ragged["documents"],
-        query_ids=array("query_ids"),
-        document_ids=array("document_ids"),
-        rows=array("rows"),
-        chunks=tuple(chunks[i].astype(np.int64) for i in range(len(chunks))),
-    ), table.column("rank")[0].as_py()
+    numbers = {name: table.column(name)[0].as_py() for name in _NUMBERS if name in table.column_names}
+    ragged: dict[str, Any] = {name: Ragged(array(f"{name}_values"), array(f"{name}_offsets")) for name in _RAGGED}
+    names = [field.name for field in fields(Batch) if field.name in table.column_names]
+    arrays: dict[str, Any] = {name: array(name) for name in names if name not in _NUMBERS}
+    chunks, rank = ragged.pop("chunks"), numbers.pop("rank")
+    places = tuple(chunks[i].astype(np.int64) for i in range(len(chunks)))
+    return Batch(chunks=places, **numbers, **ragged, **arrays), rank

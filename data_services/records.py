@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_services.schema import UsageError
+from data_services.schema import UNKNOWN, Column, UsageError, class_id
 
 # So many rows without one good one, and a field that none of them has: the field is wrong, not the rows.
 _PROBE_ROWS = 1_000
 _BATCH_ROWS = 4_096
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_LARGEST_FLOAT32 = 3.4028234e38
+_CONSTANT = "="  # `task: =nli` is a class of every row, where `task: kind` is a field
 
 
 class Row(NamedTuple):
@@ -28,12 +32,22 @@ class Row(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A good row: `id` unique in its source, one positive or more."""
+    """A good row: `id` unique in its source, one positive or more. Named as in `schema.Column`.
+
+    Each list of scores is as long as the texts it is of. What the source lacks is None.
+    """
 
     id: str
     query: str
     positives: list[str]
     negatives: list[str]
+    positive_scores: list[float] | None = None
+    negative_scores: list[float] | None = None
+    weight: float | None = None
+    label: int | None = None
+    task: int | None = None
+    language: int | None = None
+    modality: int | None = None
 
 
 class Malformed(NamedTuple):
@@ -45,15 +59,32 @@ class Malformed(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """Names of the fields that hold the texts of a record."""
+    """Names of the fields that hold the parts of a record, None where the source lacks one.
+
+    From `positive_scores` on they are named as in `Column.OPTIONAL`. A class may be =NAME, the same of every row.
+    """
 
     query: str
     positive: str
-    negatives: str | None
+    negatives: str | None = None
+    positive_scores: str | None = None
+    negative_scores: str | None = None
+    weight: str | None = None
+    label: str | None = None
+    task: str | None = None
+    language: str | None = None
+    modality: str | None = None
 
     @property
     def named(self) -> list[str]:
-        return [field for field in self if field is not None]
+        """The fields that some row must have."""
+        constants = {name for name in Column.CLASSES if (getattr(self, name) or "").startswith(_CONSTANT)}
+        return [field for name, field in self._asdict().items() if field is not None and name not in constants]
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Which of `Column.OPTIONAL` the records have."""
+        return frozenset(name for name in Column.OPTIONAL if getattr(self, name) is not None)
 
 
 def records(rows: Iterable[Row | Malformed], fields: Fields, source: str) -> Iterator[Record | Malformed]:
@@ -76,7 +107,11 @@ def check_fields(present: Iterable[str], fields: Fields, source: str) -> None:
     names = sorted(str(name) for name in present)
     for field in fields.named:
         if names and field not in names:
-            raise UsageError(f"source {source} has no field {field!r}; its fields are {', '.join(names)}")
+            nearest = difflib.get_close_matches(field, names, 1)
+            raise UsageError(
+                f"source {source} has no field {field!r}; its fields are {', '.join(names)}"
+                + (f"; did you mean {nearest[0]}?" if nearest else "")
+            )
 
 
 def parquet_rows(path: Path, name: str, fields: Fields) -> Iterator[Row | Malformed]:
@@ -127,36 +162,107 @@ class _Unusable(ValueError):
 
 def _record(row: Row, fields: Fields) -> Record | Malformed:
     try:
-        query = _texts(row.fields, fields.query)
-        positives = _texts(row.fields, fields.positive)
-        if len(query) != 1:
-            raise _Unusable(f"field {fields.query!r} is a list, not one text")
-        if not positives:
-            raise _Unusable(f"field {fields.positive!r} is an empty list")
-        # A row may have no hard negatives.
-        if fields.negatives is None or row.fields.get(fields.negatives) is None:
-            return Record(row.origin, query[0], positives, [])
-        return Record(row.origin, query[0], positives, _texts(row.fields, fields.negatives))
+        return _read(row, fields)
     except _Unusable as why:
         return Malformed(row.origin, str(why), repr(dict(row.fields)))
 
 
-def _texts(fields: Mapping[str, Any], field: str) -> list[str]:
-    """The text of a field, or its list of texts."""
+def _read(row: Row, fields: Fields) -> Record:
+    query = _texts(row.fields, fields.query)
+    positives = _texts(row.fields, fields.positive)
+    if len(query) != 1:
+        raise _Unusable(f"field {fields.query!r} is a list, not one text")
+    if not positives:
+        raise _Unusable(f"field {fields.positive!r} is an empty list")
+    field = fields.negatives  # a row may have none
+    negatives = _texts(row.fields, field) if field is not None and row.fields.get(field) is not None else []
+    return Record(
+        row.origin,
+        query[0],
+        positives,
+        negatives,
+        _scores(row.fields, fields.positive_scores, fields.positive, len(positives)),
+        _scores(row.fields, fields.negative_scores, fields.negatives, len(negatives)),
+        _weight(row.fields, fields.weight),
+        **{name: _class(row.fields, getattr(fields, name)) for name in Column.CLASSES},
+    )
+
+
+def _value(fields: Mapping[str, Any], field: str) -> Any:
     if field not in fields:
         raise _Unusable(f"no field {field!r}")
-    value = fields[field]
-    texts: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
-    for text in texts:
-        if not isinstance(text, str):
-            raise _Unusable(f"field {field!r} is {_kind(text)}, not text")
-        if not text.strip():
-            raise _Unusable(f"field {field!r} is empty")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise _Unusable(f"field {field!r} has half of a surrogate pair, which is no text") from None
-    return list(texts)
+    return fields[field]
+
+
+def _texts(fields: Mapping[str, Any], field: str) -> list[str]:
+    """The text of a field, or its list of texts."""
+    value = _value(fields, field)
+    return [_text(text, field) for text in (value if isinstance(value, list | tuple) else [value])]
+
+
+def _text(text: Any, field: str) -> str:
+    if not isinstance(text, str):
+        raise _Unusable(f"field {field!r} is {_kind(text)}, not text")
+    if not text.strip():
+        raise _Unusable(f"field {field!r} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _Unusable(f"field {field!r} has half of a surrogate pair, which is no text") from None
+    return text
+
+
+def _scores(fields: Mapping[str, Any], field: str | None, of: str | None, texts: int) -> list[float] | None:
+    """The number of a field, or its list of numbers: one for each of the `texts` texts of field `of`."""
+    if field is None:
+        return None
+    value = _value(fields, field) if texts else fields.get(field)
+    if value is None and not texts:  # a row without hard negatives needs no scores of them
+        return []
+    scores = [_number(score, field) for score in (value if isinstance(value, list | tuple) else [value])]
+    if len(scores) != texts:
+        raise _Unusable(f"field {field!r} has {len(scores)} scores for {texts} texts of {of!r}")
+    return scores
+
+
+def _number(value: Any, field: str) -> float:
+    if not _is(Real, value):
+        raise _Unusable(f"field {field!r} is {_kind(value)}, not a number")
+    if not abs(value) <= _LARGEST_FLOAT32:
+        raise _Unusable(f"field {field!r} is a number that isn't finite in 32 bits")
+    return float(value)
+
+
+def _weight(fields: Mapping[str, Any], field: str | None) -> float | None:
+    if field is None:
+        return None
+    weight = _number(_value(fields, field), field)
+    if weight < 0:
+        raise _Unusable(f"field {field!r} is a negative weight")
+    return weight
+
+
+def _class(fields: Mapping[str, Any], field: str | None) -> int | None:
+    """The class that a field names, by text or whole number; UNKNOWN where the row has none."""
+    if field is None:
+        return None
+    if field.startswith(_CONSTANT):
+        return class_id(field.removeprefix(_CONSTANT))
+    value = fields.get(field)
+    if value is None:
+        return UNKNOWN
+    if _is(Integral, value):
+        if not UNKNOWN < value < -UNKNOWN:
+            raise _Unusable(f"field {field!r} is a number beyond 64 bits")
+        return class_id(int(value))
+    if isinstance(value, str):
+        return class_id(_text(value, field))
+    raise _Unusable(f"field {field!r} is {_kind(value)}, not a text or a whole number")
+
+
+def _is(kind: type, value: Any) -> bool:
+    """Whether it is such a number; numpy's are too, booleans aren't."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _kind(value: object) -> str:

@@ -6,7 +6,7 @@ Shape legend, used throughout the project:
     d  documents on this worker     T  tokens of a ragged list      D  dimension of an embedding
     n  texts (or rows) of a chunk   L  padded length of a chunk     K  queue rows over all workers
 
-On a worker, document j < b is the positive of query j; documents b..d-1 are hard negatives.
+On a worker, document j < b is a positive of query j; after those come further positives, then hard negatives.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -48,15 +48,37 @@ class Column:
     query_id     int64         stable 64-bit hash of the query text (`text_id`)
     positive_ids list<int64>   stable hashes of the positives, in their order
     negative_ids list<int64>   stable hashes of the negatives, in their order
+
+    What a source may have besides; null in every row where it hasn't:
+
+    positive_scores list<float32>  how well each positive answers the query: a teacher's score, a graded relevance
+    negative_scores list<float32>  the same of the negatives
+    weight          float32        of the record in a loss's means, not negative
+    label, task, language, modality
+                    int64          classes (`class_id`); UNKNOWN in a row that has none
     """
 
     ID, QUERY, POSITIVES, NEGATIVES = "id", "query", "positives", "negatives"
     QUERY_ID, POSITIVE_IDS, NEGATIVE_IDS = "query_id", "positive_ids", "negative_ids"
+    POSITIVE_SCORES, NEGATIVE_SCORES, WEIGHT = "positive_scores", "negative_scores", "weight"
+    LABEL, TASK, LANGUAGE, MODALITY = "label", "task", "language", "modality"
+    NEEDED = (QUERY, POSITIVES, NEGATIVES, QUERY_ID, POSITIVE_IDS, NEGATIVE_IDS)
+    CLASSES = (LABEL, TASK, LANGUAGE, MODALITY)
+    OPTIONAL = (POSITIVE_SCORES, NEGATIVE_SCORES, WEIGHT, *CLASSES)
 
 
 def text_id(text: str) -> int:
     """Stable signed 64-bit id of a text: equal texts are the same query or document everywhere."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+UNKNOWN = -(2**63)
+"""A class or query that isn't known: it equals nothing. `text_id` gives it with probability 2^-64."""
+
+
+def class_id(value: str | int) -> int:
+    """Stable signed 64-bit id of a class: a number stands for itself, a name for its `text_id`."""
+    return text_id(value) if isinstance(value, str) else int(value)
 
 
 @dataclass(frozen=True)
@@ -104,30 +126,75 @@ class Ragged:
         return cls(np.concatenate([p.values for p in parts]), offsets)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One worker's share of global batch `step`.
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Queries with the documents of their records, tokenised, and what is known of each. One global `step`'s.
 
-    step           number of the global batch, from 0
-    global_queries B, queries of the global batch over all workers
     queries        Ragged of b texts
-    documents      Ragged of d texts, the positives of the queries first
+    documents      Ragged of d texts: a positive of query j at j < b, then further positives, then hard negatives
     query_ids      [b] int64, `text_id` of each query
     document_ids   [d] int64, `text_id` of each document
+    owners         [d] int64, the query (0..b-1) from whose record a document is; j at j < b
+    relations      [d] int8, of a document to its owner: 1 it answers, -1 it doesn't
     rows           [b] int64, the row's number in the plan's sources (source << 40 | row)
-    chunks         indices into queries followed by documents (0..b+d-1), each of similar lengths and under
-                   the token budget; together every index once; the same number on every worker (a chunk may
-                   be empty)
+    prompt_tokens  [b+d] int64, how many leading tokens of each query, then of each document, are its prompt
+
+    None where no source of the run has the column:
+
+    scores         [d] float32, how well a document answers its owner; NaN: not known
+    weights        [b] float32 of each query's record in the means; 1 where its source has none
+    labels, tasks, languages, modalities
+                   [b] int64 classes of each query's record; UNKNOWN equals nothing
     """
 
+    OF_QUERIES: ClassVar = ("query_ids", "rows", "weights", "labels", "tasks", "languages", "modalities")
+    OF_DOCUMENTS: ClassVar = ("document_ids", "owners", "relations", "scores")
+
     step: int
-    global_queries: int
     queries: Ragged
     documents: Ragged
     query_ids: np.ndarray
     document_ids: np.ndarray
+    owners: np.ndarray
+    relations: np.ndarray
     rows: np.ndarray
+    prompt_tokens: np.ndarray
+    scores: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    tasks: np.ndarray | None = None
+    languages: np.ndarray | None = None
+    modalities: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        b, d = len(self.queries), len(self.documents)
+        wanted = dict.fromkeys(self.OF_QUERIES, b) | dict.fromkeys(self.OF_DOCUMENTS, d) | {"prompt_tokens": b + d}
+        for name, rows in wanted.items():
+            column = getattr(self, name)
+            if column is not None and len(column) != rows:
+                raise ValueError(f"{name} has {len(column)} rows on axis 0, {rows} are needed (b = {b}, d = {d})")
+
+    @property
+    def answers(self) -> np.ndarray:
+        """[d] int64, id of the query that a document answers; UNKNOWN of a hard negative."""
+        return np.where(self.relations > 0, self.query_ids[self.owners], UNKNOWN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(Pairs):
+    """One worker's share of a global batch.
+
+    global_queries B, queries of the global batch over all workers
+    chunks         indices into queries followed by documents (0..b+d-1), each of similar lengths and under
+                   the token budget; together every index once; the same number on every worker (a chunk may
+                   be empty)
+    query_chunks   the first so many chunks hold queries alone, the others documents alone; the same number on every
+                   worker. None: a chunk may hold both
+    """
+
+    global_queries: int
     chunks: tuple[np.ndarray, ...]
+    query_chunks: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -144,7 +211,13 @@ class Batch:
 class Tokenize(Protocol):
     """Texts of one field ("query" or "document") to token lists: prompt, truncation and special tokens in."""
 
-    def __call__(self, texts: Sequence[str], field: str) -> Ragged: ...
+    def __call__(self, texts: Sequence[str], field: str, tasks: Sequence[int] | None = None) -> Ragged:
+        """tasks: the class of each text, where a task may have a prompt of its own."""
+        ...
+
+    def prompt_tokens(self, field: str, task: int | None = None) -> int:
+        """Leading tokens of the field's (and task's) texts that are their prompt."""
+        ...
 
 
 class Encoder(Protocol):

@@ -11,25 +11,25 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
 import inspect
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_services import builtin
+from data_services.imports import import_object
 from data_services.records import Fields, Malformed, Row, as_row, jsonl_rows, parquet_rows, records
 from data_services.schema import Column, Section, UsageError
 from data_services.store import CODE_VERSION, StoredSource, store
 
 _BUILTIN = "builtin:"
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_CLASS = "^=?[^=]"  # a field, or = and a name
 _SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 # Names that make a file or a folder one split of a data set.
 _SPLITS = ("train", "validation", "valid", "val", "dev", "heldout", "test")
@@ -47,6 +47,50 @@ class SourceConfig(Section):
     positive: str = Field("positive", min_length=1, description="field that holds the positive text, or a list")
     negatives: str | None = Field(None, min_length=1, description="field that holds hard negatives, text or list")
     weight: float | None = Field(None, gt=0, description="share of the mixture; none: by the number of rows")
+    positive_scores: str | None = Field(
+        None, min_length=1, description="field of the positives' scores, one for each: a teacher's, or graded relevance"
+    )
+    negative_scores: str | None = Field(None, min_length=1, description="field of the hard negatives' scores")
+    pair_weight: str | None = Field(None, min_length=1, description="field of the row's weight in the loss, 0 or more")
+    label: str | None = Field(None, pattern=_CLASS, description="field of the row's class, or =NAME for all rows")
+    task: str | None = Field(
+        None, pattern=_CLASS, description="field of the row's task, or =NAME for all rows; none: the source's name"
+    )
+    language: str | None = Field(None, pattern=_CLASS, description="field of the row's language, or =NAME for all rows")
+    modality: str | None = Field(None, pattern=_CLASS, description="field of the row's modality, or =NAME for all rows")
+
+    @model_validator(mode="after")
+    def _scores_have_texts(self) -> SourceConfig:
+        if self.negative_scores is not None and self.negatives is None:
+            raise ValueError(f"negative_scores ({self.negative_scores}) needs `negatives`, the field of their texts")
+        return self
+
+    @property
+    def fields(self) -> Fields:
+        """Where the parts of a record stand in a row."""
+        return Fields(weight=self.pair_weight, **{n: getattr(self, n) for n in Fields._fields if n != "weight"})
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Which of `Column.OPTIONAL` its records will have."""
+        return self.fields.columns
+
+    def texts_alone(self, path: str, split: str) -> SourceConfig:
+        """Queries and positives of the same fields at another path: what a model is scored on."""
+        return SourceConfig(path=path, split=split, query=self.query, positive=self.positive)
+
+
+class _HasColumns(Protocol):
+    @property
+    def columns(self) -> frozenset[str]: ...
+
+
+def columns_available(sources: Iterable[_HasColumns]) -> set[str]:
+    """Which of `Column.OPTIONAL` every one of the sources has, configured or stored: what a loss may rely on.
+
+    `task` is always there, since a source without one goes by its name.
+    """
+    return {Column.TASK} | set.intersection(*(set(source.columns) for source in sources))
 
 
 @dataclass(frozen=True)
@@ -66,11 +110,11 @@ def open_source(config: SourceConfig, home: Path) -> StoredSource:
     single usable row; RunError where the disk is full.
     """
     origin = _origin(config)
-    fields = Fields(config.query, config.positive, config.negatives)
+    fields = config.fields
     identity = json.dumps([origin.key, config.split, fields, CODE_VERSION])
     key = hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
     slot = home / "data" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', origin.name)}-{key}"
-    return store(origin.name, slot, origin.stamp, lambda: records(origin.rows(), fields, config.path))
+    return store(origin.name, slot, origin.stamp, lambda: records(origin.rows(), fields, config.path), fields.columns)
 
 
 class RetrievalPool(NamedTuple):
@@ -142,7 +186,7 @@ def _builtin_origin(config: SourceConfig) -> _Origin:
 
 def _function_origin(config: SourceConfig) -> _Origin:
     """A user's generator. What it reads isn't known, so it runs every time and its rows tell what changed."""
-    function = import_path(config.path)
+    function = import_object(config.path, f"source {config.path}")
     parameters = inspect.signature(function).parameters
     if "split" not in parameters and config.split != "train":
         raise UsageError(f"source {config.path} takes no argument `split`, but split is {config.split!r}")
@@ -153,21 +197,6 @@ def _function_origin(config: SourceConfig) -> _Origin:
             yield as_row(f"{config.path}:{number}", fields)
 
     return _Origin(f"{config.path}-{config.split}", config.path, None, rows)
-
-
-def import_path(path: str) -> Callable[..., Iterable[Any]]:
-    """The function `module:name`, modules of the working directory included; UsageError if it isn't there."""
-    module_name, name = path.split(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        found = getattr(importlib.import_module(module_name), name, None)
-    except ImportError as error:
-        raise UsageError(f"can't import {module_name!r} of {path}: {error}") from error
-    if not callable(found):
-        raise UsageError(f"{path}: module {module_name!r} has no function {name!r}")
-    return found
 
 
 def _file_origin(config: SourceConfig, path: Path) -> _Origin:
@@ -185,7 +214,7 @@ def _file_origin(config: SourceConfig, path: Path) -> _Origin:
     def rows() -> Iterator[Row | Malformed]:
         for file, name in zip(files, names, strict=True):
             if file.suffix == ".parquet":
-                yield from parquet_rows(file, name, Fields(config.query, config.positive, config.negatives))
+                yield from parquet_rows(file, name, config.fields)
             else:
                 yield from jsonl_rows(file, name)
 

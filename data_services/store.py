@@ -5,7 +5,7 @@
         <fingerprint>/                one folder for each content, never changed after it appears
             part-00000.parquet …      columns of `Column`, in row groups
             quarantine.parquet        malformed rows: origin, reason, row
-            manifest.json             counts, row groups, fingerprint, code version
+            manifest.json             counts, row groups, optional columns, fingerprint, code version
 
 A conversion writes to a folder of its own and renames it at the end: a reader sees all of it or nothing, and
 of two conversions at once the first to finish wins. rows in = rows out + rows quarantined.
@@ -24,7 +24,7 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -40,7 +40,7 @@ from data_services.schema import Column, RunError, UsageError, text_id
 log = logging.getLogger(__name__)
 
 # Raised when the same source would be stored differently.
-CODE_VERSION = 1
+CODE_VERSION = 2
 SCHEMA = pa.schema(
     [
         (Column.ID, pa.string()),
@@ -50,6 +50,10 @@ SCHEMA = pa.schema(
         (Column.QUERY_ID, pa.int64()),
         (Column.POSITIVE_IDS, pa.list_(pa.int64())),
         (Column.NEGATIVE_IDS, pa.list_(pa.int64())),
+        (Column.POSITIVE_SCORES, pa.list_(pa.float32())),
+        (Column.NEGATIVE_SCORES, pa.list_(pa.float32())),
+        (Column.WEIGHT, pa.float32()),
+        *((name, pa.int64()) for name in Column.CLASSES),
     ]
 )
 QUARANTINE_SCHEMA = pa.schema([("origin", pa.string()), ("reason", pa.string()), ("row", pa.string())])
@@ -72,6 +76,7 @@ class StoredSource:
     row_groups       rows of each row group, through all files
     groups_per_file  row groups of each file
     quarantined      rows left out, by reason
+    columns          which of `Column.OPTIONAL` it has; the others are null in every row
     """
 
     name: str
@@ -81,6 +86,7 @@ class StoredSource:
     groups_per_file: tuple[int, ...]
     fingerprint: str
     quarantined: dict[str, int]
+    columns: frozenset[str] = frozenset()
 
     @property
     def rows(self) -> int:
@@ -152,11 +158,17 @@ def _metadata(path: Path) -> pq.FileMetaData:
 
 
 def store(
-    name: str, slot: Path, stamp: dict[str, Any] | None, records: Callable[[], Iterator[Record | Malformed]]
+    name: str,
+    slot: Path,
+    stamp: dict[str, Any] | None,
+    records: Callable[[], Iterator[Record | Malformed]],
+    columns: Collection[str] = (),
 ) -> StoredSource:
     """The source in `slot`, converted unless the stamp says that it hasn't changed since.
 
-    stamp: sizes and times of what is read, as JSON; None where only reading tells (it is then always read).
+    stamp    sizes and times of what is read, as JSON; None where only reading tells (it is then always read)
+    columns  which of `Column.OPTIONAL` the records have
+
     Content that was seen before keeps its folder, whatever the stamp. Raises UsageError where there isn't a
     single good row, RunError where the disk is full; nothing is left behind then.
     """
@@ -170,7 +182,7 @@ def store(
     unfinished = slot.parent / f"{_UNFINISHED}{uuid.uuid4().hex}"
     unfinished.mkdir()
     try:
-        fingerprint = _convert(name, records(), unfinished / "source")
+        fingerprint = _convert(name, records(), unfinished / "source", columns)
         folder = _publish(unfinished / "source", slot / fingerprint[:16])
         (unfinished / "stamp.json").write_text(json.dumps({"stamp": stamp, "folder": folder.name}))
         (unfinished / "stamp.json").replace(memo)
@@ -211,10 +223,11 @@ def _load(name: str, folder: Path) -> StoredSource:
         groups_per_file=tuple(manifest["groups_per_file"]),
         fingerprint=manifest["fingerprint"],
         quarantined=manifest["quarantined"],
+        columns=frozenset(manifest["columns"]),
     )
 
 
-def _convert(name: str, records: Iterator[Record | Malformed], folder: Path) -> str:
+def _convert(name: str, records: Iterator[Record | Malformed], folder: Path, columns: Collection[str]) -> str:
     """Writes Parquet, quarantine and manifest; the fingerprint of all rows, good and malformed."""
     folder.mkdir()
     digest = hashlib.blake2b(f"{CODE_VERSION}\n".encode(), digest_size=16)
@@ -231,6 +244,7 @@ def _convert(name: str, records: Iterator[Record | Malformed], folder: Path) -> 
         "files": [_file_name(i) for i in range(len(groups_of_files))],
         "groups_per_file": [len(groups) for groups in groups_of_files],
         "row_groups": row_groups,
+        "columns": sorted(columns),
         "fingerprint": digest.hexdigest(),
         "code_version": CODE_VERSION,
     }
@@ -321,11 +335,13 @@ def group_rows(rows: int) -> int:
 def _table(group: list[Record], digest: hashlib.blake2b) -> pa.Table:
     rows = []
     for record in group:
+        row = record._asdict()
         ids = {
             Column.QUERY_ID: text_id(record.query),
             Column.POSITIVE_IDS: [text_id(text) for text in record.positives],
             Column.NEGATIVE_IDS: [text_id(text) for text in record.negatives],
         }
-        digest.update(f"{record.id} {list(ids.values())}\n".encode())
-        rows.append(dict(zip(SCHEMA.names, record, strict=False)) | ids)
+        rest = [row[name] for name in Column.OPTIONAL]
+        digest.update(f"{record.id} {list(ids.values())} {rest}\n".encode())
+        rows.append(row | ids)
     return pa.Table.from_pylist(rows, schema=SCHEMA)

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_services.collate import SOURCE_SHIFT, GlobalBatch, from_arrow, share_batch, to_arrow, tokenise
+from data_services.assemble import SOURCE_SHIFT, GlobalBatch, tokenise
+from data_services.collate import from_arrow, share_batch, to_arrow
 from data_services.order import Plan, SourceShape
-from data_services.schema import Batch, RunError, Section, Tokenize
+from data_services.schema import Batch, Column, RunError, Section, Tokenize, text_id
 from data_services.sources import SourceConfig
 from data_services.store import StoredSource
 
@@ -46,6 +47,9 @@ class DataConfig(Section):
     )
     homogeneous: bool = Field(True, description="each global batch from one source, else mixed")
     window_groups: int = Field(64, gt=0, description="row groups that are shuffled together")
+    positives: int = Field(
+        1, ge=1, description="positives of a record in one batch, at most; where it has more, a hash chooses"
+    )
     negatives: int = Field(0, ge=0, description="hard negatives taken of each record, the first ones")
     read_ahead_mib: int = Field(256, gt=0, description="object store memory for batches ahead of training")
 
@@ -59,17 +63,26 @@ class DataConfig(Section):
 class Rows(Protocol):
     """A stored source: the records (`schema.Column`) of rows [m], in that order."""
 
+    @property
+    def columns(self) -> frozenset[str]:
+        """Which of `Column.OPTIONAL` it has."""
+        ...
+
     def read(self, rows: np.ndarray) -> pa.Table: ...
 
 
 @dataclass(frozen=True)
 class BatchReader:
-    """Global batch t, tokenised: a pure function of t. `sources` are in the order of `plan.sources`."""
+    """Global batch t, tokenised: a pure function of t. `sources` are in the order of `plan.sources`.
+
+    negatives, positives  of a record, at most; see `collate.tokenise`
+    """
 
     plan: Plan
     sources: Sequence[Rows]
     tokenize: Tokenize
     negatives: int = 0
+    positives: int = 1
 
     def __call__(self, t: int) -> GlobalBatch:
         import pyarrow as pa
@@ -78,11 +91,26 @@ class BatchReader:
         parts, places = [], []
         for source in np.unique(planned[:, 0]):
             where = np.flatnonzero(planned[:, 0] == source)
-            parts.append(self.sources[source].read(planned[where, 1]))
+            parts.append(self._read(source, planned[where, 1]))
             places.append(where)
         table = pa.concat_tables(parts).take(np.argsort(np.concatenate(places)))
         keys = planned[:, 0] << SOURCE_SHIFT | planned[:, 1]
-        return tokenise(table, keys, self.tokenize, t, self.plan.seed, self.negatives)
+        return tokenise(table, keys, self.tokenize, t, self.plan.seed, self.negatives, self.positives)
+
+    @property
+    def columns(self) -> list[str]:
+        """What every batch is made from: the optional columns that any source has, null where another hasn't."""
+        known = {Column.TASK}.union(*(source.columns for source in self.sources))
+        return [*Column.NEEDED, *(name for name in Column.OPTIONAL if name in known)]
+
+    def _read(self, source: int, rows: np.ndarray) -> pa.Table:
+        import pyarrow as pa
+
+        table = self.sources[source].read(rows)
+        if Column.TASK not in self.sources[source].columns:
+            tasks = pa.array(np.full(len(rows), text_id(self.plan.sources[source].name)))
+            table = table.set_column(table.schema.get_field_index(Column.TASK), Column.TASK, tasks)
+        return table.select(self.columns)
 
 
 @dataclass(frozen=True)
@@ -93,10 +121,11 @@ class LocalStream:
     world_size: int
     rank: int
     budget_tokens: int
+    by_field: bool = False
 
     def __call__(self, start: int) -> Iterator[Batch]:
         for t in range(start, self.reader.plan.steps):
-            yield share_batch(self.reader(t), self.world_size, self.budget_tokens)[self.rank]
+            yield share_batch(self.reader(t), self.world_size, self.budget_tokens, self.by_field)[self.rank]
 
 
 def plan_of(config: DataConfig, sources: Sequence[StoredSource], seed: int) -> Plan:
@@ -166,17 +195,24 @@ def _unpickled(reader: bytes) -> BatchReader:
     return pickle.loads(reader)
 
 
-def _deal_unit(table: pa.Table, reader: bytes, units: Units, world_size: int, budget_tokens: int) -> Iterator[pa.Table]:
+def _deal_unit(
+    table: pa.Table, reader: bytes, units: Units, world_size: int, budget_tokens: int, by_field: bool
+) -> Iterator[pa.Table]:
     """Runs in a Ray Data task: `world_size` one-row tables for each step of the unit, in order."""
     (unit,) = table.column("id").to_pylist()
     read = _unpickled(reader)
     for t in units.steps(unit):
-        for rank, batch in enumerate(share_batch(read(t), world_size, budget_tokens)):
+        for rank, batch in enumerate(share_batch(read(t), world_size, budget_tokens, by_field)):
             yield to_arrow(batch, rank)
 
 
 def ray_dataset(
-    reader: BatchReader, world_size: int, start: int, budget_tokens: int, read_ahead_mib: int = 256
+    reader: BatchReader,
+    world_size: int,
+    start: int,
+    budget_tokens: int,
+    read_ahead_mib: int = 256,
+    by_field: bool = False,
 ) -> ray.data.Dataset:
     """The plan from step `start` on as a dataset of one row, and one block, per (step, rank).
 
@@ -199,6 +235,7 @@ def ray_dataset(
         units=units,
         world_size=world_size,
         budget_tokens=budget_tokens,
+        by_field=by_field,
     )
     return dataset.map_batches(deal, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from data_services.schema import Ragged, UsageError
+from data_services.schema import Ragged, UsageError, text_id
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -84,7 +84,8 @@ class FolderTokenizer:
     folder      a Transformers tokenizer folder with a fast tokenizer
     max_tokens  special tokens and prompt included; longer texts are cut where the tokenizer's
                 `truncation_side` says
-    prompts     by field ("query", "document"), put in front of the text as text; a field without one has none
+    prompts     put in front of a text as text: by field ("query", "document"), or in its place by task and field
+                ("sts-query"); a field without one has none
 
     It loads the folder when first used or pickled. What is unpickled has it: a data task needs neither the
     folder nor Transformers, whose import takes seconds. Raises UsageError where the folder has no fast tokenizer.
@@ -92,21 +93,29 @@ class FolderTokenizer:
 
     def __init__(self, folder: Path, max_tokens: int, prompts: Mapping[str, str]) -> None:
         self.folder, self.max_tokens, self.prompts = Path(folder), max_tokens, dict(prompts)
+        named = {name: name.rpartition("-") for name in prompts}
+        self._of_task = {(text_id(task), field): prompts[name] for name, (task, _, field) in named.items() if task}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_loaded": self._loaded}
 
-    def __call__(self, texts: Sequence[str], field: str) -> Ragged:
-        prompt = self.prompts.get(field, "")
-        return self._encode([prompt + text for text in texts] if prompt else list(texts))
+    def __call__(self, texts: Sequence[str], field: str, tasks: Sequence[int] | None = None) -> Ragged:
+        """tasks: `schema.class_id` of each text's task; None: the field's own prompt."""
+        of_texts = tasks if tasks is not None else itertools.repeat(None, len(texts))
+        return self._encode([self.prompt(field, task) + text for text, task in zip(texts, of_texts, strict=True)])
 
-    def prompt_tokens(self, field: str) -> int:
+    def prompt(self, field: str, task: int | None = None) -> str:
+        """What is put in front of a text of this field and task."""
+        prompt = None if task is None else self._of_task.get((task, field))
+        return self.prompts.get(field, "") if prompt is None else prompt
+
+    def prompt_tokens(self, field: str, task: int | None = None) -> int:
         """Leading tokens that a pooling without the prompt leaves out.
 
         As Sentence Transformers counts them: the prompt alone, special tokens included, less a last token
         that is special.
         """
-        prompt = self.prompts.get(field, "")
+        prompt = self.prompt(field, task)
         if not prompt:
             return 0
         ids = self._encode([prompt])[0]

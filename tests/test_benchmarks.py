@@ -1,12 +1,15 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
-from benchmarks import common, startup, step, step_runs
+from benchmarks import caching, common, negatives, negatives_sides, startup, step, step_runs
+from trainers.collectives import Group
 
 
-@pytest.mark.parametrize("name", ["step", "startup"])
+@pytest.mark.parametrize("name", ["step", "startup", "quality", "caching"])
 def test_help_tells_what_is_measured_without_importing_what_measures(name):
     code = (
         f"import runpy, sys; sys.argv[1:] = ['--help']\n"
@@ -14,7 +17,7 @@ def test_help_tells_what_is_measured_without_importing_what_measures(name):
         "finally: print(sorted({'torch', 'ray', 'transformers', 'pyarrow'} & set(sys.modules)))"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert all(option in told for option in ("--json FILE", "--quick", "--rounds ROUNDS"))
+    assert all(option in told for option in ("--json FILE", "--quick"))
     assert told.endswith("[]\n")
 
 
@@ -70,3 +73,144 @@ def test_the_summary_has_the_promised_keys():
     assert figures["queue_share_of_step"]["median"] == pytest.approx(0.06)
     assert figures["ema_share_of_step"]["median"] == pytest.approx(0.02)
     assert figures["momentum_forward_share_of_step"]["median"] == pytest.approx(0.1)
+
+
+# benchmarks/negatives.py
+
+
+def test_negatives_are_compared_with_the_side_of_ours_that_does_the_same():
+    def result(size: float) -> dict:
+        return dict.fromkeys(("tensor_bytes", "rss_bytes", "wire_bytes", "seconds_per_step", "kept_bytes"), size)
+
+    sizes = {"ours": 2.0, "ours_in_batch": 1.0, **dict.fromkeys(negatives.WITH_QUEUE, 8.0)}
+    runs = {side: [result(sizes.get(side, 3.0))] for side in negatives_sides.SIDES}
+    figures = negatives.summary(runs)
+    for ratio in ("memory_ratio", "bytes_ratio", "time_ratio"):
+        medians = {peer: figure["median"] for peer, figure in figures[ratio].items()}
+        assert medians == dict.fromkeys(negatives.WITH_QUEUE, 4.0) | dict.fromkeys(negatives.IN_BATCH, 3.0)
+
+
+def test_help_of_negatives_tells_what_is_measured_without_importing_what_measures():
+    test_help_tells_what_is_measured_without_importing_what_measures("negatives")
+
+
+SETTING = negatives.Setting(workers=2, dim=8, batch=6, rows=12)
+
+
+def _steps(name: str, steps: int, rows: int = SETTING.rows):
+    """On a rank: each step's embeddings and their gradients; bytes that a step sends; the queue, if replicated."""
+    group = Group()
+    torch.manual_seed(group.rank)
+    side = negatives_sides.SIDES[name](replace(SETTING, rows=rows), group)
+    seen = []
+    group.reset_traffic()
+    for _ in range(steps):
+        queries, documents = (negatives_sides.random_rows(3, 8).requires_grad_() for _ in range(2))
+        side.step(queries, documents)
+        seen.append((queries.detach(), documents.detach(), queries.grad, documents.grad))
+    sent = sum(group.traffic.values()) / steps + side.broadcast
+    return seen, sent, side._loss.module.queue.clone() if name.startswith("replicated") else None
+
+
+def _first_step(ranks):
+    """Everyone's embeddings as leaves, in float64, and the gradients that the ranks found."""
+    (queries, documents, *found) = (torch.cat([seen[0][i] for seen, *_ in ranks]).double() for i in range(4))
+    return queries.requires_grad_(), documents.requires_grad_(), *found
+
+
+@pytest.mark.parametrize("name", ["gathered", "gathered_local", "gathered_with_gradient"])
+def test_gathered_peers_give_the_gradient_that_their_mechanism_gives(gloo, name):
+    queries, documents, of_queries, of_documents = _first_step(gloo(2, _steps, name, 1))
+    logits, target = queries @ documents.T / negatives_sides.TEMPERATURE, torch.arange(6)
+    there = torch.nn.functional.cross_entropy(logits, target)
+    back = torch.nn.functional.cross_entropy(logits.T, target)
+    # a mean over the own rows only is W times as large a gradient, which data parallelism averages
+    loss = {"gathered": (there + back) / 2, "gathered_local": there + back, "gathered_with_gradient": 2 * there}[name]
+    loss.backward()
+    assert queries.grad is not None
+    if name == "gathered_with_gradient":  # it normalises again: the gradient is orthogonal to the vector
+        for x in (queries, documents):
+            x.grad -= (x.grad * x).sum(1, keepdim=True) * x.detach()
+    torch.testing.assert_close(of_queries, queries.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(of_documents, documents.grad, rtol=1e-4, atol=1e-5)
+
+
+def _released(queries, documents):
+    """On a rank: the gradients of Sentence Transformers' own loss, gathered."""
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    rank = Group().rank
+    mine = [x[3 * rank : 3 * rank + 3].clone().requires_grad_() for x in (queries, documents)]
+    loss = MultipleNegativesRankingLoss(torch.nn.Identity(), scale=20.0, gather_across_devices=True)
+    loss.compute_loss_from_embeddings(mine, None).backward()
+    return [x.grad for x in mine]
+
+
+def test_gathered_with_gradient_is_what_sentence_transformers_releases(gloo):
+    ranks = gloo(2, _steps, "gathered_with_gradient", 1)
+    queries, documents, *found = _first_step(ranks)
+    released = gloo(2, _released, queries.detach().float(), documents.detach().float())
+    for i in range(2):
+        theirs = torch.cat([gradients[i] for gradients in released]).double()
+        torch.testing.assert_close(found[i], theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["replicated", "replicated_quiet"])
+def test_the_replicated_queue_is_the_same_everywhere_and_holds_the_newest_keys(gloo, name):
+    ranks = gloo(2, _steps, name, 3)
+    (steps, _, queue), (others, _, other_queue) = ranks
+    newest = [torch.cat([a[1], b[1]]) for a, b in zip(steps, others, strict=True)]
+    expected = torch.cat([newest[2], newest[1]])  # the third batch is where the first was
+    if name == "replicated":
+        assert torch.equal(queue, other_queue)
+    assert torch.equal(queue.T, expected)
+    first = torch.randn  # the queue that rank 0 began with
+    torch.manual_seed(0)
+    stored = torch.nn.functional.normalize(first(12, 8), dim=1).double()
+    queries, documents, found, of_documents = steps[0]
+    queries = queries.double().requires_grad_()
+    logits = torch.cat([(queries * documents).sum(1, keepdim=True), queries @ stored.T], 1) / 0.05
+    torch.nn.functional.cross_entropy(logits, torch.zeros(3, dtype=torch.int64)).backward()
+    torch.testing.assert_close(found.double(), queries.grad, rtol=1e-4, atol=1e-5)
+    assert of_documents is None
+
+
+def test_bytes_sent_are_those_of_the_formulas(gloo):
+    def sent(name: str, rows: int = SETTING.rows) -> float:
+        return sum(sent for _, sent, _ in gloo(2, _steps, name, 2, rows)) / 2
+
+    for name in negatives.IN_BATCH:
+        assert sent(name) == negatives.at_least(name, SETTING)["wire_bytes"]
+    nothing = {"tensor_bytes": 0.0, "kept_bytes": 0.0, "wire_bytes": 0.0}
+    assert sent("replicated") == negatives.computed("replicated", SETTING, SETTING, nothing)["wire_bytes"]
+    vectors = 2 * 4 * 6 * 8 / 2
+    assert vectors < sent("ours") < vectors + 1000  # ids and scalars of 6 queries
+    assert sent("ours") == sent("ours", rows=600)
+
+
+def test_memory_is_that_of_the_formulas():
+    base, larger = negatives.Setting(1, 64, 32, 8192), negatives.Setting(1, 64, 32, 32768)
+    for name in ("ours", "replicated"):
+        counted, found = (negatives_sides.memory_of(name, setting, 1) for setting in (base, larger))
+        told = negatives.computed(name, larger, base, counted)["tensor_bytes"]
+        assert found["tensor_bytes"] == pytest.approx(told, rel=0.02)
+    for name in negatives.IN_BATCH:
+        alone = negatives.Setting(1, 64, 512, 0)
+        least = negatives.at_least(name, alone)["tensor_bytes"]
+        assert negatives_sides.memory_of(name, alone, 1)["tensor_bytes"] >= least
+
+
+def test_a_side_runs_in_processes_of_its_own():
+    found = negatives.run("ours", SETTING, 1, "time")
+    assert found["seconds_per_step"] > 0
+    assert found["wire_bytes"] > 0
+
+
+def test_caching_is_compared_with_graphs_kept_in_the_same_round():
+    seconds = {"ours_cached": 6.0, "ours_plain": 5.0, "st_cached": 9.0, "st_cached_whole": 14.0, "st_plain": 10.0}
+    runs = {side: [{"seconds": s, "peak_rss_bytes": 1}] for side, s in seconds.items()}
+    figures = caching.summary(runs, step_runs.Length(3, 2))
+    assert figures["cached_over_plain"]["median"] == pytest.approx(1.2)
+    assert figures["st_cached_over_plain"]["median"] == pytest.approx(0.9)
+    assert figures["st_cached_whole_over_plain"]["median"] == pytest.approx(1.4)
+    assert figures["seconds_per_step"]["st_plain"]["median"] == 5.0

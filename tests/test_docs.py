@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import json
@@ -226,13 +227,13 @@ def test_notebook_snippets_that_cost_nothing_run(monkeypatch, tmp_path, capsys):
 
 @pytest.fixture
 def example(monkeypatch, tmp_path):
-    """Writes a snippet of docs/extending.md as a module into the working directory; gives its name."""
+    """Writes a snippet of a page as a module into the working directory; gives its name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     made = []
 
-    def make(file: str) -> str:
-        (tmp_path / file).write_text(named_block("extending.md", file))
+    def make(file: str, page: str = "extending.md") -> str:
+        (tmp_path / file).write_text(named_block(page, file))
         made.append(Path(file).stem)
         return made[-1]
 
@@ -261,32 +262,58 @@ def test_the_source_example_gives_pairs_by_split(example, tmp_path):
 
 
 def test_the_objective_example_is_its_loss_and_gradient(example):
+    from dataclasses import replace
+
     import torch
-    from torch.nn.functional import normalize
 
-    from cluster.config import import_object
+    from data_services.imports import import_object
+    from tests.twins import random_shares
     from trainers.collectives import Group
-    from trainers.config import ObjectiveConfig
-    from trainers.objectives.contrastive import Contrastive, Ids, LossShare
+    from trainers.objectives.config import ContrastiveSection, CustomSection
+    from trainers.objectives.contrastive import Contrastive
+    from trainers.objectives.embedded import LossShare
 
-    torch.manual_seed(0)
-    config, group, b = ObjectiveConfig(), Group(), 6
-    ids = Ids(torch.arange(b), torch.arange(b + 2))
+    path = f"{example('my_objectives.py')}:Aligned"
+    group, share = Group(), random_shares(0, [(6, 8)], 8)[0]
     losses, gradients = [], []
-    for objective in (import_object(f"{example('my_objectives.py')}:Aligned", "objective.path"), Contrastive):
-        torch.manual_seed(0)
-        queries, documents = (normalize(torch.randn(n, 8), dim=1).requires_grad_() for n in (b, b + 2))
-        share = objective(config, group)(queries, documents, ids, b, None)
-        assert isinstance(share, LossShare)
-        assert all(isinstance(value, float) for value in share.metrics.values())
-        share.loss.backward()
-        assert share.loss.item() == pytest.approx(share.metrics["loss"], rel=1e-5)
+    for objective in (
+        import_object(path, "objective.path")(CustomSection(path=path), group),
+        Contrastive(ContrastiveSection(), group),
+    ):
+        queries, documents = (x.clone().requires_grad_() for x in (share.queries, share.documents))
+        found = objective(replace(share, queries=queries, documents=documents))
+        assert isinstance(found, LossShare)
+        assert all(isinstance(value, float) for value in found.metrics.values())
+        found.loss.backward()
+        assert found.loss.item() == pytest.approx(found.metrics["loss"], rel=1e-5)
         assert queries.grad is not None
-        losses.append(share.loss.item())
+        losses.append(found.loss.item())
         gradients.append(queries.grad)
-    apart = queries.detach() - documents.detach()[:b]
+    apart = share.queries - share.positives
     assert losses[0] - losses[1] == pytest.approx(0.1 * apart.square().sum(1).mean().item(), rel=1e-4)
-    torch.testing.assert_close(gradients[0] - gradients[1], 0.2 * apart / b, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients[0] - gradients[1], 0.2 * apart / 6, rtol=1e-4, atol=1e-6)
+
+
+def test_the_example_of_a_new_loss_passes_its_own_test(example, gloo, tmp_path):
+    example("my_losses.py", "objectives.md")
+    its_test = importlib.import_module(example("test_my_losses.py", "objectives.md"))
+    gloo(3, _import_from, str(tmp_path))
+    passes = its_test.test_loss_and_gradients_are_those_of_the_definition
+    (splits,) = (mark.args[1] for mark in passes.pytestmark)
+    assert sorted(map(len, splits)) == [1, 3]
+    for split in splits:
+        passes(gloo, split)
+
+
+def _import_from(folder: str) -> None:
+    sys.path.append(folder)
+
+
+def test_every_kind_of_loss_is_in_the_table():
+    from trainers.objectives.compose import LOSSES
+
+    rows = re.findall(r"(?m)^\| `(\w+)` \|", (DOCS / "objectives.md").read_text())
+    assert set(LOSSES) <= set(rows)
 
 
 def test_the_encoder_example_takes_the_arguments_it_is_called_with():
@@ -303,12 +330,15 @@ def test_the_example_in_engine_md_is_what_the_loss_gives():
     import torch
 
     from trainers.collectives import Group
-    from trainers.config import ObjectiveConfig
-    from trainers.objectives.contrastive import Contrastive, Ids
+    from trainers.objectives.config import ContrastiveSection
+    from trainers.objectives.contrastive import Contrastive
+    from trainers.objectives.embedded import Embedded
+    from trainers.objectives.keys import Keys
 
     queries, documents = (torch.eye(2).requires_grad_() for _ in range(2))
-    ids = Ids(torch.tensor([0, 1]), torch.tensor([2, 3]))
-    share = Contrastive(ObjectiveConfig(temperature=1.0), Group())(queries, documents, ids, 2, None)
+    keys = Keys(torch.tensor([0, 1]), torch.tensor([2, 3]))
+    embedded = Embedded(queries, documents, keys, keys, owners=torch.arange(2), global_queries=2)
+    share = Contrastive(ContrastiveSection(temperature=1.0), Group())(embedded)
     share.loss.backward()
     page = (DOCS / "engine.md").read_text()
     assert f"{share.loss.item():.4f}" in page
@@ -333,23 +363,39 @@ def _metrics_of_a_step() -> dict[str, float]:
     from data_services.schema import Batch, Ragged
     from trainers import loop
     from trainers.collectives import Group
-    from trainers.config import CheckpointConfig, ObjectiveConfig, QueueConfig
-    from trainers.negative_queue import NegativeQueue
-    from trainers.objectives.contrastive import Contrastive
+    from trainers.config import CheckpointConfig, QueueConfig
+    from trainers.negative_queue import Queues
+    from trainers.objectives.compose import Sum
+    from trainers.objectives.config import ContrastiveSection, Schedule
     from trainers.step import ContrastiveStep, Memory
 
     group, ids = Group(), np.arange(2)
     engine: Any = SimpleNamespace(
         device=torch.device("cpu"),
+        module=SimpleNamespace(tower=SimpleNamespace(gives_tokens=False), learned_names=(), head=None),
+        total_steps=1,
         train=lambda: None,
-        forward=lambda input_ids, **_: torch.eye(8)[input_ids[:, 0]],
+        forward=lambda input_ids, **_: (torch.eye(8)[input_ids[:, 0]], torch.zeros(0), torch.zeros(0)),
         backward=lambda *_, **__: None,
         step=lambda: SimpleNamespace(grad_norm=1.0, lr=0.1),
     )
     encoder: Any = SimpleNamespace(update=lambda: None, forward=engine.forward)
-    memory = Memory(encoder, NegativeQueue(QueueConfig(rows=4), 8, group))
-    step = ContrastiveStep(engine, Contrastive(ObjectiveConfig(), group), memory, cached=True, seed=0, rank=0)
-    batch = Batch(0, 2, Ragged.of([[1], [2]]), Ragged.of([[3], [4]]), ids, ids, ids, (np.arange(4),))
+    memory = Memory(encoder, Queues(QueueConfig(rows=4), 8, group))
+    objective = Sum([ContrastiveSection(temperature=Schedule(start=0.1, end=0.05))], group)
+    step = ContrastiveStep(engine, objective, memory, cached=True, seed=0, group=group)
+    batch = Batch(
+        step=0,
+        global_queries=2,
+        queries=Ragged.of([[1], [2]]),
+        documents=Ragged.of([[3], [4]]),
+        query_ids=ids,
+        document_ids=ids,
+        owners=ids,
+        relations=np.ones(2, np.int8),
+        rows=ids,
+        prompt_tokens=np.zeros(4, np.int64),
+        chunks=(np.arange(4),),
+    )
     seen: dict[str, float] = {}
     loop.run(
         loop.Job(

@@ -1,134 +1,408 @@
-"""Naive twins: the same computations dense, in float64, in one process, row by row."""
+"""Naive twins: the same computations dense, in float64, in one process, from their definitions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
-from trainers.config import ObjectiveConfig
-from trainers.negative_queue import NO_QUERY, QueueRows
-from trainers.objectives.contrastive import Ids
+from trainers.negative_queue import QueueRows
+from trainers.objectives.config import ContrastiveSection, Learned, value_at
+from trainers.objectives.embedded import Embedded
+from trainers.objectives.keys import UNKNOWN, Keys
 
-
-@dataclass(frozen=True)
-class Share:
-    """What one worker holds of a global batch: document j < b is the positive of query j."""
-
-    queries: Tensor  # [b, D]
-    documents: Tensor  # [d, D]
-    ids: Ids
-
-    def to(self, dtype: torch.dtype) -> Share:
-        return replace(self, queries=self.queries.to(dtype), documents=self.documents.to(dtype))
+CLASSES = 3  # of labels and tasks that are drawn
 
 
-def random_shares(seed: int, counts: list[tuple[int, int]], dim: int, distinct: int = 10**6) -> list[Share]:
-    """Unit vectors float64 for workers of (b, d) = counts; ids are drawn below `distinct`: few of them
-    make duplicates, between positives and hard negatives and across workers too."""
+def random_shares(
+    seed: int,
+    counts: list[tuple[int, int]],
+    dim: int,
+    distinct: int = 10**6,
+    tokens: int = 0,
+    of_documents: int = 0,
+) -> list[Embedded]:
+    """Unit vectors float64 for workers of (b, d) = counts, with every key, weights, scores and momentum vectors; ids
+    are drawn below `distinct`: few of them make duplicates, between positives and hard negatives and across workers
+    too. With `tokens`, token vectors [n, tokens, dim] of lengths from 1; of documents [n, of_documents, dim] where that
+    is given."""
     generator = torch.Generator().manual_seed(seed)
+    total = sum(b for b, _ in counts)
 
-    def draw(rows: int) -> tuple[Tensor, Tensor]:
-        vectors = torch.randn(rows, dim, generator=generator, dtype=torch.float64)
-        return normalize(vectors, dim=1), torch.randint(distinct, (rows,), generator=generator)
+    def vectors(rows: int, tokens: int = tokens) -> Tensor:
+        shape = (rows, tokens, dim) if tokens else (rows, dim)
+        return normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+    def draw(rows: int, below: int) -> Tensor:
+        return torch.randint(below, (rows,), generator=generator)
+
+    def classes(rows: int, tokens: int = tokens) -> dict[str, Tensor]:
+        lengths = {"lengths": 1 + draw(rows, tokens)} if tokens else {}
+        return {"labels": draw(rows, CLASSES), "tasks": draw(rows, CLASSES), **lengths}
 
     shares = []
     for b, d in counts:
-        (queries, query_ids), (documents, document_ids) = draw(b), draw(d)
-        shares.append(Share(queries, documents, Ids(query_ids, document_ids)))
+        query_ids, document_ids = draw(b, distinct), draw(d, distinct)
+        owners = torch.cat([torch.arange(b), draw(d - b, max(b, 1))])
+        answers, rejects = torch.full((d,), UNKNOWN), torch.full((d,), UNKNOWN)
+        answers[:b] = query_ids
+        if b:
+            rejects[b:] = query_ids[owners[b:]]
+        shares.append(
+            Embedded(
+                queries=vectors(b),
+                documents=vectors(d, of_documents or tokens),
+                query_keys=Keys(query_ids, document_ids[:b], **classes(b)),
+                document_keys=Keys(answers, document_ids, rejects=rejects, **classes(d, of_documents or tokens)),
+                owners=owners,
+                global_queries=total,
+                weights=0.5 + torch.rand(b, generator=generator, dtype=torch.float64),
+                scores=torch.rand(d, generator=generator, dtype=torch.float64),
+                momentum_queries=vectors(b),
+                momentum_documents=vectors(d, of_documents or tokens),
+            )
+        )
     return shares
 
 
-def random_rows(seed: int, rows: int, dim: int, distinct: int = 10**6) -> QueueRows:
+def random_rows(seed: int, rows: int, dim: int, distinct: int = 10**6, tokens: int = 0) -> QueueRows:
     """Queue rows float64, every third without a query."""
-    share = random_shares(seed, [(0, rows)], dim, distinct)[0]
-    generator = torch.Generator().manual_seed(seed + 1)
-    query_ids = torch.randint(distinct, (rows,), generator=generator)
-    query_ids[::3] = NO_QUERY
-    return QueueRows(share.documents, share.ids.document_ids, query_ids, torch.zeros(rows, dtype=torch.int64))
+    share = random_shares(seed, [(0, rows)], dim, distinct, tokens)[0]
+    query_ids = torch.randint(distinct, (rows,), generator=torch.Generator().manual_seed(seed + 1))
+    query_ids[::3] = UNKNOWN
+    keys = replace(share.document_keys, query_ids=query_ids, rejects=None)
+    return QueueRows(share.documents, keys, torch.zeros(rows, dtype=torch.int64), torch.arange(rows))
 
 
 def rows_of_worker(rows: QueueRows, rank: int, world_size: int, dtype: torch.dtype) -> QueueRows:
     mine = slice(rank, None, world_size)
-    return QueueRows(rows.vectors[mine].to(dtype), rows.document_ids[mine], rows.query_ids[mine], rows.steps[mine])
+    return QueueRows(rows.vectors[mine].to(dtype), rows.keys[mine], rows.steps[mine], rows.numbers[mine])
+
+
+def in_type(share: Embedded, dtype: torch.dtype) -> Embedded:
+    """Its vectors in `dtype`."""
+    names = ("queries", "documents", "weights", "scores", "momentum_queries", "momentum_documents")
+    return replace(share, **{n: v.to(dtype) for n in names if (v := getattr(share, n)) is not None})
+
+
+def of_worker(share: Embedded, queues: Mapping[str, QueueRows], rank: int, size: int, dtype: torch.dtype) -> Embedded:
+    """A worker's share with its part of the queues, vectors in `dtype` and gradients wanted."""
+    mine = {name: rows_of_worker(rows, rank, size, dtype) for name, rows in queues.items()}
+    share = replace(in_type(share, dtype), queues=mine)
+    share.queries.requires_grad_()
+    share.documents.requires_grad_()
+    return share
 
 
 @dataclass(frozen=True)
 class Dense:
-    """The global loss, its gradient in every worker's embeddings, and the metrics."""
+    """The global loss, its gradient in every worker's embeddings and learned scalars, and the metrics."""
 
     loss: float
     query_gradients: list[Tensor]
     document_gradients: list[Tensor]
+    learned_gradients: dict[str, Tensor]
     metrics: dict[str, float]
 
 
-def dense_contrastive(shares: list[Share], config: ObjectiveConfig, queue: QueueRows | None) -> Dense:
+@dataclass(frozen=True)
+class Pool:
+    """Vectors and keys end to end; `kind` and `index` say what each is: ("document", 3) is document 3 of the batch."""
+
+    vectors: Tensor
+    keys: Keys
+    kind: list[str]
+    index: list[int]
+
+    @classmethod
+    def of(cls, kind: str, vectors: Tensor, keys: Keys) -> Pool:
+        return cls(vectors, keys, [kind] * len(vectors), list(range(len(vectors))))
+
+    def __add__(self, other: Pool) -> Pool:
+        return Pool(
+            torch.cat(_equally_long(self.vectors, other.vectors)),
+            end_to_end([self.keys, other.keys]),
+            self.kind + other.kind,
+            self.index + other.index,
+        )
+
+
+def _equally_long(*vectors: Tensor) -> list[Tensor]:
+    """Token vectors [n, L, D] padded to the longest L; vectors [n, D] as they are."""
+    if vectors[0].ndim == 2:
+        return list(vectors)
+    longest = max(v.shape[1] for v in vectors)
+    return [pad(v, (0, 0, 0, longest - v.shape[1])) for v in vectors]
+
+
+def end_to_end(keys: list[Keys]) -> Keys:
+    """Rows of all; a column that only some know is UNKNOWN elsewhere."""
+
+    def column(name: str) -> Tensor | None:
+        there = [getattr(k, name) for k in keys]
+        if all(c is None for c in there):
+            return None
+        return torch.cat(
+            [torch.full_like(k.query_ids, UNKNOWN) if c is None else c for k, c in zip(keys, there, strict=True)]
+        )
+
+    return Keys(**{f.name: column(f.name) for f in fields(Keys)})
+
+
+def dense_contrastive(
+    shares: list[Embedded],
+    section: ContrastiveSection,
+    queues: Mapping[str, QueueRows] | None = None,
+    learned: Mapping[str, float] | None = None,
+    progress: float = 0.0,
+) -> Dense:
     """The contrastive loss of the whole batch from its definition, one query and one positive at a time."""
     queries = [s.queries.detach().clone().double().requires_grad_() for s in shares]
     documents = [s.documents.detach().clone().double().requires_grad_() for s in shares]
-    q = torch.cat(queries)
-    positives = torch.cat([d[: len(x)] for x, d in zip(queries, documents, strict=True)])
-    hard = torch.cat([d[len(x) :] for x, d in zip(queries, documents, strict=True)])
-    query_ids = torch.cat([s.ids.query_ids for s in shares])
-    positive_ids = torch.cat([s.ids.document_ids[: len(s.queries)] for s in shares])
-    hard_ids = torch.cat([s.ids.document_ids[len(s.queries) :] for s in shares])
-    stored = queue or random_rows(0, 0, q.shape[1])
-    candidates = torch.cat([positives, hard, stored.vectors.double()])
-    candidate_ids = torch.cat([positive_ids, hard_ids, stored.document_ids])
-    answered_ids = torch.cat([query_ids, torch.full_like(hard_ids, NO_QUERY), stored.query_ids])
-    is_queue = torch.arange(len(candidates)) >= len(positives) + len(hard)
-
-    rows, columns, correct, hardness, nothing = [], [], [], [], 0
-    for i in range(len(q)):
-        negative = torch.arange(len(candidates)) != i
-        if config.mask_same_document:
-            negative &= candidate_ids != positive_ids[i]
-        if config.mask_same_query:
-            negative &= answered_ids != query_ids[i]
-        positive = q[i] @ positives[i] / config.temperature
-        logits = candidates @ q[i] / config.temperature
-        if negative.any():
-            denominator = torch.cat([positive[None], logits[negative]]).logsumexp(0)
-            rows.append(denominator - positive)
-            correct.append(float(positive > logits[negative].max()))
-            hardness.append(float((logits[negative & is_queue] - denominator).exp().sum()))
-        nothing += not negative.any()
-        others = negative[: len(q)]  # the masks are symmetric between positives
-        if others.any():
-            logits = q[others] @ positives[i] / config.temperature
-            columns.append(torch.cat([positive[None], logits]).logsumexp(0) - positive)
-
-    both = config.directions == "both"
-    zero = (q * 0).sum() + (candidates * 0).sum()
-    means = [torch.stack(x).mean() if x else zero for x in ((rows, columns) if both else (rows,))]
-    loss = sum(means, zero) / len(means)
-    gradients = list(torch.autograd.grad(loss, [*queries, *documents]))
-    apart = torch.pdist(q.detach()).square().mul(-2).exp()
-    metrics = {
-        "loss": float(loss),
-        "accuracy": sum(correct) / max(1, len(correct)),
-        "alignment": float((q - positives).square().sum(1).mean()),
-        "uniformity": float(apart.mean().log()) if len(q) > 1 else 0.0,
-        "queue_hardness": sum(hardness) / max(1, len(hardness)),
-        "nothing_to_compare": float(nothing),
-    }
-    return Dense(float(loss), gradients[: len(shares)], gradients[len(shares) :], metrics)
+    scalars = {k: torch.tensor(v, dtype=torch.float64, requires_grad=True) for k, v in (learned or {}).items()}
+    twin = _Twin(shares, queries, documents, section, queues or {})
+    if isinstance(section.temperature, Learned):
+        twin.temperature = scalars["log_temperature"].exp()
+    else:
+        twin.temperature = torch.tensor(value_at(section.temperature, progress), dtype=torch.float64)
+    loss, metrics = twin.loss()
+    inputs = [*queries, *documents, *scalars.values()]
+    gradients = list(torch.autograd.grad(loss, inputs, allow_unused=True))
+    gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
+    w = len(shares)
+    of_learned = dict(zip(scalars, gradients[2 * w :], strict=True))
+    return Dense(float(loss.detach()), gradients[:w], gradients[w : 2 * w], of_learned, metrics)
 
 
-class ReplicatedQueue:
-    """The queue as one list that every worker would hold whole: the newest K (vector, document id, query id,
-    step) in the order of their numbers."""
+class _Twin:
+    temperature: Tensor
 
-    def __init__(self, rows: int) -> None:
-        self.capacity = rows
-        self.entries: list[tuple[Tensor, int, int, int]] = []
+    def __init__(
+        self,
+        shares: list[Embedded],
+        queries: list[Tensor],
+        documents: list[Tensor],
+        section: ContrastiveSection,
+        queues: Mapping[str, QueueRows],
+    ) -> None:
+        self.section = section
+        cuts = [len(s.queries) for s in shares]
 
-    def enqueue(self, workers: list[tuple[Tensor, Tensor, Tensor]], step: int) -> None:
-        """(vectors [d, D], document_ids [d], query_ids [d]) of every worker, in rank order."""
-        for vectors, document_ids, query_ids in workers:
-            for row in zip(vectors, document_ids.tolist(), query_ids.tolist(), strict=True):
-                self.entries.append((*row, step))
-        self.entries = self.entries[max(0, len(self.entries) - self.capacity) :]
+        def positives_first(of: list[Tensor]) -> Tensor:
+            return torch.cat(
+                [*(x[:b] for x, b in zip(of, cuts, strict=True)), *(x[b:] for x, b in zip(of, cuts, strict=True))]
+            )
+
+        online = section.positive_encoding == "online"
+        query_keys = end_to_end([s.query_keys for s in shares])
+        document_keys = end_to_end(
+            [s.document_keys[:b] for s, b in zip(shares, cuts, strict=True)]
+            + [s.document_keys[b:] for s, b in zip(shares, cuts, strict=True)]
+        )
+        self.n = sum(cuts)
+        self.weights = torch.cat([s.weights for s in shares]) if shares[0].weights is not None else torch.ones(self.n)
+        self.q, docs = torch.cat(queries), positives_first(documents)
+        self.d = docs[: self.n]
+        momentum_q = torch.cat([s.momentum_queries for s in shares])
+        momentum_d = positives_first([s.momentum_documents for s in shares])
+        self.target_d, self.target_q = (self.d, self.q) if online else (momentum_d[: self.n], momentum_q)
+        self.query_keys, self.positive_keys = query_keys, document_keys[: self.n]
+        as_row = replace(self.positive_keys, query_ids=query_keys.query_ids, document_ids=query_keys.document_ids)
+        self.there = Pool.of("document", docs if online else momentum_d, document_keys)
+        self.back = Pool.of("query", self.target_q, query_keys)
+        if section.among_queries:
+            self.there += Pool.of("query", self.q, query_keys)
+        if section.among_documents:
+            self.back += Pool.of("document", self.d, as_row)
+        for name, rows in queues.items():
+            stored = Pool.of("queue", rows.vectors.double(), rows.keys)
+            if name == "queries":
+                self.back += stored
+            else:
+                self.there += stored
+        self.ceilings: dict[int, Tensor] = {}
+        if section.false_negatives is None or section.false_negatives.reference is None:
+            return
+        stored = {back: [r.vectors.double() for n, r in queues.items() if (n == "queries") == back] for back in (0, 1)}
+        self.references = (torch.cat([momentum_d, *stored[0]]), torch.cat([momentum_q, *stored[1]]))
+        self.own_references = (momentum_q, momentum_d)
+
+    def score(self, x: Tensor, x_length: int | None, pool: Tensor, lengths: Tensor | None) -> Tensor:
+        """[n] similarities of one query and several candidates."""
+        if self.section.similarity == "inner_product":
+            return pool @ x
+        if self.section.similarity == "squared_distance":
+            return -(pool - x).square().sum(1)
+        return torch.stack(
+            [
+                torch.stack([(x[t] @ k[:m].T).max() for t in range(x_length)]).sum()
+                for k, m in zip(pool, lengths.tolist(), strict=True)
+            ]
+        )
+
+    def loss(self) -> tuple[Tensor, dict[str, float]]:
+        s, lengths = self.section, self.query_keys.lengths
+        length = (lambda i: None) if lengths is None else (lambda i: int(lengths[i]))
+        doc_lengths = self.positive_keys.lengths
+        rows, columns, correct, hardness, compared = [], [], [], [], 0
+        own_there, own_back = [], []
+        for i in range(self.n):
+            slot = slice(i, i + 1)
+            theirs = None if doc_lengths is None else doc_lengths[slot]
+            own_there.append(self.score(self.q[i], length(i), self.target_d[slot], theirs)[0])
+            own_back.append(self.score(self.target_q[i], length(i), self.d[slot], theirs)[0])
+        for i in range(self.n):
+            logits, negative, target = self._seen(i, self.q[i], self.query_keys, self.there, own_there[i], False)
+            rows.append((logits, negative, target, own_there[i]))
+            positive = own_there[i] / self.temperature
+            if negative.any():
+                compared += 1
+                correct.append(float(positive > logits[negative].max()))
+                scale = 1 + (s.debiased.concentration if s.debiased else 0)
+                weighted = logits[negative] * (1 + s.harder) * scale
+                denominator = torch.cat([scale * positive[None], weighted]).logsumexp(0)
+                queued = torch.tensor([kind == "queue" for kind in self.there.kind])[negative]
+                hardness.append(float((weighted[queued] - denominator).detach().exp().sum()))
+            if s.directions == "both":
+                back = self._seen(i, self.d[i], self.positive_keys, self.back, own_there[i], True)
+                columns.append((*back, own_back[i]))
+        sides = [rows, columns] if columns or s.directions == "both" else [rows]
+        if s.normalisation == "joint" and len(sides) == 2:
+            sides = [[_both(a, b) for a, b in zip(*sides, strict=True)]]
+        means = []
+        for side in sides:
+            total, weight = (self.q * 0).sum(), torch.zeros((), dtype=torch.float64)
+            for i, (logits, negative, target, own) in enumerate(side):
+                if negative.any() or target.any():
+                    total = total + self.weights[i] * self._nats(i, logits, negative, target, own, own_there)
+                    weight = weight + self.weights[i]
+            means.append(total / weight if weight else total)
+        loss = torch.stack(means).mean()
+        pooled = self.q.ndim == 2
+        apart = torch.pdist(self.q.detach()).square().mul(-2).exp() if pooled else None
+        return loss, {
+            "loss": float(loss.detach()),
+            "accuracy": sum(correct) / max(1, len(correct)),
+            "alignment": float((self.q - self.d).square().sum(1).mean()) if pooled else 0.0,
+            "uniformity": float(apart.mean().log()) if pooled and self.n > 1 else -math.inf if self.n > 1 else 0.0,
+            "queue_hardness": sum(hardness) / max(1, len(hardness)),
+            "nothing_to_compare": float(self.n - compared),
+        }
+
+    def _seen(
+        self, i: int, x: Tensor, keys: Keys, pool: Pool, own: Tensor, back: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits, which are negatives, which are positives) of row i's candidates, its own positive in none."""
+        s, theirs = self.section, pool.keys
+        if back and s.similarity == "max_sim":  # the query's tokens look for theirs in the document
+            at = slice(i, i + 1)
+            similar = torch.stack(
+                [
+                    self.score(q, int(n), self.d[at], self.positive_keys.lengths[at])[0]
+                    for q, n in zip(pool.vectors, theirs.lengths, strict=True)
+                ]
+            )
+        else:
+            length = None if keys.lengths is None else int(keys.lengths[i])
+            similar = self.score(x, length, pool.vectors, theirs.lengths)
+        logits = similar / self.temperature
+        own_kind = "query" if back else "document"
+        elsewhere = torch.tensor(
+            [
+                not (k in (own_kind, "document" if back else "query") and j == i)
+                for k, j in zip(pool.kind, pool.index, strict=True)
+            ]
+        )
+        row = keys if not back else replace(keys, query_ids=self.query_keys.query_ids)
+        same_document = theirs.document_ids == row.document_ids[i]
+        same_query = (theirs.query_ids == row.query_ids[i]) & (theirs.query_ids != UNKNOWN)
+        target = torch.zeros(len(logits), dtype=torch.bool)
+        if s.positives:
+            target |= same_document if s.positives.same_document else target
+            target |= same_query if s.positives.same_query else target
+            if s.positives.same_label:
+                target |= theirs.labels == row.labels[i]
+            target &= elsewhere
+        negative = elsewhere & ~target
+        if s.mask_same_document:
+            negative &= ~same_document
+        if s.mask_same_query:
+            negative &= ~same_query
+        if s.mask_same_label:
+            negative &= theirs.labels != row.labels[i]
+        for name in s.only_same:
+            negative &= getattr(theirs, name) == getattr(row, name)[i]
+        if s.ignore_unrelated:
+            negative &= (
+                (theirs.rejects == row.query_ids[i])
+                if not back
+                else ((row.rejects[i] == theirs.query_ids) & (theirs.query_ids != UNKNOWN))
+            )
+        if s.false_negatives:
+            negative &= ~self._false(i, similar, target, own, back)
+        if s.hardest_share < 1:
+            negative = self._hardest(logits, negative, pool)
+        return logits, negative, target
+
+    def _false(self, i: int, similar: Tensor, target: Tensor, own: Tensor, back: bool) -> Tensor:
+        rule = self.section.false_negatives
+        if rule.reference is not None:
+            return self.references[back] @ self.own_references[back][i] > rule.reference
+        hardest = own
+        of_batch = target & torch.tensor([kind == "document" for kind in self.there.kind]) if not back else target
+        if not back and of_batch.any():
+            hardest = torch.minimum(own, similar[of_batch].min())
+        elif back and self.section.positives:
+            hardest = self.ceilings[i]
+        if not back:
+            self.ceilings[i] = hardest
+        bound = hardest - rule.margin if rule.margin is not None else hardest * rule.share
+        return similar > bound
+
+    def _hardest(self, logits: Tensor, negative: Tensor, pool: Pool) -> Tensor:
+        queued = torch.tensor([kind == "queue" for kind in pool.kind]) & negative
+        rows = queued.nonzero()[:, 0].tolist()
+        kept = math.ceil(self.section.hardest_share * len(rows))
+        rows.sort(key=lambda j: (-float(logits[j]), pool.index[j]))
+        negative = negative.clone()
+        negative[rows[kept:]] = False
+        return negative
+
+    def _nats(
+        self, i: int, logits: Tensor, negative: Tensor, target: Tensor, own: Tensor, pairs: list[Tensor]
+    ) -> Tensor:
+        s, none = self.section, -torch.inf
+        similarity = own
+        if s.angular_margin:
+            similarity = (own.arccos() + s.angular_margin).clamp(max=math.pi).cos()
+        positive = (similarity - s.additive_margin) / self.temperature
+        seen = logits[negative]
+        weighted = seen + (s.harder * seen).detach()
+        if s.debiased:
+            beta, n = s.debiased.concentration, len(seen)
+            expected = n * ((1 + beta) * seen).exp().sum() / (beta * seen).exp().sum()
+            share = s.debiased.positive_share
+            g = (expected - n * share * positive.exp()) / (1 - share)
+            g = torch.maximum(g, n * (-1 / self.temperature).exp())
+            return (positive.exp() + g).log() - positive
+        if s.positives:
+            good = torch.cat([positive[None], logits[target]])
+            whole = torch.cat([good, weighted]).logsumexp(0)
+            return whole - (good.mean() if s.positives.sum == "outside" else good.logsumexp(0))
+        denominator = (weighted if s.decoupled else torch.cat([positive[None], weighted])).logsumexp(0)
+        loss = denominator - positive
+        if s.label_smoothing:
+            loss = loss + s.label_smoothing * (positive - torch.cat([positive[None], seen]).mean())
+        if s.von_mises_fisher:
+            exponentials = (torch.stack(pairs) / s.von_mises_fisher).exp()
+            weight = 2 - exponentials[i] / exponentials.mean()
+            loss = loss + (1 - weight) * positive
+        return loss if negative.any() else torch.full_like(loss, none)
+
+
+def _both(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (*(torch.cat([x, y]) for x, y in zip(a[:3], b[:3], strict=True)), a[3])

@@ -5,11 +5,23 @@ Kept apart from the classes they configure only so that reading a recipe never i
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from data_services.schema import Section
+from trainers.objectives.config import Number, value_at
+
+PoolingMode = Literal["mean", "cls", "last", "max", "weighted_mean", "latent", "tokens"]
+Activation = Literal["none", "tanh", "relu", "gelu", "silu"]
+
+
+def _as_a_word(value: Any) -> Any:
+    """YAML 1.1 reads `on` and `off` as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_a_word)]
 
 
 class FromConfig(Section):
@@ -30,6 +42,52 @@ class FromConfig(Section):
     )
 
 
+class HeadConfig(Section):
+    """`model.head:` a projection of the pooled vector: linear layers, each with an activation behind it."""
+
+    sizes: list[int] = Field(min_length=1, description="outputs of each layer; the last is the width of the vector")
+    activation: Activation = Field("relu", description="behind every layer but the last")
+    last_activation: Activation = Field("none", description="behind the last layer (SimCSE's head: one layer, tanh)")
+    bias: bool = Field(True, description="whether the layers have one")
+    use: Literal["training", "kept"] = Field(
+        "kept", description="training: only the loss sees it, the model that is evaluated and exported is without it"
+    )
+
+    @field_validator("sizes")
+    @classmethod
+    def _some_width(cls, sizes: list[int]) -> list[int]:
+        if min(sizes) < 1:
+            raise ValueError(f"a layer of {min(sizes)} outputs")
+        return sizes
+
+
+class LatentConfig(Section):
+    """`model.latent:` the attention of `pooling: latent` (NV-Embed)."""
+
+    count: int = Field(512, gt=0, description="learned vectors that every token attends to")
+    heads: int = Field(8, gt=0)
+
+
+class AdapterConfig(Section):
+    """`model.adapter:` what trains beside a frozen base: low-rank updates of its matrices, by PEFT.
+
+    lora  W + alpha/rank B A                                                    (Hu et al. 2021)
+    dora  the same, with the length of each output's weights trained by itself  (Liu et al. 2024)
+    """
+
+    kind: Literal["lora", "dora"] = "lora"
+    rank: int = Field(16, gt=0, description="columns of B and rows of A")
+    alpha: float = Field(32.0, gt=0, description="alpha / rank scales the update")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the updates' inputs dropped in training")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="modules that get an update, by the end of their names: [q_proj, v_proj]"
+    )
+    modules_to_save: list[str] = Field([], description="modules trained whole, by the end of their names")
+    merge: bool = Field(
+        True, description="export one model; false: the adapter alone, in PEFT's format, which names its base"
+    )
+
+
 class ModelConfig(Section):
     """`model:` the text tower. Exactly one of `path` and `config`."""
 
@@ -41,8 +99,47 @@ class ModelConfig(Section):
         "returns a TextEncoder",
     )
     init_from: str | None = Field(None, description="folder whose weights start this run; not a resume")
-    pooling: Literal["mean", "cls", "last"] | None = Field(
-        None, description="None: what the Sentence Transformers folder says, else mean"
+    adapter: AdapterConfig | None = Field(None, description="train low-rank updates only; None: every weight")
+    pooling: PoolingMode | None = Field(
+        None,
+        description="which token vectors make the text's: weighted_mean weighs by position, latent attends to learned "
+        "vectors first, tokens keeps one vector a token (late interaction); "
+        "None: what the Sentence Transformers folder says, else mean",
+    )
+    latent: LatentConfig | None = Field(None, description="sizes of `pooling: latent`; None: the defaults")
+    mean_layers: int | None = Field(
+        None,
+        gt=0,
+        description="token vectors are the mean of this many of the last layers'; "
+        "None: what the Sentence Transformers folder says, else 1",
+    )
+    layers: list[int] = Field(
+        [],
+        description="training sees the vectors of these layers side by side (0: the token embeddings, -1: the last); "
+        "the last of them must be the model's last, which alone is evaluated and exported",
+    )
+    head: HeadConfig | None = Field(None, description="None: that of the Sentence Transformers folder, if any")
+    normalize: bool | None = Field(
+        None,
+        description="vectors of length one; None: true but for a Sentence Transformers folder that compares by dot "
+        "product and doesn't normalise",
+    )
+    token_dim: int | None = Field(
+        None,
+        gt=0,
+        description="with pooling tokens: width of their vectors, by a linear map; "
+        "None: what the Sentence Transformers folder says, else the tower's width",
+    )
+    query_length: int | None = Field(
+        None,
+        gt=2,
+        description="with pooling tokens: shorter queries are filled up to it with mask tokens, which count; "
+        "None: what the Sentence Transformers folder says, else not",
+    )
+    skip_punctuation: bool | None = Field(
+        None,
+        description="with pooling tokens: punctuation of documents has no vector; "
+        "None: what the Sentence Transformers folder says, else false",
     )
     bidirectional: bool | None = Field(
         None, description="drop a decoder's causal mask; None: as the Sentence Transformers folder has it, else true"
@@ -55,6 +152,9 @@ class ModelConfig(Section):
     )
     query_prompt: str | None = Field(None, description="None: what the Sentence Transformers folder says, else empty")
     document_prompt: str | None = None
+    task_prompts: dict[str, dict[Literal["query", "document"], str]] = Field(
+        {}, description="by task, prompts that stand in place of the two above in records of that task"
+    )
     pool_prompt: bool | None = Field(
         None,
         description="whether the prompt's tokens take part in pooling; "
@@ -65,11 +165,36 @@ class ModelConfig(Section):
         "auto", description="auto: eager on a CPU (its bf16 backward is faster), sdpa on a GPU"
     )
     token_dropout: float = Field(0.0, ge=0, lt=1, description="share of input tokens hidden from attention in training")
+    packing: Switch = Field(
+        "auto", description="texts end to end in one row, not padded to one length; see trainers/encoders/packed.py"
+    )
+    towers: Literal["tied", "separate"] = Field(
+        "tied", description="separate: queries and documents have encoders of their own, of one architecture"
+    )
+    document_path: str | None = Field(
+        None, description="what the document tower starts from; None: the weights that the query tower starts from"
+    )
+    freeze: list[str] = Field(
+        [], description="patterns of weight names that training leaves alone, e.g. backbone.embed_tokens.*"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute each layer in the backward pass: less memory, about a third more time"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
         if (self.path is None) == (self.config is None):
             raise ValueError("give exactly one of `path` (a pretrained model) and `config` (random weights)")
+        if self.adapter is not None and self.path is None and self.init_from is None:
+            raise ValueError("an `adapter` leaves random weights as they are; give a `path`, or remove it")
+        if self.adapter is not None and not self.adapter.merge and self.towers != "tied":
+            raise ValueError("an `adapter` of each of two towers can't stand alone; leave `adapter.merge` true")
+        return self
+
+    @model_validator(mode="after")
+    def _document_tower(self) -> ModelConfig:
+        if self.document_path is not None and (self.towers == "tied" or self.path is None):
+            raise ValueError("`document_path` needs `towers: separate` and a `path` for the query tower")
         return self
 
 
@@ -86,18 +211,70 @@ class ObjectiveConfig(Section):
     tile: int = Field(4096, gt=0, description="candidates scored at once; changes memory, not the result")
 
 
-class QueueConfig(Section):
-    """`queue:` the cross-worker memory of momentum-encoded documents."""
+class OneQueue(Section):
+    """What every queue has."""
 
     rows: int = Field(0, ge=0, description="K, over all workers; 0 turns the queue off")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the stored vectors")
+    per: Literal["tasks", "languages", "modalities"] | None = Field(
+        None, description="K rows of each of its classes, made as they appear; None: K rows of all together"
+    )
+    start: Literal["empty", "filled"] = Field(
+        "empty", description="filled: rows are used once K have been enqueued (with `per`, of their class)"
+    )
+    max_age_steps: int | None = Field(
+        None, gt=0, description="rows older than that are dropped; None: only K limits them"
+    )
+
+
+class NamedQueue(OneQueue):
+    """`queue.others:` a queue beside that of the documents."""
+
+    name: str = Field(
+        pattern=r"^(queries|(documents|queries)/[a-z0-9_]+)$",
+        description="`queries`, or whose encodings it keeps and a word of your own: documents/by_task",
+    )
+    rows: int = Field(gt=0, description="K, over all workers")
+
+
+class QueueConfig(OneQueue):
+    """`queue:` the cross-worker memory of momentum-encoded documents, and further ones by name."""
+
+    others: list[NamedQueue] = Field([], description="further queues, of documents or of queries")
+    observe_every_steps: int = Field(50, gt=0, description="steps between two looks at duplicates and separability")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> QueueConfig:
+        names = [queue.name for queue in self.others]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two of `others` are named {twice!r}; rename one")
+        return self
+
+    @property
+    def by_name(self) -> dict[str, OneQueue]:
+        """Every queue that is on; the section's own is `documents`."""
+        own: dict[str, OneQueue] = {"documents": self} if self.rows else {}
+        return own | {queue.name: queue for queue in self.others}
 
 
 class MomentumConfig(Section):
-    """`momentum:` the averaged encoder that fills the queue."""
+    """`momentum:` the averaged encoder, which fills the queue."""
 
-    decay: float = Field(0.99, ge=0, lt=1, description="m of: average <- m average + (1-m) weights, each step")
+    decay: Number = Field(
+        0.99,
+        description="m of: average <- m average + (1-m) weights, each step; a number, or a schedule: "
+        "{start: 0.996, end: 1, shape: cosine}",
+    )
+    dropout: bool = Field(False, description="whether the averaged encoder drops what the trained one drops")
     export: bool = Field(False, description="export and evaluate the averaged weights instead of the last ones")
+
+    @field_validator("decay")
+    @classmethod
+    def _moves(cls, decay: Number) -> Number:
+        first, last = value_at(decay, 0.0), value_at(decay, 1.0)
+        if not (0 <= first < 1 and 0 <= last <= 1):
+            raise ValueError(f"{first:g} to {last:g} must lie in [0, 1], and below 1 at first: else nothing moves")
+        return decay
 
 
 class OptimizerConfig(Section):
@@ -131,6 +308,15 @@ class EngineConfig(Section):
     )
     activation_bytes: int = Field(
         2_000_000_000, gt=0, description="auto keeps graphs while their estimate is below this, on one worker"
+    )
+    reduction: Literal["auto", "once", "per_chunk"] = Field(
+        "auto",
+        description="when gradients are summed over the workers: once a step, from whole ones that every worker keeps, "
+        "or with each chunk into the shards of ZeRO 2 and 3, for more traffic; auto: once where whole ones fit "
+        "gradient_bytes",
+    )
+    gradient_bytes: int = Field(
+        4_000_000_000, gt=0, description="auto keeps whole gradients up to this, 4 bytes a trained parameter"
     )
     deterministic: bool = Field(False, description="deterministic GPU kernels, so that a resume is bit-equal there")
 

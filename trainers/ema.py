@@ -4,11 +4,16 @@
 
 In bf16 with m >= 0.999 most increments are below half an ulp and the average would stand still; hence fp32, on the
 masters, with one cast to the compute type for the forward.
+
+There is no second model. For its forward the averages stand under the parameters of the model that trains, and what
+doesn't train is shared: beside a frozen base of billions of weights, the average of an adapter (A and B each) takes
+the megabytes that the adapter takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -16,117 +21,138 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainers.config import MomentumConfig
-from trainers.engine import Engine, initialize
+from trainers.engine import Engine
+from trainers.objectives.config import value_at
 
 
-class _Teacher(Protocol):
-    """A copy of the model whose weights are set from averages laid out like the engine's shards."""
+class _Copies(Protocol):
+    """The averages in the compute type, cut as the stage needs them.
 
-    def publish(self, averages: Sequence[Tensor]) -> None: ...
+    pairs  tensors of the model, and what stands under each of them in a momentum forward
+    """
 
-    def forward(self, **inputs: Any) -> Any: ...
+    pairs: list[tuple[Tensor, Tensor]]
+
+    def fill(self, averages: Sequence[Tensor]) -> None:
+        """From fp32 averages laid out like the engine's shards. Collective."""
+        ...
 
 
-class _FlatTeacher:
+class _FlatCopies:
     """ZeRO 0-2: parameters are views of one flat buffer a parameter group, filled by one all-gather each.
 
     At ZeRO-0 every worker averages everything and nothing is sent.
     """
 
-    def __init__(self, engine: Engine, model: nn.Module) -> None:
+    def __init__(self, engine: Engine, parameters: Mapping[str, nn.Parameter]) -> None:
         rank, size = dist.get_rank(), dist.get_world_size()
         if engine.config.zero_stage == 0:
             rank, size = 0, 1
-        self._gathers = size > 1
-        parameters = dict(model.named_parameters())
-        self._flat, self._mine = [], []
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self._flat, self._mine, self._gathers = [], [], size > 1
         for shard in engine.shards:
             n = shard.tensor.numel()
             flat = torch.zeros(size * n, dtype=engine.compute_dtype, device=engine.device)
             for name, begin in shard.places.items():
-                p = parameters.pop(name)
-                p.data = flat[begin : begin + p.numel()].view(p.shape)
+                p = parameters[name]
+                self.pairs.append((p, flat[begin : begin + p.numel()].view(p.shape)))
             self._flat.append(flat)
             self._mine.append(flat[rank * n : (rank + 1) * n])
-        frozen = {name: p for p, name in engine.names.items() if not p.requires_grad}
-        for name, p in parameters.items():
-            p.data = frozen[name].data
-        self._model = model.to(engine.device)
 
-    def publish(self, averages: Sequence[Tensor]) -> None:
+    def fill(self, averages: Sequence[Tensor]) -> None:
         torch._foreach_copy_(self._mine, list(averages))
         if self._gathers:
             for flat, mine in zip(self._flat, self._mine, strict=True):
                 dist.all_gather_into_tensor(flat, mine)
 
-    def forward(self, **inputs: Any) -> Any:
-        return self._model(**inputs)
 
+class _PartitionedCopies:
+    """ZeRO-3: a partition beside each of the model's, gathered in a forward as those are.
 
-class _PartitionedTeacher:
-    """ZeRO-3: a second engine without optimizer, cut like the first, so that nothing is sent at an update."""
+    Only what the model keeps gathered (norms, biases, adapters) is sent at a fill, in one all-gather.
+    """
 
-    def __init__(self, engine: Engine, model: nn.Module) -> None:
-        settings = engine.zero_settings()
-        # A persistent parameter would keep a gathered copy that an update of its partition doesn't reach.
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        self._deepspeed = initialize(model, settings)
-        self._deepspeed.eval()
-        parameters: dict[str, Any] = dict(model.named_parameters())
-        partitions = {name: p.ds_tensor for name, p in parameters.items()}
-        self._targets, self._sources = [], []
-        for i, shard in enumerate(engine.shards):
-            for piece in shard.pieces:
-                self._targets.append(partitions.pop(piece.name)[: piece.length])
-                self._sources.append((i, piece.offset, piece.length))
-        frozen = {name: p.ds_tensor for p, name in engine.names.items() if not p.requires_grad}
-        for name, source in frozen.items():
-            partitions[name].copy_(source)
+    def __init__(self, engine: Engine, parameters: Mapping[str, Any]) -> None:
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self._flat, self._parts, wholes = [], [], []
+        for shard in engine.shards:
+            flat = torch.zeros(shard.tensor.shape, dtype=engine.compute_dtype, device=engine.device)
+            for name, begin in shard.places.items():
+                p = parameters[name]
+                part = flat[begin : begin + p.partition_numel()]
+                self.pairs.append((p.ds_tensor, part))
+                if p.ds_persist:
+                    whole = flat.new_zeros(dist.get_world_size(), len(part))
+                    self.pairs.append((p, whole.view(-1)[: p.ds_numel].view(p.ds_shape)))
+                    self._parts.append(part)
+                    wholes.append(whole)
+            self._flat.append(flat)
+        if wholes:
+            lengths = [len(part) for part in self._parts]
+            self._received = torch.cat(wholes, 1)
+            self._wholes, self._columns = wholes, self._received.split(lengths, 1)
 
-    def publish(self, averages: Sequence[Tensor]) -> None:
-        sources = [averages[i][offset : offset + length] for i, offset, length in self._sources]
-        if sources:  # more workers than elements leave some without any
-            torch._foreach_copy_(self._targets, sources)
-
-    def forward(self, **inputs: Any) -> Any:
-        return self._deepspeed(**inputs)
+    def fill(self, averages: Sequence[Tensor]) -> None:
+        torch._foreach_copy_(self._flat, list(averages))
+        if self._parts:
+            dist.all_gather_into_tensor(self._received.view(-1), torch.cat(self._parts))
+            torch._foreach_copy_(self._wholes, self._columns)
 
 
 class MomentumEncoder:
     """The averaged encoder of `engine`'s model; starts equal to it.
 
-    model_factory builds the same architecture again; its weights are overwritten and the random state is left as
-    it was. The model is in eval mode and without gradient for good.
+    It drops nothing unless `config.dropout`; then it draws from torch's generator, to be seeded as for the model.
+    Buffers are those that the model had at the last update.
     """
 
-    def __init__(self, engine: Engine, model_factory: Callable[[], nn.Module], config: MomentumConfig) -> None:
-        self._engine, self._decay = engine, config.decay
-        with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
-            model = model_factory().requires_grad_(False).eval()
+    def __init__(self, engine: Engine, config: MomentumConfig) -> None:
+        self._engine, self.config = engine, config
+        parameters = {name: p for p, name in engine.names.items()}
+        partitioned = engine.config.zero_stage == 3
         self._averages = [shard.tensor.clone() for shard in engine.shards]
+        self._copies: _Copies = (_PartitionedCopies if partitioned else _FlatCopies)(engine, parameters)
+        self._buffers = [(buffer, buffer.clone()) for buffer in engine.module.buffers()]
         with torch.no_grad():
-            partitioned = engine.config.zero_stage == 3
-            self._teacher: _Teacher = (_PartitionedTeacher if partitioned else _FlatTeacher)(engine, model)
-            originals = dict(engine.module.named_buffers())
-            self._buffers = [(buffer, originals[name]) for name, buffer in model.named_buffers()]
             self._publish()
 
     @torch.no_grad()
     def forward(self, **inputs: Any) -> Any:
-        """The model's forward with the averaged weights. Collective at ZeRO-3."""
-        return self._teacher.forward(**inputs)
+        """The model's forward with the averaged weights, for any texts. Collective at ZeRO-3."""
+        with self._averages_in_place():
+            return self._engine.forward(**inputs)
+
+    @contextmanager
+    def _averages_in_place(self) -> Iterator[None]:
+        """Inside, the model's weights are the averages. Graphs that the model has built keep their own."""
+        module = self._engine.module
+        training = module.training
+        self._engine.gather_afresh()
+        with _standing_on([*self._copies.pairs, *self._buffers]):
+            module.train(self.config.dropout)
+            try:
+                yield
+            finally:
+                module.train(training)
+        self._engine.gather_afresh()
+
+    @property
+    def decay(self) -> float:
+        """m of the step that the engine has done last, or does first."""
+        done = max(0, self._engine.global_steps - 1)
+        return value_at(self.config.decay, done / self._engine.total_steps)
 
     @torch.no_grad()
     def update(self) -> None:
         """Moves the average towards the weights; call after each `engine.step()`. Collective."""
         masters = [shard.tensor for shard in self._engine.shards]
-        torch._foreach_lerp_(self._averages, masters, 1 - self._decay)
+        torch._foreach_lerp_(self._averages, masters, 1 - self.decay)
         self._publish()
 
     def _publish(self) -> None:
-        self._teacher.publish(self._averages)
-        for buffer, original in self._buffers:
-            buffer.copy_(original)
+        self._copies.fill(self._averages)
+        for buffer, copy in self._buffers:
+            copy.copy_(buffer)
 
     def state(self) -> dict[str, Tensor]:
         """This worker's share of the averages (`average/` + parameter name, 1-D fp32) and their `layout`."""
@@ -146,3 +172,16 @@ class MomentumEncoder:
         """The averaged parameters and the buffers by name, as `Engine.full_weights`. Collective."""
         gathered = self._engine.sharding.gather(self._averages, self._engine.device)
         return self._engine.with_constants(gathered)
+
+
+@contextmanager
+def _standing_on(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Inside, the first tensor of each pair has the memory of the second."""
+    own = [tensor.data for tensor, _ in pairs]
+    for tensor, other in pairs:
+        tensor.data = other
+    try:
+        yield
+    finally:
+        for (tensor, _), data in zip(pairs, own, strict=True):
+            tensor.data = data

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,13 @@ from trainers.collectives import engine_gradient_scale
 from trainers.config import EngineConfig, OptimizerConfig
 from trainers.device import agree, choose_precision, prepare_device
 from trainers.optimization import learning_rate, parameter_groups
+from trainers.reduction import Reduction, choose_reduction
 from trainers.shards import Shard, Sharding, flat_shards, partitioned_shards, replicated_shards
 
 # Elements of one reduction. A bucket is allocated whole, so a small model gets a small one (`_settings`).
 BUCKET_ELEMENTS = 200_000_000
+# ZeRO-3 beside a frozen base: the share of the model's elements that may stay gathered, see `_keep_gathered`.
+GATHERED_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class Engine:
     The weights start as rank 0's. The masters start from the model as it was given, not from its rounding to
     bf16. `offload: cpu` keeps masters and moments in host memory.
 
-    Raises UsageError for offload at ZeRO-0, which has nothing to offload to a worker's share.
+    Raises UsageError for offload at ZeRO-0, which has nothing to offload to a worker's share, and for a reduction
+    that the stage can't do, see `choose_reduction`. `config` is then what was chosen, without an `auto`.
     """
 
     def __init__(
@@ -99,29 +103,30 @@ class Engine:
         self.device = prepare_device(device, config.deterministic)
         if not dist.is_initialized():
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-        precision = choose_precision(config.precision, self.device)
-        self.config = config = config.model_copy(update={"precision": precision})
+        elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        chosen = {
+            "precision": choose_precision(config.precision, self.device),
+            "reduction": choose_reduction(config, elements),
+        }
+        self.config = config = config.model_copy(update=chosen)
         self.global_steps = 0
         agree(model, self.device)
         self.names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
         trained = {name: (p.shape, p.data) for p, name in self.names.items() if p.requires_grad}
         groups = parameter_groups(model, optimizer)
         self._adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
-        self._deepspeed = initialize(model, self._settings(model), self._adamw)
+        self._deepspeed = initialize(model, self._settings(elements), self._adamw)
         self.module: Any = model
-        if config.zero_stage == 1:
-            # As a setting this selects another optimizer at ZeRO-1, one that reduces in every backward pass.
-            self._deepspeed.optimizer.gradient_accumulation_dtype = torch.float32
-        for p in self._trainable():
-            p.register_post_accumulate_grad_hook(_accumulate_in_fp32)
+        if config.zero_stage == 3 and len(trained) < len(self.names):
+            self._keep_gathered()
         self.sharding = Sharding(
             {name: shape for name, (shape, _) in trained.items()},
             self._find_shards(),
             owner=config.zero_stage > 0 or dist.get_rank() == 0,
         )
         self._fill_masters({name: weight for name, (_, weight) in trained.items()})
-        self._accumulation = ExitStack()
-        self._accumulating = False
+        masters = [shard.master for shard in self.shards]
+        self._reduction = Reduction(self._deepspeed, config, self._trainable(), masters)
 
     @property
     def shards(self) -> list[Shard]:
@@ -132,27 +137,20 @@ class Engine:
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
 
-    def zero_settings(self) -> dict[str, Any]:
-        """What a second DeepSpeed engine needs to be cut like this one (the momentum encoder's, at ZeRO-3)."""
-        return {
-            "train_micro_batch_size_per_gpu": 1,
-            "bf16": {"enabled": self.config.precision == "bf16"},
-            "zero_optimization": {"stage": self.config.zero_stage},
-        }
-
-    def _settings(self, model: nn.Module) -> dict[str, Any]:
-        elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        settings = self.zero_settings()
-        zero, stage = settings["zero_optimization"], self.config.zero_stage
+    def _settings(self, elements: int) -> dict[str, Any]:
+        stage = self.config.zero_stage
+        zero: dict[str, Any] = {"stage": stage}
+        settings: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+        settings["bf16"] = {"enabled": self.config.precision == "bf16"}
         # DeepSpeed's default is 1.0, not off. At ZeRO-0 `step` clips: there the norm would be of rounded gradients.
         settings["gradient_clipping"] = self.optimizer.clip_norm if stage else 0.0
         settings["zero_allow_untested_optimizer"] = True
-        settings["communication_data_type"] = "fp32"  # there is one reduction a step: not in bf16
+        settings["communication_data_type"] = "fp32"
+        settings["managed_gradient_accumulation"] = self.config.reduction == "once"
         if stage:
             zero["reduce_bucket_size"] = min(elements, BUCKET_ELEMENTS)
         if stage in (1, 2):
-            # Gradients are reduced together after the last chunk, so there is no backward left to overlap with,
-            # and without staging in a bf16 buffer.
+            # Reduced once, there is no backward left to overlap with; never staged in a bf16 buffer.
             zero |= {"overlap_comm": False, "contiguous_gradients": False}
         if stage in (2, 3):
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -181,8 +179,38 @@ class Engine:
             for pair in zip(half, full, strict=True)
         )
 
-    def _trainable(self) -> list[nn.Parameter]:
+    def _trainable(self) -> list[Any]:
         return [p for p in self.names if p.requires_grad]
+
+    def _keep_gathered(self) -> None:
+        """ZeRO-3: lets the smallest trained parameters stay gathered between uses.
+
+        An adapter is hundreds of small matrices, and a collective for each makes a step four to five times slower.
+        """
+        kept = self._deepspeed.optimizer.persistent_parameters
+        left = GATHERED_SHARE * sum(p.ds_numel for p in self.names)
+        for p in sorted(self._trainable(), key=lambda p: p.ds_numel):
+            left -= p.ds_numel
+            if left >= 0 and not p.ds_persist:
+                p.ds_persist = True
+                kept.append(p)
+
+    @torch.no_grad()
+    def gather_afresh(self) -> None:
+        """ZeRO-3: no gathered copy of a trained parameter outlives this call, but of those that stay gathered.
+
+        DeepSpeed keeps what it will use again soon, and gathers ahead; whoever puts other weights under the
+        parameters for a while (the momentum encoder) calls this before and after. Collective.
+        """
+        if self.config.zero_stage != 3:
+            return
+        self._deepspeed.optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
+        released = [p for p in self._trainable() if not p.ds_persist and p.ds_status.name == "AVAILABLE"]
+        for p in released:
+            p.partition()
+        missing = [p for p in self._trainable() if p.ds_persist and p.ds_status.name != "AVAILABLE"]
+        if missing:
+            missing[0].all_gather(missing)
 
     @torch.no_grad()
     def _fill_masters(self, weights: Mapping[str, Tensor]) -> None:
@@ -209,47 +237,23 @@ class Engine:
         return self._deepspeed(**inputs)
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], last: bool) -> None:
-        """Adds one backward pass to the step's gradients, in fp32; reduces them once over the workers at `last`.
+        """Adds one backward pass to the step's gradients, in fp32; at `last` they are reduced over the workers.
 
         outputs    of one or more forwards, backpropagated in one pass
         gradients  dL/doutput of the global loss, shapes of `outputs`; averaging over workers is undone here
 
         Collective: the same number of calls on every worker. Whole gradients (4 bytes a parameter) stay on every
-        worker until `last`.
+        worker until `last`, unless `engine.reduction` is per_chunk.
         """
         if len(outputs) != len(gradients) or not outputs:
             raise ValueError(f"{len(outputs)} outputs and {len(gradients)} gradients: give as many, at least one")
-        if not self._accumulating:
-            self._accumulation.enter_context(self._one_reduction())
-            self._accumulating = True
         scale = engine_gradient_scale(dist.get_world_size())
         products = [(h * (g * scale)).sum() for h, g in zip(outputs, gradients, strict=True)]
-        self._deepspeed.backward(torch.stack(products).sum(), scale_wrt_gas=False)
-        if last:
-            self._accumulating = False
-            self._accumulation.close()
-
-    @contextmanager
-    def _one_reduction(self) -> Iterator[None]:
-        """Backward passes inside only accumulate; gradients are averaged over the workers on leaving."""
-        engine = self._deepspeed
-        if self.config.zero_stage == 0:
-            with engine.no_sync():
-                yield
-            engine.allreduce_gradients()
-            return
-        # A parameter this step doesn't reach would otherwise keep the gradient of the step before.
-        if self.config.zero_stage == 3:
-            engine.optimizer.grad_partitions_flat_buffer.zero_()
-        for shard in self.shards:
-            if shard.master.grad is not None:  # only with offload
-                shard.master.grad.zero_()
-        with engine.coalesce_grad_reduction():
-            yield
+        self._reduction.backward(torch.stack(products).sum(), last)
 
     def step(self) -> StepInfo:
         """One AdamW step. Raises RunError, before anything is updated, where the gradient isn't finite."""
-        assert not self._accumulating, "step() before the backward pass that is `last`"
+        assert not self._reduction.open, "step() before the backward pass that is `last`"
         lr = learning_rate(self.optimizer, self.global_steps, self.total_steps)
         for group in self._adamw.param_groups:
             group["lr"] = lr * group["lr_share"]
@@ -350,9 +354,3 @@ class Engine:
         """The persistent ones."""
         kept = self.module.state_dict().keys()
         return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
-
-
-def _accumulate_in_fp32(parameter: Tensor) -> None:
-    """Widens a bf16 gradient once: autograd adds later chunks into it in place, hence in fp32."""
-    if parameter.grad is not None and parameter.grad.dtype != torch.float32:
-        parameter.grad.data = parameter.grad.data.float()

@@ -2,7 +2,11 @@
 
 The folder holds the model folder's files (config, tokenizer, gyre_model.json) with fp32 weights, and the files by
 which `SentenceTransformer(folder).encode(texts, prompt_name=field)` is `LocalEncoder.encode(texts, field)`, in the
-form that Sentence Transformers has read since version 2.
+form that Sentence Transformers has read since version 2. With pooling "tokens" it is a `MultiVectorEncoder` (version
+6), whose `encode_query` and `encode_document` are `LocalEncoder.encode_tokens`.
+
+What only training saw (a training-only head, further layers) is left out. An adapter is merged into the weights,
+or stands alone in place of them and of config.json (trainers/encoders/adapters.py).
 """
 
 from __future__ import annotations
@@ -10,42 +14,42 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_services.schema import RunError, UsageError
+from trainers.encoders.adapters import ADAPTER_FILE, base_of, load_adapted, merged, write_adapter
 from trainers.encoders.backbone import class_options, saved_shapes
-from trainers.encoders.model_folder import ModelSpec
+from trainers.encoders.choices import readout_shapes
+from trainers.encoders.model_folder import read_readout
+from trainers.encoders.sentence_transformer import ACTIVATIONS, POOLING, POOLING_FLAGS
+from trainers.encoders.spec import ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainers.config import ModelConfig
     from trainers.encoders.text import TextEncoder
 
-BACKBONE = "backbone."  # before the backbone's names in TextEncoder.state_dict()
-_POOLING_FLAGS = {
-    "cls": "pooling_mode_cls_token",
-    "mean": "pooling_mode_mean_tokens",
-    "last": "pooling_mode_lasttoken",
-}
-_MODULES = [
-    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
-]
+BACKBONE, READOUT = "backbone.", "readout."  # before the names of their weights in TextEncoder.state_dict()
+_LATENT_CODE = Path(__file__).parent / "encoders" / "latent_attention.py"
 
 
-def export_sentence_transformer(weights: Mapping[str, Tensor], spec: ModelSpec, model_folder: Path, out: Path) -> Path:
+def export_sentence_transformer(
+    weights: Mapping[str, Tensor], spec: ModelSpec, model_folder: Path, out: Path, model: ModelConfig | None = None
+) -> Path:
     """Write `out`, whole or not at all, replacing what is there; returns it.
 
     weights       by the names of `TextEncoder.state_dict()`, any floating type, written as fp32
     model_folder  what `prepare_model_folder` made
+    model         the recipe's section, needed where it has an adapter
     """
     making = out.with_name(f".{out.name}.making-{os.getpid()}")
     try:
         making.mkdir(parents=True)
-        _write(weights, spec, model_folder, making)
+        _write(weights, spec.exported(), model_folder, making, model)
         shutil.rmtree(out, ignore_errors=True)
         making.rename(out)
     except OSError as error:
@@ -61,78 +65,218 @@ def load_exported(folder: Path, attention: str = "auto") -> TextEncoder:
     from trainers.encoders.text import TextEncoder
 
     spec = ModelSpec.load(folder)
-    if not (folder / "model.safetensors").exists():
+    if (folder / ADAPTER_FILE).exists():
+        backbone = load_adapted(folder, attention, spec.trust_remote_code)
+    elif (folder / "model.safetensors").exists():
+        backbone = load_backbone(folder, attention, spec.trust_remote_code)
+    else:
         raise UsageError(f"{folder} has no model.safetensors, so it is no exported model")
-    return TextEncoder(load_backbone(folder, attention, spec.trust_remote_code), spec).eval()
+    encoder = TextEncoder(backbone, spec)
+    encoder.readout.load_state_dict(read_readout(folder))
+    return encoder.eval()
 
 
-def _write(weights: Mapping[str, Tensor], spec: ModelSpec, model_folder: Path, out: Path) -> None:
+def _write(
+    weights: Mapping[str, Tensor], spec: ModelSpec, model_folder: Path, out: Path, model: ModelConfig | None
+) -> None:
     for file in model_folder.iterdir():
         if file.is_file() and ".safetensors" not in file.name:
             shutil.copy(file, out)
-    _write_weights(weights, spec, out)
+    spec.save(out)
     config = json.loads((out / "config.json").read_text())
     _write_json(out / "config.json", config | {"dtype": "float32"})
-    _write_json(out / "modules.json", _MODULES)
-    _write_json(
-        out / "sentence_bert_config.json",
-        {
-            "max_seq_length": spec.max_tokens,
-            "do_lower_case": False,
-            "model_args": class_options(out, spec.trust_remote_code),
-        },
-    )
-    _write_json(out / "1_Pooling" / "config.json", _pooling(spec))
-    _write_json(out / "2_Normalize" / "config.json", {})
+    base = _write_backbone(weights, spec, model_folder, out, model)
+    _write_modules(spec, _chosen(weights, READOUT, readout_shapes(spec)), out)
     _write_json(
         out / "config_sentence_transformers.json",
         {
-            "model_type": "SentenceTransformer",
+            "model_type": "MultiVectorEncoder" if spec.pooling == "tokens" else "SentenceTransformer",
             "prompts": spec.prompts,
             "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
+            "similarity_fn_name": _similarity(spec),
         },
     )
-    (out / "README.md").write_text(_card(spec))
+    (out / "README.md").write_text(_card(spec, base))
+    if base:
+        (out / "config.json").unlink()  # where there is one, transformers looks for the base's weights beside it
 
 
-def _write_weights(weights: Mapping[str, Tensor], spec: ModelSpec, out: Path) -> None:
-    """What the backbone saves, no more (an engine's dictionary may hold buffers that it computes itself)."""
+def _write_backbone(
+    weights: Mapping[str, Tensor], spec: ModelSpec, model_folder: Path, out: Path, model: ModelConfig | None
+) -> str:
+    """The backbone's weights, or its adapter alone: then the base that this one names, else nothing."""
+    adapter = model.adapter if model else None
+    own = {name.removeprefix(BACKBONE): t for name, t in weights.items() if name.startswith(BACKBONE)}
+    if model is not None and adapter is not None and not adapter.merge:
+        base = base_of(model, model_folder)
+        write_adapter(own, adapter, model_folder, base, out)
+        return base
+    if adapter is not None:
+        weights = {BACKBONE + name: t for name, t in merged(own, adapter, model_folder).items()}
+    _save(_chosen(weights, BACKBONE, saved_shapes(out, spec.trust_remote_code)), out / "model.safetensors")
+    return ""
+
+
+def _similarity(spec: ModelSpec) -> str:
+    if spec.pooling == "tokens":
+        return "maxsim"
+    return "cosine" if spec.normalize else "dot"
+
+
+def _chosen(weights: Mapping[str, Tensor], part: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The weights of a part in fp32 on the CPU, what its model saves and no more (an engine's dictionary may hold
+    buffers that it computes itself)."""
     import torch
-    from safetensors.torch import save_file
 
     tensors = {}
-    for name, shape in saved_shapes(out, spec.trust_remote_code).items():
-        tensor = weights.get(BACKBONE + name)
+    for name, shape in shapes.items():
+        tensor = weights.get(part + name)
         if tensor is None or tuple(tensor.shape) != shape:
             there = "missing" if tensor is None else tuple(tensor.shape)
-            raise ValueError(f"weights: {BACKBONE}{name} is {there}, the model folder's config makes it {shape}")
+            raise ValueError(f"weights: {part}{name} is {there}, the model folder makes it {shape}")
         tensors[name] = tensor.detach().to("cpu", torch.float32).clone().contiguous()
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Module:
+    """One module of a Sentence Transformers folder: its class, its settings and its weights."""
+
+    type: str
+    settings: dict[str, Any]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _write_modules(spec: ModelSpec, readout: Mapping[str, Tensor], out: Path) -> None:
+    listed = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+    _write_json(out / "sentence_bert_config.json", _transformer(spec, out))
+    for i, module in enumerate(_modules(spec, readout, out), start=1):
+        place = f"{i}_{module.type.rsplit('.', 1)[-1]}"
+        listed.append({"idx": i, "name": str(i), "path": place, "type": module.type})
+        _write_json(out / place / "config.json", module.settings)
+        if module.weights:
+            _save(module.weights, out / place / "model.safetensors")
+    _write_json(out / "modules.json", listed)
+    if spec.latent:
+        shutil.copy(_LATENT_CODE, out)
+
+
+def _transformer(spec: ModelSpec, out: Path) -> dict[str, Any]:
+    settings = {
+        "max_seq_length": spec.max_tokens,
+        "do_lower_case": False,
+        "model_args": class_options(out, spec.trust_remote_code),
+    }
+    if spec.mean_layers > 1:
+        settings["config_args"] = {"output_hidden_states": True}
+    if spec.query_length is not None:
+        settings["query_expansion"] = {"strategy": "min", "attend": True, "length": spec.query_length}
+    return settings
+
+
+def _modules(spec: ModelSpec, readout: Mapping[str, Tensor], out: Path) -> Iterator[_Module]:
+    """What follows the transformer, in order."""
+    tokens = spec.pooling == "tokens"
+    ends = {"module_input_name": "token_embeddings"} if tokens else {}
+    if spec.mean_layers > 1:
+        yield _mean_of_layers(spec, out)
+    if spec.latent:
+        own = {name.removeprefix("latent."): t for name, t in readout.items() if name.startswith("latent.")}
+        sizes = {"hidden": spec.hidden, "count": spec.latent.count, "heads": spec.latent.heads}
+        yield _Module(f"{_LATENT_CODE.stem}.LatentAttentionModule", sizes, own)
+    if not tokens:
+        yield _Module("sentence_transformers.models.Pooling", _pooling(spec))
+    for i, layer in enumerate(spec.head):
+        settings = {
+            "in_features": layer.inputs,
+            "out_features": layer.outputs,
+            "bias": layer.bias,
+            "activation_function": ACTIVATIONS[layer.activation],
+        }
+        own = {f"linear.{n}": readout[f"head.{i}.{n}"] for n in ("weight", "bias") if f"head.{i}.{n}" in readout}
+        yield _Module("sentence_transformers.models.Dense", settings | ends, own)
+    if tokens:
+        mask = {"skiplist_words": list(spec.skipped), "skiplist_tasks": ["document"], "keep_only_token_ids": None}
+        yield _Module("sentence_transformers.multi_vector_encoder.modules.MultiVectorMask", mask)
+    if spec.normalize:
+        yield _Module("sentence_transformers.models.Normalize", ends)
+
+
+def _mean_of_layers(spec: ModelSpec, out: Path) -> _Module:
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(out, trust_remote_code=spec.trust_remote_code)
+    layers = config.get_text_config().num_hidden_layers
+    settings = {
+        "word_embedding_dimension": spec.hidden,
+        "num_hidden_layers": layers,
+        "layer_start": layers + 1 - spec.mean_layers,
+    }
+    equal = {"layer_weights": torch.ones(spec.mean_layers)}
+    return _Module("sentence_transformers.models.WeightedLayerPooling", settings, equal)
 
 
 def _pooling(spec: ModelSpec) -> dict[str, Any]:
-    flags = {flag: mode == spec.pooling for mode, flag in _POOLING_FLAGS.items()}
-    return {"word_embedding_dimension": spec.dim, **flags, "include_prompt": spec.pool_prompt}
+    theirs = POOLING["mean" if spec.latent else spec.pooling]
+    flags = {flag: mode == theirs for mode, flag in POOLING_FLAGS.items()}
+    return {"word_embedding_dimension": spec.hidden, **flags, "include_prompt": spec.pool_prompt}
 
 
-def _card(spec: ModelSpec) -> str:
-    """How to load the folder, with what can't be said inside it."""
-    trusted = ", trust_remote_code=True" if spec.trust_remote_code else ""
+def _card(spec: ModelSpec, base: str) -> str:
+    """How to load the folder, with what can't be said inside it. base: of an adapter alone, else empty."""
+    rests = f"It is an adapter of {base}, which adapter_config.json names and must go on naming.\n" if base else ""
+    trusted = ", trust_remote_code=True" if spec.trust_remote_code or spec.latent else ""
+    use = _TOKENS if spec.pooling == "tokens" else _VECTORS
     return f"""# A text embedding model trained with gyre
 
-```python
+{use.replace("TRUSTED", trusted)}
+{spec.architecture}, {"bidirectional" if spec.bidirectional else "causal"} attention, {spec.pooling} pooling,
+{spec.dim} dimensions, {spec.max_tokens} tokens. Needs transformers 5.2 or later.
+{rests}"""
+
+
+_VECTORS = """```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("this folder"{trusted})
+model = SentenceTransformer("this folder"TRUSTED)
 queries = model.encode(["how to read a file"], prompt_name="query")
 documents = model.encode(["def read(path): ..."], prompt_name="document")
 similarity = model.similarity(queries, documents)
 ```
-
-{spec.architecture}, {"bidirectional" if spec.bidirectional else "causal"} attention, {spec.pooling} pooling,
-{spec.dim} dimensions, {spec.max_tokens} tokens. Needs transformers 5.2 or later.
 """
+_TOKENS = """A vector for each token; two texts are compared by the sum over query tokens of the nearest document token.
+
+```python
+from sentence_transformers import MultiVectorEncoder  # version 6.2 or later
+
+model = MultiVectorEncoder("this folder"TRUSTED)
+queries = model.encode_query(["how to read a file"])
+documents = model.encode_document(["def read(path): ..."])
+similarity = model.similarity(queries, documents)
+```
+
+With gyre itself:
+
+```python
+from pathlib import Path
+
+from data_services.tokenizer import FolderTokenizer
+from trainers.encoders.text import LocalEncoder
+from trainers.export import load_exported
+
+folder = Path("this folder")
+encoder = load_exported(folder)
+tokenizer = FolderTokenizer(folder, encoder.spec.max_tokens, encoder.spec.prompts)
+queries = LocalEncoder(encoder, tokenizer).encode_tokens(["how to read a file"], "query")
+```
+"""
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), file, metadata={"format": "pt"})
 
 
 def _write_json(path: Path, content: Any) -> None:

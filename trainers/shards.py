@@ -10,7 +10,7 @@ Legend: n elements of a shard (padding included), P trainable parameters, W work
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,12 +36,13 @@ class Shard:
 
     master  the leaf tensor the optimizer steps, of any shape
     pieces  what lies in it
-    places  ZeRO 0-2: where each whole parameter begins in the shards of all workers laid end to end
+    places  of each parameter. ZeRO 0-2: where it begins in the shards of all workers laid end to end;
+            ZeRO-3: where each worker's part of it, padding included, begins in that worker's shard
     """
 
     master: Tensor
     pieces: tuple[Piece, ...]
-    places: Mapping[str, int] = field(default_factory=dict)
+    places: Mapping[str, int]
 
     @property
     def tensor(self) -> Tensor:
@@ -74,14 +75,14 @@ def partitioned_shards(names: Mapping[nn.Parameter, str], zero: Any, rank: int) 
     """ZeRO-3: each parameter is cut into W equal parts, padded at the end; a shard lays this worker's end to end."""
     shards = []
     for parameters, master in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
-        offset, pieces = 0, []
+        offset, pieces, places = 0, [], {}
         for p in parameters:
-            part = p.partition_numel()
+            part, places[names[p]] = p.partition_numel(), offset
             start = rank * part
             if start < p.ds_numel:
                 pieces.append(Piece(names[p], start, min(part, p.ds_numel - start), offset))
             offset += part
-        shards.append(Shard(master, tuple(pieces)))
+        shards.append(Shard(master, tuple(pieces), places))
     return shards
 
 

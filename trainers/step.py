@@ -12,163 +12,210 @@ See `data_services/schema.py` for the shape legend.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from data_services.schema import Batch, Ragged
-from trainers.negative_queue import NO_QUERY
-from trainers.objectives.contrastive import Contrastive, Ids
+from data_services.schema import Batch
+from trainers.chunks import Chunk, chunks_of, in_batch_order, keys_of
+from trainers.collectives import Group
+from trainers.objectives.compose import Sum
+from trainers.objectives.config import Number, value_at
+from trainers.objectives.embedded import Embedded
+from trainers.objectives.keys import Keys
+from trainers.objectives.masked_lm import HeadLoss, share_of_head
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from trainers.ema import MomentumEncoder
     from trainers.engine import Engine
-    from trainers.negative_queue import NegativeQueue
+    from trainers.negative_queue import Queues, Side
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The momentum encoder and the queue it fills; without a queue only its weights are wanted, for export."""
+    """The momentum encoder and the queues it fills; without queues its weights are wanted, or its vectors."""
 
     encoder: MomentumEncoder
-    queue: NegativeQueue | None
+    queues: Queues | None
+
+
+Fresh = dict["Side", tuple[Tensor, Keys]]
+Outputs = tuple[Tensor, Tensor, Tensor]
+"""Of a chunk, see `Trained.forward`."""
 
 
 class ContrastiveStep:
     """Callable on each `Batch` in turn, on every worker at once; returns the step's metrics (global values).
 
-    cached         whether to encode twice instead of keeping graphs; decided once a run, see `choose_caching`
-    prompt_tokens  leading tokens that are the prompt, of a query and of a document
+    cached      whether to encode twice instead of keeping graphs; decided once a run, see `choose_caching`
+    agreement   a number that must be the same on all workers: the hash of what they were configured with
+    head_weight of the auxiliary head's loss, where the model has one
     """
 
     def __init__(
         self,
         engine: Engine,
-        objective: Contrastive,
+        objective: Sum,
         memory: Memory | None,
         *,
         cached: bool,
         seed: int,
-        rank: int,
-        prompt_tokens: tuple[int, int] = (0, 0),
+        group: Group,
+        agreement: int = 0,
+        head_weight: Number = 0.0,
     ) -> None:
         self.engine, self.objective, self.memory = engine, objective, memory
-        self.cached, self.seed, self.rank = cached, seed, rank
-        self.prompt_tokens = prompt_tokens
+        self.cached, self.seed, self.group, self.agreement = cached, seed, group, agreement
+        self.head_weight = head_weight
 
     def __call__(self, batch: Batch) -> dict[str, float]:
-        chunks = self._chunks(batch)
+        self._check_agreement(batch)
+        chunks = chunks_of(batch, self.engine.device)
+        keys = keys_of(batch, self._lengths(batch, chunks), self.engine.device)
+        fresh = self._momentum(batch, keys)
         self.engine.train()
         with torch.set_grad_enabled(not self.cached):
             encoded = [self._encode(batch.step, i, chunk) for i, chunk in enumerate(chunks)]
 
-        embeddings = in_batch_order(encoded, chunks).detach().requires_grad_()
-        metrics = self._loss_backward(batch, embeddings)
-        assert embeddings.grad is not None
-        gradients = [chunk.gradient(embeddings.grad) for chunk in chunks]
-
-        # One backward a chunk, kept graph or not: autograd would add up a bf16 gradient's chunks in bf16.
-        for i, (chunk, gradient) in enumerate(zip(chunks, gradients, strict=True)):
-            output = self._encode(batch.step, i, chunk) if self.cached else encoded[i]
-            self.engine.backward([output], [gradient], last=i == len(chunks) - 1)
-
+        texts = len(batch.queries) + len(batch.documents)
+        embeddings = in_batch_order([output[0] for output in encoded], chunks, texts).requires_grad_()
+        learned = encoded[0][1].detach().clone().requires_grad_()
+        metrics = self._loss_backward(batch, embeddings, learned, keys, fresh)
+        of_head = self._head_share(batch.step, encoded, metrics)
+        self._chunks_backward(batch.step, chunks, encoded, (embeddings, learned, of_head))
         info = self.engine.step()
-        self._remember(batch)
+        self._remember(batch.step, fresh)
         return metrics | {"grad_norm": info.grad_norm, "lr": info.lr}
 
-    def _chunks(self, batch: Batch, first: int = 0) -> list[Chunk]:
-        """The batch's chunks, without the texts before `first`."""
-        texts = Ragged.concat([batch.queries, batch.documents])
-        prompts = np.repeat(self.prompt_tokens, [len(batch.queries), len(batch.documents)])
-        return [Chunk.of(texts, prompts, rows[rows >= first], self.engine.device) for rows in batch.chunks]
-
-    def _encode(self, step: int, index: int, chunk: Chunk) -> Tensor:
-        torch.manual_seed(key(self.seed, step, self.rank, index))
+    def _encode(self, step: int, index: int, chunk: Chunk) -> Outputs:
+        torch.manual_seed(key(self.seed, step, self.group.rank, index))
         return self.engine.forward(**chunk.inputs)
 
-    def _loss_backward(self, batch: Batch, embeddings: Tensor) -> dict[str, float]:
-        """Fills embeddings.grad [b+d, D] with the gradient of the whole batch's loss."""
-        queries, documents = embeddings.split([len(batch.queries), len(batch.documents)])
-        ids = Ids(*(torch.from_numpy(x).to(embeddings.device) for x in (batch.query_ids, batch.document_ids)))
-        queue = self.memory.queue if self.memory else None
-        rows = queue.rows() if queue is not None else None
-        share = self.objective(queries, documents, ids, batch.global_queries, rows)
+    def _loss_backward(
+        self, batch: Batch, embeddings: Tensor, learned: Tensor, keys: tuple[Keys, Keys], fresh: Fresh
+    ) -> dict[str, float]:
+        """Fills embeddings.grad [b+d, D] and learned.grad [k] with the gradient of the whole batch's loss."""
+        share = self.objective(self.embedded(batch, embeddings, learned, keys, fresh))
         share.loss.backward()
         metrics = {name: float(value) for name, value in share.metrics.items()}
-        if queue is not None:
-            metrics["queue_age_steps"] = queue.age_steps(batch.step)
-        return metrics
+        queues = self.memory.queues if self.memory else None
+        return metrics | (queues.observe(fresh, batch.step) if queues else {})
 
-    def _remember(self, batch: Batch) -> None:
-        """Moves the average towards the new weights and enqueues its encodings of the batch's documents."""
+    def embedded(
+        self, batch: Batch, embeddings: Tensor, learned: Tensor, keys: tuple[Keys, Keys], fresh: Fresh
+    ) -> Embedded:
+        """What the objective sees of a batch: embeddings [b+d, D] or [b+d, L, D], learned [k], the keys of queries and
+        documents, what the momentum encoder made of them, and the queues' rows."""
+        device, step = embeddings.device, batch.step
+        queries, documents = embeddings.split([len(batch.queries), len(batch.documents)])
+        if keys[0].lengths is not None:  # token vectors: what travels is as long as the longest query
+            queries = queries[:, : max([1, *keys[0].lengths.tolist()])]
+        queues = self.memory.queues if self.memory else None
+
+        def there(column: np.ndarray | None) -> Tensor | None:
+            return None if column is None else torch.as_tensor(column, device=device)
+
+        return Embedded(
+            queries=queries,
+            documents=documents,
+            query_keys=keys[0],
+            document_keys=keys[1],
+            owners=torch.as_tensor(batch.owners, device=device),
+            global_queries=batch.global_queries,
+            step=step,
+            progress=step / self.engine.total_steps,
+            weights=there(batch.weights),
+            scores=there(batch.scores),
+            momentum_queries=fresh["queries"][0] if "queries" in fresh else None,
+            momentum_documents=fresh["documents"][0] if "documents" in fresh else None,
+            queues=queues.rows(step) if queues else {},
+            learned=dict(zip(self.engine.module.learned_names, learned, strict=True)),
+        )
+
+    def _head_share(self, step: int, encoded: Sequence[Outputs], metrics: dict[str, float]) -> Tensor:
+        """[2] or [0] dL/d(what the auxiliary head gives of each chunk); adds its metrics, and its part of the loss."""
+        if self.engine.module.head is None:
+            return torch.zeros(0, device=self.engine.device)
+        weight = value_at(self.head_weight, step / self.engine.total_steps)
+        of_chunks = [HeadLoss(*output[2].detach()) for output in encoded]
+        share = share_of_head(of_chunks, weight, self.group)
+        metrics |= share.metrics | {"loss": metrics["loss"] + weight * share.metrics["masked_lm"]}
+        return torch.tensor([share.gradient, 0.0], device=self.engine.device)
+
+    def _chunks_backward(
+        self, step: int, chunks: list[Chunk], encoded: list[Outputs], seen: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        """One backward a chunk, kept graph or not: autograd would add up a bf16 gradient's chunks in bf16.
+
+        seen  embeddings and learned scalars with their gradients, and the gradient of what the head gives. That of
+              the scalars enters the graph once, with the first chunk.
+        """
+        embeddings, learned, of_head = seen
+        of_batch = _gradient(embeddings)
+        for i, chunk in enumerate(chunks):
+            outputs = self._encode(step, i, chunk) if self.cached else encoded[i]
+            of_scalars = _gradient(learned) if i == 0 else torch.zeros_like(learned)
+            gradients = [chunk.gradient(of_batch, outputs[0]), of_scalars, of_head]
+            self.engine.backward(outputs, gradients, last=i == len(chunks) - 1)
+
+    def _momentum(self, batch: Batch, keys: tuple[Keys, Keys]) -> Fresh:
+        """The momentum encoder's vectors of the sides that the queues keep or the objective compares, with keys."""
+        if not self.memory:
+            return {}
+        sides = set(self.objective.momentum) | (self.memory.queues.sides if self.memory.queues else set())
+        if not sides:
+            return {}
+        chunks = chunks_of(batch, self.engine.device, tuple(sorted(sides, reverse=True)))
+        encoded = []
+        for i, chunk in enumerate(chunks):
+            torch.manual_seed(key(self.seed, batch.step, self.group.rank, i, "momentum"))
+            encoded.append(self.memory.encoder.forward(**chunk.inputs)[0])
+        b, d = len(batch.queries), len(batch.documents)
+        queries, documents = in_batch_order(encoded, chunks, b + d).split([b, d])
+        found: Fresh = {"queries": (queries, keys[0]), "documents": (documents, keys[1])}
+        return {side: found[side] for side in found if side in sides}
+
+    def _remember(self, step: int, fresh: Fresh) -> None:
+        """Moves the average towards the new weights and enqueues what it encoded of the batch."""
         if not self.memory:
             return
         self.memory.encoder.update()
-        if self.memory.queue is None:
-            return
-        first = len(batch.queries)
-        chunks = self._chunks(batch, first)
-        encoded = [self.memory.encoder.forward(**chunk.inputs) for chunk in chunks]
-        answers = np.full(len(batch.documents), NO_QUERY)  # a hard negative answers no query
-        answers[:first] = batch.query_ids
-        self.memory.queue.enqueue(
-            in_batch_order(encoded, chunks)[first:],
-            torch.from_numpy(batch.document_ids),
-            torch.from_numpy(answers),
-            batch.step,
-        )
+        if self.memory.queues is not None:
+            self.memory.queues.enqueue(fresh, step)
+
+    def _lengths(self, batch: Batch, chunks: Sequence[Chunk]) -> Tensor | None:
+        """[b+d] valid tokens of every text's token vectors; None of a model that pools them."""
+        tower = self.engine.module.tower
+        if not tower.gives_tokens:
+            return None
+        lengths = torch.zeros(len(batch.queries) + len(batch.documents), dtype=torch.int64, device=self.engine.device)
+        for chunk in chunks:
+            if len(chunk.rows):
+                lengths[chunk.rows] = tower.token_counts(**chunk.inputs)
+        return lengths
+
+    def _check_agreement(self, batch: Batch) -> None:
+        """Raises ValueError, on every worker, where one has another configuration or another number of chunks: the
+        others would wait for it in a collective until that timed out. Collective."""
+        own = torch.tensor([[self.agreement, len(batch.chunks)]], device=self.engine.device)
+        everyone = self.group.all_gather(own, [1] * self.group.size)
+        for column, what in enumerate(("the hash of the configuration", "chunks of batch")):
+            values = everyone[:, column].tolist()
+            if len(set(values)) > 1:
+                told = f"{what} {batch.step}" if column else what
+                raise ValueError(f"the workers disagree about {told}: {values}, in rank order")
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Texts encoded together.
-
-    ids, mask      [n, L] int64
-    prompt_tokens  [n] int64
-    rows           [n] the texts' places among the batch's queries and documents
-    texts          number of those
-
-    A chunk without texts still runs through the model, as one token that nothing reads: every worker must make the
-    same number of calls, or the others wait for it in a collective.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    prompt_tokens: Tensor
-    rows: Tensor
-    texts: int
-
-    @classmethod
-    def of(cls, texts: Ragged, prompts: np.ndarray, rows: np.ndarray, device: torch.device) -> Chunk:
-        ids, mask = texts.take(rows).padded() if len(rows) else Ragged.of([[0]]).padded()
-        prompt_tokens = prompts[rows] if len(rows) else np.zeros(1, np.int64)
-
-        def there(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(device, non_blocking=True)
-
-        return cls(there(ids), there(mask), there(prompt_tokens), there(rows), len(texts))
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        return {"input_ids": self.ids, "attention_mask": self.mask, "prompt_tokens": self.prompt_tokens}
-
-    def gradient(self, of_batch: Tensor) -> Tensor:
-        """[n, D] of [b+d, D]; one row of zeros where the chunk has no texts."""
-        return of_batch[self.rows] if len(self.rows) else of_batch.new_zeros(1, of_batch.shape[1])
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
-def in_batch_order(encoded: list[Tensor], chunks: list[Chunk]) -> Tensor:
-    """[b+d, D] float32: the chunks' embeddings back at their texts' places; zeros where no chunk holds the text."""
-    out = encoded[0].new_zeros(chunks[0].texts, encoded[0].shape[1], dtype=torch.float32)
-    for vectors, chunk in zip(encoded, chunks, strict=True):
-        out[chunk.rows] = vectors.detach()[: len(chunk.rows)].float()
-    return out
-
-
-def key(*numbers: int) -> int:
+def key(*numbers: int | str) -> int:
     """A 63-bit random seed that is a pure function of `numbers`."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -198,7 +245,7 @@ def graph_bytes(engine: Engine, length: int) -> float:
         return tensor
 
     ids = torch.zeros(2, length, dtype=torch.int64, device=engine.device)
-    prompt_tokens = torch.zeros(2, dtype=torch.int64, device=engine.device)
+    text = Chunk(ids, torch.ones_like(ids), ids[:, 0], ids[:, 0] == 0, ids[:, 0])
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        engine.forward(input_ids=ids, attention_mask=torch.ones_like(ids), prompt_tokens=prompt_tokens)
+        engine.forward(**text.inputs)
     return sum(kept.values()) / 2

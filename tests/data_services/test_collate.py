@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from dataclasses import fields, replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,47 +12,54 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_services.collate import (
-    CHUNKS_PER_BUDGET,
-    GlobalBatch,
-    choose_positive,
-    cut,
-    deal,
-    from_arrow,
-    share_batch,
-    split,
-    to_arrow,
-    tokenise,
-)
-from data_services.schema import Column, Ragged
+from data_services.assemble import GlobalBatch
+from data_services.collate import CHUNKS_PER_BUDGET, cut, deal, from_arrow, share_batch, split, to_arrow
+from data_services.schema import UNKNOWN, Pairs, Ragged
 
 lengths_of = functools.partial(st.lists, st.integers(1, 40), min_size=1)
 
 
-def batch_of(query_lengths: list[int], negatives: list[int]) -> GlobalBatch:
-    """Texts of distinct tokens and ids; `negatives[i]` hard negatives of query i."""
+def batch_of(query_lengths: list[int], further: list[int], negatives: list[int], rich: bool) -> GlobalBatch:
+    """Texts of distinct tokens and ids; further[i] positives of query i beside its first, negatives[i] hard negatives.
+
+    Token, id, score and prompt of a text, and weight and classes of a query, follow from its place in the batch.
+    """
     rng = np.random.default_rng(len(query_lengths))
     b = len(query_lengths)
-    owners = np.repeat(np.arange(b), negatives[:b])
-    document_lengths = rng.integers(1, 30, b + len(owners))
+    owners = np.concatenate(
+        [np.arange(b), np.repeat(np.arange(b), further[:b]), np.repeat(np.arange(b), negatives[:b])]
+    )
+    d = len(owners)
 
     def texts(lengths, first):
         return Ragged.of([np.full(n, first + i, np.int32) for i, n in enumerate(lengths)])
 
+    columns = {}
+    if rich:
+        columns = {
+            name: (np.arange(b) + k) * 3 for k, name in enumerate(("labels", "tasks", "languages", "modalities"))
+        }
+        columns["scores"] = np.arange(d).astype(np.float32) / 8
+        columns["weights"] = np.arange(b).astype(np.float32) / 4
     return GlobalBatch(
         step=3,
         queries=texts(query_lengths, 0),
-        documents=texts(document_lengths, 1000),
+        documents=texts(rng.integers(1, 30, d), 1000),
         owners=owners,
+        relations=np.repeat([1, -1], [b + sum(further[:b]), sum(negatives[:b])]).astype(np.int8),
         query_ids=np.arange(b),
-        document_ids=1000 + np.arange(len(document_lengths)),
+        document_ids=1000 + np.arange(d),
         rows=np.arange(b) + 7,
+        prompt_tokens=np.arange(b + d) % 5,
+        **columns,
     )
 
 
-batches = st.builds(
-    batch_of, lengths_of(min_size=4, max_size=40), st.lists(st.integers(0, 3), min_size=40, max_size=40)
-)
+def counts(most):
+    return st.lists(st.integers(0, most), min_size=40, max_size=40)
+
+
+batches = st.builds(batch_of, lengths_of(min_size=4, max_size=40), counts(2), counts(3), st.booleans())
 
 
 @given(lengths_of(max_size=60), st.integers(1, 8))
@@ -120,44 +128,86 @@ def test_a_split_makes_the_count_without_losing_a_text_or_padding_more(lengths, 
 
 @settings(deadline=None)
 @given(batches, st.integers(1, 4), st.integers(20, 200))
-def test_shares_hold_the_batch_once_with_positives_first_and_negatives_beside_their_query(batch, world_size, budget):
+def test_shares_hold_the_batch_once_and_each_text_keeps_what_is_known_of_it(batch, world_size, budget):
     shares = share_batch(batch, world_size, budget)
     b = len(batch.queries)
     seen = Counter(int(i) for s in shares for i in s.document_ids)
     assert seen == Counter(batch.document_ids.tolist())
     assert sorted(i for s in shares for i in s.query_ids) == list(range(b))
-    owner = dict(zip(batch.document_ids[b:].tolist(), batch.owners.tolist(), strict=True))
     for share in shares:
         n = len(share.queries)
+        query, document = share.query_ids, share.document_ids - 1000  # their places in the global batch
         assert (share.step, share.global_queries) == (3, b)
-        assert (share.document_ids[:n] == 1000 + share.query_ids).all()
-        assert all(owner[int(i)] in share.query_ids for i in share.document_ids[n:])
-        assert [share.queries[i][0] for i in range(n)] == share.query_ids.tolist()
+        assert [share.queries[i][0] for i in range(n)] == query.tolist()
         assert [share.documents[i][0] for i in range(len(share.documents))] == share.document_ids.tolist()
-        assert (share.rows == share.query_ids + 7).all()
+        assert share.owners[:n].tolist() == list(range(n))
+        assert (share.relations[:n] == 1).all()
+        assert (np.diff(share.relations) <= 0).all()  # positives first
+        assert (query[share.owners] == batch.owners[document]).all()
+        assert (share.answers == np.where(share.relations > 0, query[share.owners], UNKNOWN)).all()
+        for name in Pairs.OF_QUERIES:
+            same_column(getattr(share, name), getattr(batch, name), query)
+        for name in ("relations", "scores"):
+            same_column(getattr(share, name), getattr(batch, name), document)
+        assert (share.prompt_tokens == np.concatenate([query, b + document]) % 5).all()
         assert sorted(np.concatenate(share.chunks)) == list(range(n + len(share.documents)))
         assert share.tokens <= share.padded_tokens
     assert len({len(s.chunks) for s in shares}) == 1
 
 
+@settings(deadline=None)
+@given(batches, st.integers(1, 4), st.integers(1, 200), st.booleans())
+def test_workers_have_equally_many_chunks_of_each_kind_within_any_budget(batch, world_size, budget, by_field):
+    """Also a budget below the shortest text, which then is a chunk by itself."""
+    shares = share_batch(batch, world_size, budget, by_field)
+    assert len({(len(share.chunks), share.query_chunks) for share in shares}) == 1
+    for share in shares:
+        b, lengths = len(share.queries), np.concatenate([share.queries.lengths, share.documents.lengths])
+        assert sorted(np.concatenate(share.chunks)) == list(range(len(lengths)))
+        assert all(len(c) <= 1 or len(c) * lengths[c].max() <= budget for c in share.chunks)
+        assert (share.query_chunks is not None) == by_field
+        if by_field:
+            assert all((chunk < b).all() for chunk in share.chunks[: share.query_chunks])
+            assert all((chunk >= b).all() for chunk in share.chunks[share.query_chunks :])
+
+
+def same_column(mine, whole, places):
+    if whole is None:
+        assert mine is None
+    else:
+        np.testing.assert_array_equal(mine, whole[places], strict=True)
+
+
+def test_a_column_of_the_wrong_length_is_named():
+    batch = batch_of([3, 4], [0, 1], [1, 1], rich=True)
+    for name, rows, wanted in (("owners", 2, 5), ("labels", 5, 2), ("prompt_tokens", 5, 7)):
+        with pytest.raises(
+            ValueError, match=rf"{name} has {rows} rows on axis 0, {wanted} are needed \(b = 2, d = 5\)"
+        ):
+            replace(batch, **{name: np.zeros(rows, np.int64)})
+
+
 @settings(deadline=None, max_examples=20)
-@given(batches, st.integers(1, 3))
-def test_a_batch_survives_its_arrow_row(batch, world_size):
-    for rank, share in enumerate(share_batch(batch, world_size, 60)):
+@given(batches, st.integers(1, 4), st.booleans())
+def test_a_batch_survives_its_arrow_row(batch, world_size, by_field):
+    for rank, share in enumerate(share_batch(batch, world_size, 60, by_field)):
         table = to_arrow(share, rank)
         assert table.num_rows == 1
         # a row of a larger table, as Ray may hand it over
-        joined = pa.concat_tables([to_arrow(share_batch(batch, 1, 60)[0], 9), table]).combine_chunks()
+        joined = pa.concat_tables([to_arrow(share_batch(batch, 1, 60, by_field)[0], 9), table]).combine_chunks()
         back, of_rank = from_arrow(joined.slice(1))
         assert of_rank == rank
-        assert (back.step, back.global_queries) == (share.step, share.global_queries)
-        for name in ("query_ids", "document_ids", "rows"):
-            np.testing.assert_array_equal(getattr(back, name), getattr(share, name))
-        for name in ("queries", "documents"):
-            np.testing.assert_array_equal(getattr(back, name).values, getattr(share, name).values)
-            np.testing.assert_array_equal(getattr(back, name).offsets, getattr(share, name).offsets)
-            assert getattr(back, name).values.dtype == np.int32
-        assert [c.tolist() for c in back.chunks] == [c.tolist() for c in share.chunks]
+        for field in fields(share):
+            sent, received = getattr(share, field.name), getattr(back, field.name)
+            if isinstance(sent, Ragged):
+                np.testing.assert_array_equal(received.values, sent.values, strict=True)
+                np.testing.assert_array_equal(received.offsets, sent.offsets, strict=True)
+            elif isinstance(sent, np.ndarray):
+                np.testing.assert_array_equal(received, sent, strict=True)
+            elif field.name == "chunks":
+                assert [c.tolist() for c in received] == [c.tolist() for c in sent]
+            else:
+                assert received == sent
         assert back.query_ids.flags.writeable
 
 
@@ -169,43 +219,3 @@ def test_padding_of_a_usual_batch_stays_small():
     padded = sum(len(c) * lengths[c].max() for c in chunks)
     assert 1 - lengths.sum() / padded < 0.07
     assert len(chunks) < 20
-
-
-def test_a_row_shows_each_of_its_positives_in_turn_and_the_same_one_on_every_try():
-    rows, counts = np.arange(4000), np.full(4000, 4)
-    chosen = choose_positive(counts, rows, step=5, seed=1)
-    assert (np.bincount(chosen, minlength=4) > 900).all()
-    np.testing.assert_array_equal(chosen, choose_positive(counts, rows, step=5, seed=1))
-    for other in ({"step": 6, "seed": 1}, {"step": 5, "seed": 2}):
-        assert np.mean(chosen == choose_positive(counts, rows, **other)) < 0.3
-    # alone or among others, a row gets the same
-    np.testing.assert_array_equal(chosen[17:19], choose_positive(counts[:2], rows[17:19], step=5, seed=1))
-
-
-def test_tokenise_takes_the_chosen_positive_and_the_first_negatives_with_their_ids():
-    table = pa.table(
-        {
-            Column.QUERY: ["q0", "q1", "q2"],
-            Column.POSITIVES: [["p0"], ["p1", "P1"], ["p2"]],
-            Column.NEGATIVES: [["n0", "n1", "n2"], [], ["n3"]],
-            Column.QUERY_ID: [10, 11, 12],
-            Column.POSITIVE_IDS: [[20], [21, 121], [22]],
-            Column.NEGATIVE_IDS: [[30, 31, 32], [], [33]],
-        }
-    )
-
-    def tokenize(texts, field):
-        return Ragged.of([[ord(c) for c in field[0] + t] for t in texts])
-
-    batch = tokenise(table, np.array([5, 6, 7]), tokenize, step=2, seed=0, negatives=2)
-    texts = ["".join(map(chr, batch.documents[i])) for i in range(len(batch.documents))]
-    assert texts in (
-        ["dp0", "dp1", "dp2", "dn0", "dn1", "dn3"],
-        ["dp0", "dP1", "dp2", "dn0", "dn1", "dn3"],
-    )
-    assert batch.document_ids.tolist() == [20, 121 if "dP1" in texts else 21, 22, 30, 31, 33]
-    assert batch.owners.tolist() == [0, 0, 2]
-    assert batch.query_ids.tolist() == [10, 11, 12]
-    none = tokenise(table, np.array([5, 6, 7]), tokenize, step=2, seed=0, negatives=0)
-    assert len(none.documents) == 3
-    assert none.owners.shape == (0,)

@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from data_services import builtin
-from data_services.schema import Column, UsageError
-from data_services.sources import SourceConfig, builtin_corpus, open_source, retrieval_pool
+from data_services.schema import UNKNOWN, Column, UsageError, text_id
+from data_services.sources import SourceConfig, builtin_corpus, columns_available, open_source, retrieval_pool
 
 ROWS = [{"query": f"q{i}", "positive": f"p{i}", "hard": [f"n{i}"] * (i % 3), "other": i} for i in range(10)]
 
@@ -94,7 +94,9 @@ def test_bytes_that_are_no_text_are_quarantined_and_a_byte_order_mark_is_not(tmp
         ([], {}, "source a has no usable row: it is empty"),
         (["{", "["], {}, r"no usable row: 2 × not JSON \(first: a.jsonl:1\)"),
         (ROWS, {"query": "docstring"}, "no field 'docstring'; its fields are hard, other, positive, query"),
-        (ROWS, {"negatives": "hrad"}, "no field 'hrad'; its fields are"),
+        (ROWS, {"negatives": "hrad"}, "no field 'hrad'; its fields are .*; did you mean hard?"),
+        (ROWS, {"label": "class"}, "no field 'class'; its fields are hard, other, positive, query$"),
+        (ROWS, {"positive_scores": "othr"}, "no field 'othr'; its fields are .*; did you mean other?"),
         (ROWS, {"query": "other"}, "10 × field 'other' is a number, not text"),
         (ROWS, {"split": "test"}, "is a single file and has no split 'test'; leave `split` out"),
     ],
@@ -185,9 +187,9 @@ def test_a_function_of_the_user_is_a_source(tmp_path, monkeypatch):
     assert opened("my_pairs:plain", home).quarantined == {"a text, not an object of fields": 1}
     for path, split, message in [
         ("my_pairs:plain", "dev", "takes no argument `split`, but split is 'dev'"),
-        ("my_pairs:pears", "train", "module 'my_pairs' has no function 'pears'"),
-        ("my_pairs:text", "train", "module 'my_pairs' has no function 'text'"),
-        ("no_such_module:pairs", "train", "can't import 'no_such_module'"),
+        ("my_pairs:pears", "train", "source my_pairs:pears: module 'my_pairs' has no 'pears'; did you mean pairs"),
+        ("my_pairs:text", "train", "'my_pairs:text' is a str, not a function"),
+        ("no_such_module:pairs", "train", "no module 'no_such_module'"),
     ]:
         with pytest.raises(UsageError, match=message):
             opened(path, home, split=split)
@@ -210,10 +212,124 @@ def test_fields_and_splits_have_slots_of_their_own(tmp_path):
     assert len(folders) == 2
 
 
-@pytest.mark.parametrize("wrong", [{"weight": 0.0}, {"query": ""}, {"positives": "x"}])
+@pytest.mark.parametrize("wrong", [{"weight": 0.0}, {"query": ""}, {"positives": "x"}, {"task": ""}, {"task": "="}])
 def test_wrong_config_is_refused(wrong):
     with pytest.raises(ValidationError):
         SourceConfig(path="x", **wrong)
+
+
+def test_scores_of_hard_negatives_need_the_field_of_the_negatives():
+    with pytest.raises(ValidationError, match=r"negative_scores \(s\) needs `negatives`"):
+        SourceConfig(path="x", negative_scores="s")
+
+
+RICH = [
+    {"query": "a", "positive": ["x", "y"], "hard": ["z"], "p": [1, 0.5], "n": [0.25], "w": 2, "class": 3, "lang": "en"},
+    {"query": "b", "positive": "x", "hard": None, "p": 1.5, "n": None, "w": 0.5, "class": "c", "lang": "de"},
+    {"query": "c", "positive": "x", "hard": "z", "p": [0], "n": -1, "w": 0, "class": None, "lang": None},
+]
+RICH_FIELDS = {
+    "negatives": "hard",
+    "positive_scores": "p",
+    "negative_scores": "n",
+    "pair_weight": "w",
+    "label": "class",
+    "task": "=nli",
+    "language": "lang",
+}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_scores_weights_and_classes_come_from_the_fields_that_the_recipe_names(tmp_path, name):
+    rows = RICH
+    if name.endswith("parquet"):  # a column has one type there
+        rows = [{**row, **{k: listed(row[k]) for k in ("positive", "hard", "p", "n")}, "class": 3} for row in RICH]
+    path = (write_parquet if name.endswith("parquet") else write_jsonl)(tmp_path / name, rows)
+    source = opened(path, tmp_path / "home", **RICH_FIELDS)
+    assert source.rows == 3
+    assert source.columns == set(Column.OPTIONAL) - {Column.MODALITY}
+    table = source.table()
+    assert table[Column.POSITIVE_SCORES].to_pylist() == [[1, 0.5], [1.5], [0]]
+    assert table[Column.NEGATIVE_SCORES].to_pylist() == [[0.25], [], [-1]]
+    assert table[Column.WEIGHT].to_pylist() == [2, 0.5, 0]
+    labels = [3, text_id("c"), UNKNOWN] if name == "a.jsonl" else [3, 3, 3]
+    assert table[Column.LABEL].to_pylist() == labels
+    assert table[Column.TASK].to_pylist() == [text_id("nli")] * 3
+    assert table[Column.LANGUAGE].to_pylist() == [text_id("en"), text_id("de"), UNKNOWN]
+    assert table[Column.MODALITY].to_pylist() == [None] * 3
+
+
+def listed(value):
+    return value if isinstance(value, list) or value is None else [value]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"p": [1]}, "field 'p' has 1 scores for 2 texts of 'positive'"),
+        ({"p": 1}, "field 'p' has 1 scores for 2 texts of 'positive'"),
+        ({"p": None}, "field 'p' is null, not a number"),
+        ({"p": [1, "2"]}, "field 'p' is a text, not a number"),
+        ({"p": [1, True]}, "field 'p' is a boolean, not a number"),
+        ({"p": [1, float("nan")]}, "field 'p' is a number that isn't finite in 32 bits"),
+        ({"p": [1, 1e39]}, "field 'p' is a number that isn't finite in 32 bits"),
+        ({"n": []}, "field 'n' has 0 scores for 1 texts of 'hard'"),
+        ({"hard": None}, "field 'n' has 1 scores for 0 texts of 'hard'"),
+        ({"w": None}, "field 'w' is null, not a number"),
+        ({"w": -1}, "field 'w' is a negative weight"),
+        ({"w": float("inf")}, "field 'w' is a number that isn't finite in 32 bits"),
+        ({"class": 1.5}, "field 'class' is a number, not a text or a whole number"),
+        ({"class": True}, "field 'class' is a boolean, not a text or a whole number"),
+        ({"class": 2**63}, "field 'class' is a number beyond 64 bits"),
+        ({"class": [1]}, "field 'class' is a list, not a text or a whole number"),
+        ({"lang": " "}, "field 'lang' is empty"),
+        ({"lang": "\ud800"}, "field 'lang' has half of a surrogate pair, which is no text"),
+    ],
+)
+def test_a_row_whose_scores_weight_or_class_cannot_be_used_is_quarantined_with_the_reason(tmp_path, change, reason):
+    path = write_jsonl(tmp_path / "a.jsonl", [RICH[0], RICH[0] | change])
+    assert opened(path, tmp_path / "home", **RICH_FIELDS).quarantined == {reason: 1}
+
+
+def test_numbers_of_numpy_are_numbers_and_a_missing_class_is_unknown(tmp_path, monkeypatch):
+    (tmp_path / "numpy_source.py").write_text(
+        "import numpy as np\n"
+        "def rows():\n"
+        "    yield {'query': 'q', 'positive': 'p', 's': np.float32(0.5), 'class': np.int32(4)}\n"
+        "    yield {'query': 'q', 'positive': 'p', 's': np.int64(2)}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    table = opened("numpy_source:rows", tmp_path / "home", positive_scores="s", label="class").table()
+    assert table[Column.POSITIVE_SCORES].to_pylist() == [[0.5], [2]]
+    assert table[Column.LABEL].to_pylist() == [4, UNKNOWN]
+
+
+def test_a_field_may_serve_twice(tmp_path):
+    source = opened(write_parquet(tmp_path / "a.parquet"), tmp_path, positive="query", label="other", language="other")
+    table = source.table()
+    assert table[Column.POSITIVES].to_pylist() == [[query] for query in table[Column.QUERY].to_pylist()]
+    assert table[Column.LABEL].to_pylist() == table[Column.LANGUAGE].to_pylist() == list(range(10))
+
+
+def test_what_every_source_has_is_available():
+    one = SourceConfig(path="x", label="l", language="=en", negatives="n", negative_scores="s")
+    other = SourceConfig(path="y", label="=l", pair_weight="w", task="t")
+    assert columns_available([one, other]) == {Column.LABEL, Column.TASK}
+    assert columns_available([one]) == {Column.LABEL, Column.LANGUAGE, Column.NEGATIVE_SCORES, Column.TASK}
+
+
+def test_a_pool_of_the_same_fields_needs_texts_alone(tmp_path):
+    config = SourceConfig(path="x", query="q", positive="p", weight=2, **RICH_FIELDS)
+    assert config.texts_alone("y", "dev") == SourceConfig(path="y", split="dev", query="q", positive="p")
+
+
+def test_what_an_earlier_version_stored_is_made_anew(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl")
+    monkeypatch.setattr("data_services.sources.CODE_VERSION", 1)
+    earlier = opened(path, tmp_path / "home")
+    (earlier.folder / "manifest.json").write_text("{}")  # of another form
+    monkeypatch.undo()
+    assert opened(path, tmp_path / "home").rows == 10
 
 
 def test_the_builtin_corpus_is_stored_as_it_is(tmp_path):

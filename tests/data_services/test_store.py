@@ -13,7 +13,7 @@ import pytest
 
 from data_services import store as storage
 from data_services.records import Malformed, Record
-from data_services.schema import Column, RunError, UsageError, text_id
+from data_services.schema import UNKNOWN, Column, RunError, UsageError, text_id
 from data_services.store import StoredSource, group_rows, store
 
 
@@ -56,7 +56,26 @@ def test_columns_hold_the_texts_and_their_ids(tmp_path):
         Column.QUERY_ID: text_id("query 5"),
         Column.POSITIVE_IDS: [text_id("positive 5"), text_id("other 5")],
         Column.NEGATIVE_IDS: [text_id("negative 5")] * 2,
+        **dict.fromkeys(Column.OPTIONAL),
     }
+
+
+def test_columns_that_a_source_has_besides_are_kept_and_named(tmp_path):
+    more = {
+        Column.POSITIVE_SCORES: [0.5, -2.0],
+        Column.NEGATIVE_SCORES: [],
+        Column.WEIGHT: 0.25,
+        Column.LABEL: -(2**63) + 1,
+        Column.TASK: 2**63 - 1,
+        Column.LANGUAGE: UNKNOWN,
+    }
+    rows = [Record("f:1", "q", ["p", "P"], [], **more)]
+    source = store("s", tmp_path / "slot", {"size": 1}, lambda: iter(rows), more)
+    assert source.read(np.array([0, 0])).select(Column.OPTIONAL).to_pylist() == [{**more, Column.MODALITY: None}] * 2
+    assert source.columns == frozenset(more)
+    assert json.loads((source.folder / "manifest.json").read_text())["columns"] == sorted(more)
+    again = store("s", tmp_path / "slot", {"size": 1}, lambda: iter(()), more)
+    assert again == source == pickle.loads(pickle.dumps(source))
 
 
 def test_only_the_row_groups_needed_are_read_and_each_once(tmp_path, small_groups, monkeypatch):
@@ -140,6 +159,14 @@ def test_the_fingerprint_follows_every_field(tmp_path, change):
     new = old._replace(**{change: value + "x" if isinstance(value, str) else [*value, "x"]})
     fingerprints = {store("s", tmp_path / "slot", None, lambda row=row: iter([row])).fingerprint for row in (old, new)}
     assert len(fingerprints) == 2
+
+
+@pytest.mark.parametrize("column", Column.OPTIONAL)
+def test_the_fingerprint_follows_every_column_that_a_source_may_have(tmp_path, column):
+    values = [None, [1.0, 2.0], [1.0, 2.5]] if column.endswith("scores") else [None, 1, 2]
+    rows = [record(5)._replace(**{column: value}) for value in values]
+    fingerprints = {store("s", tmp_path / "slot", None, lambda row=row: iter([row])).fingerprint for row in rows}
+    assert len(fingerprints) == 3
 
 
 def test_a_source_without_a_good_row_tells_why_and_leaves_nothing(tmp_path):

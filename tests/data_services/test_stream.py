@@ -8,11 +8,15 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data_services.collate import SOURCE_SHIFT, to_arrow
+from data_services.assemble import SOURCE_SHIFT
+from data_services.collate import from_arrow, share_batch, to_arrow
 from data_services.order import Plan, SourceShape
-from data_services.schema import Batch, Column, Ragged, RunError, text_id
+from data_services.schema import UNKNOWN, Batch, Column, Ragged, RunError, text_id
+from data_services.store import SCHEMA
 from data_services.stream import (
     BatchReader,
     DataConfig,
@@ -26,67 +30,78 @@ from data_services.stream import (
 BUDGET = 64
 
 
+def record(name: str, row: int, columns: frozenset[str]) -> dict[str, object]:
+    """What source `name` holds at `row`: one to three positives, none to three negatives, whose texts name all that."""
+    query = f"{name} query {row} " + "q" * (row % 7)
+    positives = [f"{name} document {row} {i}" + "d" * (row % 11) for i in range(1 + row % 3)]
+    negatives = [f"{name} negative {row} {i}" for i in range(row % 4)]
+    full = {
+        Column.ID: f"{row}",
+        Column.QUERY: query,
+        Column.POSITIVES: positives,
+        Column.NEGATIVES: negatives,
+        Column.QUERY_ID: text_id(query),
+        Column.POSITIVE_IDS: [text_id(p) for p in positives],
+        Column.NEGATIVE_IDS: [text_id(n) for n in negatives],
+        Column.POSITIVE_SCORES: [row + i / 8 for i in range(len(positives))],
+        Column.NEGATIVE_SCORES: [-row - i / 8 for i in range(len(negatives))],
+        Column.WEIGHT: row / 4,
+        Column.LABEL: row % 5,
+        Column.TASK: row % 2,
+        Column.LANGUAGE: UNKNOWN if row % 3 else 7,
+        Column.MODALITY: 1,
+    }
+    return {key: None if key in Column.OPTIONAL and key not in columns else value for key, value in full.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class FakeSource:
-    """`rows` records with two positives and three negatives, whose texts name source and row."""
-
     name: str
     rows: int
+    columns: frozenset[str] = frozenset()
     broken: int = -1  # a row that can't be read
 
     def read(self, rows: np.ndarray) -> pa.Table:
         if self.broken in rows:
             raise RunError(f"source {self.name}, row {self.broken}: the file is gone")
-        records = []
-        for row in rows:
-            query = f"{self.name} query {row} " + "q" * (row % 7)
-            positives = [f"{self.name} document {row} {i}" + "d" * (row % 11) for i in range(2)]
-            negatives = [f"{self.name} negative {row} {i}" for i in range(row % 4)]
-            records.append(
-                {
-                    Column.ID: f"{row}",
-                    Column.QUERY: query,
-                    Column.POSITIVES: positives,
-                    Column.NEGATIVES: negatives,
-                    Column.QUERY_ID: text_id(query),
-                    Column.POSITIVE_IDS: [text_id(p) for p in positives],
-                    Column.NEGATIVE_IDS: [text_id(n) for n in negatives],
-                }
-            )
-        return pa.Table.from_pylist(records, schema=SCHEMA)
+        return pa.Table.from_pylist([record(self.name, int(row), self.columns) for row in rows], schema=SCHEMA)
 
 
-SCHEMA = pa.schema(
-    [
-        (Column.ID, pa.string()),
-        (Column.QUERY, pa.string()),
-        (Column.POSITIVES, pa.list_(pa.string())),
-        (Column.NEGATIVES, pa.list_(pa.string())),
-        (Column.QUERY_ID, pa.int64()),
-        (Column.POSITIVE_IDS, pa.list_(pa.int64())),
-        (Column.NEGATIVE_IDS, pa.list_(pa.int64())),
-    ]
-)
+class Characters:
+    """A text's tokens are its characters after the field's first letter, which is its prompt; two of it in task 1."""
+
+    def __call__(self, texts, field, tasks=None):
+        prompts = [field[:1] * self.prompt_tokens(field, task) for task in tasks or [None] * len(texts)]
+        return Ragged.of([[ord(c) for c in prompt + text] for prompt, text in zip(prompts, texts, strict=True)])
+
+    def prompt_tokens(self, field, task=None):
+        return 2 if task == 1 else 1
 
 
-def characters(texts: list[str], field: str) -> Ragged:
-    return Ragged.of([[ord(c) for c in field[:1] + text] for text in texts])
+A, B = frozenset({Column.POSITIVE_SCORES, Column.LABEL, Column.TASK}), frozenset({Column.LABEL, Column.WEIGHT})
 
 
-def reader(batch: int = 10, steps: int = 24, broken: int = -1) -> BatchReader:
+def reader(batch: int = 10, steps: int = 24, broken: int = -1, columns=(A, B), positives: int = 2) -> BatchReader:
     shapes = [SourceShape("a", 60, (20, 20, 20), "fa"), SourceShape("b", 45, (15, 15, 15), "fb")]
     plan = Plan(5, batch, shapes, steps=steps, homogeneous=False, window_groups=2)
-    return BatchReader(plan, [FakeSource("a", 60, broken), FakeSource("b", 45)], characters, negatives=2)
+    sources = [FakeSource("a", 60, columns[0], broken), FakeSource("b", 45, columns[1])]
+    return BatchReader(plan, sources, Characters(), negatives=2, positives=positives)
 
 
-def flat(batch: Batch) -> list[list[int]]:
+def flat(batch: Batch) -> dict[str, object]:
     """Everything in a batch, for comparison."""
-    arrays = [batch.queries.values, batch.queries.offsets, batch.documents.values, batch.documents.offsets]
-    arrays += [batch.query_ids, batch.document_ids, batch.rows, *batch.chunks]
-    return [[batch.step], [batch.global_queries], *(a.tolist() for a in arrays)]
+
+    def plain(value):
+        if isinstance(value, Ragged):
+            return plain(value.values), plain(value.offsets)
+        if isinstance(value, tuple):
+            return [plain(chunk) for chunk in value]
+        return (str(value.dtype), value.tobytes()) if isinstance(value, np.ndarray) else value
+
+    return {field.name: plain(getattr(batch, field.name)) for field in dataclasses.fields(batch)}
 
 
-def local(world_size: int, rank: int, start: int = 0, steps: int = 24) -> list[list[list[int]]]:
+def local(world_size: int, rank: int, start: int = 0, steps: int = 24) -> list[dict[str, object]]:
     return [flat(b) for b in LocalStream(reader(steps=steps), world_size, rank, BUDGET)(start)]
 
 
@@ -99,8 +114,8 @@ def test_a_batch_holds_the_texts_of_the_planned_rows_in_order():
     for t in range(read.plan.steps):
         batch = read(t)
         texts = ["".join(map(chr, batch.queries[i])) for i in range(len(batch.queries))]
-        expected = [f"q{names[source]} query {row} " + "q" * (row % 7) for source, row in read.plan.rows(t)]
-        assert texts == expected
+        expected = [f"{names[source]} query {row} " + "q" * (row % 7) for source, row in read.plan.rows(t)]
+        assert [text.lstrip("q") for text in texts] == expected
         assert batch.rows.tolist() == [int(s) << SOURCE_SHIFT | int(r) for s, r in read.plan.rows(t)]
 
 
@@ -113,6 +128,100 @@ def test_workers_together_hold_the_global_batch_whatever_their_number(world_size
         assert sorted(np.concatenate([s.rows for s in shares])) == sorted(whole.rows)
         assert sorted(np.concatenate([s.document_ids for s in shares])) == sorted(whole.document_ids)
         assert {s.global_queries for s in shares} == {len(whole.queries)}
+
+
+columns_of = st.frozensets(st.sampled_from(Column.OPTIONAL))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 4), columns_of, columns_of, st.integers(1, 3), st.integers(0, 23), st.booleans())
+def test_each_text_reaches_its_worker_with_what_its_source_says_of_it(world_size, a, b, positives, t, sent):
+    """Every worker's share against the records themselves, one document at a time; through Arrow or not."""
+    read = reader(columns=(a, b), positives=positives)
+    shares = share_batch(read(t), world_size, BUDGET)
+    if sent:
+        shares = [from_arrow(to_arrow(share, rank))[0] for rank, share in enumerate(shares)]
+    assert sorted(np.concatenate([s.rows for s in shares])) == sorted(read(t).rows)
+    for share in shares:
+        records = []
+        for key in share.rows.tolist():
+            source = read.sources[key >> SOURCE_SHIFT]
+            records.append(record(source.name, key & (1 << SOURCE_SHIFT) - 1, source.columns))
+            if Column.TASK not in source.columns:
+                records[-1][Column.TASK] = text_id(source.name)
+        for i, its in enumerate(records):
+            check_query(share, i, its, a | b)
+            check_documents(share, i, its, a | b, positives)
+
+
+def check_query(share: Batch, i: int, its, columns) -> None:
+    prompt = share.prompt_tokens[i]
+    assert prompt == (2 if its[Column.TASK] == 1 else 1)
+    assert text_of(share.queries[i]) == "q" * prompt + its[Column.QUERY]
+    assert share.query_ids[i] == its[Column.QUERY_ID]
+    for name, plural in PLURAL.items():
+        column = getattr(share, plural)
+        if name not in columns | {Column.TASK}:
+            assert column is None
+        else:
+            missing = 1.0 if name == Column.WEIGHT else UNKNOWN
+            assert column[i] == (missing if its[name] is None else its[name])
+
+
+def check_documents(share: Batch, i: int, its, columns, positives: int) -> None:
+    mine = np.flatnonzero(share.owners == i)
+    prompt = 2 if its[Column.TASK] == 1 else 1
+    b = len(share.queries)
+    assert mine[0] == i
+    seen: dict[int, list[str]] = {1: [], -1: []}
+    for j in mine:
+        text = text_of(share.documents[j])[prompt:]
+        relation = int(share.relations[j])
+        seen[relation].append(text)
+        answers = relation == 1
+        texts, ids, scores = POSITIVE if answers else NEGATIVE
+        place = its[texts].index(text)
+        assert share.document_ids[j] == its[ids][place]
+        assert share.answers[j] == (its[Column.QUERY_ID] if answers else UNKNOWN)
+        assert share.prompt_tokens[b + j] == prompt
+        if not columns & {Column.POSITIVE_SCORES, Column.NEGATIVE_SCORES}:
+            assert share.scores is None
+        elif its[scores] is None:
+            assert np.isnan(share.scores[j])
+        else:
+            assert share.scores[j] == its[scores][place]
+    assert len(set(seen[1])) == len(seen[1]) == min(positives, len(its[Column.POSITIVES]))
+    assert seen[-1] == its[Column.NEGATIVES][:2]
+
+
+POSITIVE = (Column.POSITIVES, Column.POSITIVE_IDS, Column.POSITIVE_SCORES)
+NEGATIVE = (Column.NEGATIVES, Column.NEGATIVE_IDS, Column.NEGATIVE_SCORES)
+PLURAL = {
+    Column.WEIGHT: "weights",
+    Column.LABEL: "labels",
+    Column.TASK: "tasks",
+    Column.LANGUAGE: "languages",
+    Column.MODALITY: "modalities",
+}
+
+
+def text_of(tokens: np.ndarray) -> str:
+    return "".join(map(chr, tokens))
+
+
+def test_a_column_is_there_in_every_batch_or_in_none():
+    """Also in a batch from a source that lacks it: what a queue keeps of its rows doesn't change on the way."""
+    shapes = [SourceShape(name, 40, (20, 20), name) for name in ("a", "b")]
+    plan = Plan(5, 10, shapes, steps=8, homogeneous=True, window_groups=2)
+    read = BatchReader(plan, [FakeSource("a", 40, A), FakeSource("b", 40)], Characters())
+    batches = [read(t) for t in range(8)]
+    assert {int(batch.rows[0]) >> SOURCE_SHIFT for batch in batches} == {0, 1}
+    for batch in batches:
+        of_b = batch.rows[0] >> SOURCE_SHIFT == 1
+        assert (batch.labels == UNKNOWN).all() == of_b
+        assert np.isnan(batch.scores).all() == of_b
+        assert batch.weights is batch.languages is batch.modalities is None
+        assert (batch.tasks == text_id("b")).all() == of_b
 
 
 def test_a_stream_from_step_t_is_the_tail_of_the_stream_from_the_start():
@@ -168,12 +277,12 @@ def test_two_sources_of_one_name_are_told_apart_by_their_content():
 def cluster():
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
     yield ray
     ray.shutdown()
 
 
-def consume(shard, rank: int, start: int, stop: int, pause_s: float = 0.0) -> list[list[list[int]]]:
+def consume(shard, rank: int, start: int, stop: int, pause_s: float = 0.0) -> list[dict[str, object]]:
     got = []
     for batch in worker_batches(shard, rank, start, stop):
         got.append(flat(batch))

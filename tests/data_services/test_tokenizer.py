@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_services.schema import UsageError
+from data_services.schema import UsageError, text_id
 from data_services.tokenizer import FolderTokenizer, train_bpe
 
 TEXTS = [
@@ -135,6 +135,22 @@ def test_prompts_are_counted_without_a_closing_special_token(trained):
     with_prompt, without = tokenizer(["foo"], "query"), tokenizer(["foo"], "other")
     assert tokenizer.prompt_tokens("query") == len(with_prompt[0]) - len(without[0]) + 1  # with [CLS]
     assert tokenizer.prompt_tokens("other") == 0
+
+
+def test_a_task_has_prompts_of_its_own(trained):
+    tokenizer = FolderTokenizer(trained, 512, PROMPTS | {"sts-query": "same meaning: ", "two-words-document": ""})
+    sts, other, words = text_id("sts"), text_id("other"), text_id("two-words")
+    together = tokenizer(["foo"] * 4, "query", [sts, other, words, sts])
+    for i, prompt in enumerate(("same meaning: ", PROMPTS["query"], PROMPTS["query"], "same meaning: ")):
+        assert together[i].tolist() == FolderTokenizer(trained, 512, {})([prompt + "foo"], "")[0].tolist()
+    assert tokenizer(["foo"], "document", [words])[0].tolist() == tokenizer(["foo"], "none")[0].tolist()
+    assert tokenizer(["foo"], "document", [sts])[0].tolist() == tokenizer(["foo"], "document")[0].tolist()
+    assert tokenizer(["foo"], "sts-query")[0].tolist() == together[0].tolist()
+    assert tokenizer.prompt_tokens("query", sts) == tokenizer.prompt_tokens("sts-query")
+    assert tokenizer.prompt_tokens("query", other) == tokenizer.prompt_tokens("query")
+    assert tokenizer.prompt_tokens("document", words) == 0
+    with pytest.raises(ValueError, match="zip"):
+        tokenizer(["foo"], "query", [sts, sts])
 
 
 def test_it_pickles_before_and_after_use_and_takes_no_texts(trained):

@@ -59,8 +59,7 @@ def plain_run(recipe, home):
     from cluster.worker import Task
 
     ready = prepare(load_recipe(recipe), home, None)
-    prompts = ready.tokenize.prompt_tokens("query"), ready.tokenize.prompt_tokens("document")
-    return ready, Task(ready.recipe, ready.run, ready.plan.steps, prompts, ready.lineage())
+    return ready, Task(ready.recipe, ready.run, ready.plan.steps, ready.lineage())
 
 
 def _without_ray(task, reader):

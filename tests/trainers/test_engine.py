@@ -252,9 +252,9 @@ def test_shards_are_a_share_of_the_weights(journeys):
         assert all(r["elements"] == pytest.approx(share, rel=1e-3) for r in journeys(2, stage, "fp32"))
 
 
-def accumulate(stage):
+def accumulate(stage, reduction):
     """Relative error of the gradient of 32 bf16 chunks a worker against their sum in float64."""
-    engine = make(stage, "bf16", seed=0)
+    engine = make(stage, "bf16", seed=0, reduction=reduction)
     model = toy(0)
     for p in model.parameters():
         p.data = p.data.bfloat16()
@@ -281,9 +281,9 @@ def accumulate(stage):
     return max(float((found[n] / scale - g.view(-1)).norm() / g.norm()) for n, g in exact.items())
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_many_bf16_chunks_accumulate_in_fp32(gloo, stage):
-    assert max(gloo(2, accumulate, stage)) < 1e-4  # summed in bf16 it is 7e-3, cast once 2e-3
+@pytest.mark.parametrize(("stage", "reduction"), [*((s, "once") for s in STAGES), (2, "per_chunk"), (3, "per_chunk")])
+def test_many_bf16_chunks_accumulate_in_fp32(gloo, stage, reduction):
+    assert max(gloo(2, accumulate, stage, reduction)) < 1e-4  # summed in bf16 it is 7e-3, cast once 2e-3
 
 
 def poisoned(stage, precision):

@@ -1,18 +1,20 @@
 """The exported model is the trained model: Sentence Transformers' own `encode` gives the trainer's vectors."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
 from data_services.schema import RunError, UsageError
 from data_services.tokenizer import FolderTokenizer
-from tests.trainers.test_encoders import TEXTS, TINY, minilm, tiny, train_tokenizer  # noqa: F401  minilm is a fixture
+from tests.trainers.encoders.tiny import TEXTS, TINY, of, scrambled, tiny, train_tokenizer
 from trainers.config import FromConfig, ModelConfig
-from trainers.encoders.model_folder import ModelSpec, prepare_model_folder
+from trainers.encoders.model_folder import prepare_model_folder
+from trainers.encoders.spec import ModelSpec
 from trainers.encoders.text import LocalEncoder, TextEncoder, build_encoder
 from trainers.export import export_sentence_transformer, load_exported
 
@@ -20,40 +22,47 @@ from trainers.export import export_sentence_transformer, load_exported
 SAMPLE = [*TEXTS, "find", "a " * 300, ""]
 
 
-def vectors(encoder: TextEncoder, spec: ModelSpec, folder: Path, field: str) -> np.ndarray:
-    return LocalEncoder(encoder, FolderTokenizer(folder, spec.max_tokens, spec.prompts), 128).encode(SAMPLE, field)
+def local(encoder: TextEncoder, folder: Path) -> LocalEncoder:
+    spec = encoder.spec
+    return LocalEncoder(encoder, FolderTokenizer(folder, spec.max_tokens, spec.prompts), 128)
 
 
-def assert_exported_is_trained(encoder: TextEncoder, spec: ModelSpec, folder: Path, out: Path) -> None:
+def vectors(encoder: TextEncoder, folder: Path, field: str, texts: list[str] = SAMPLE) -> np.ndarray:
+    return local(encoder, folder).encode(texts, field)
+
+
+def trained_and_loaded(encoder: TextEncoder, folder: Path, out: Path) -> Iterator[tuple[str, list[LocalEncoder]]]:
+    """By field: the trained encoder, the exported one, and one of a run that starts from the export."""
+    started, beside = ModelConfig(path=str(out)), out.with_name("started")
+    prepare_model_folder(started, beside)
+    loaded = (encoder, folder), (load_exported(out), out), (build_encoder(started, beside), beside)
+    ours = [local(*each) for each in loaded]
+    for field in encoder.spec.prompts:
+        yield field, ours
+
+
+def assert_exported_is_trained(
+    encoder: TextEncoder, spec: ModelSpec, folder: Path, out: Path, texts: list[str] = SAMPLE, trusted: bool = False
+) -> SentenceTransformer:
+    """Sentence Transformers, gyre and a new run that starts from the export all give the trained vectors."""
     assert export_sentence_transformer(encoder.state_dict(), spec, folder, out) == out
-    model = SentenceTransformer(str(out), device="cpu")
-    for field in ("query", "document"):
-        mine = vectors(encoder, spec, folder, field)
-        np.testing.assert_allclose(model.encode(SAMPLE, prompt_name=field, batch_size=3), mine, atol=1e-5)
-        np.testing.assert_allclose(vectors(load_exported(out), spec, out, field), mine, atol=1e-5)
-    assert model.similarity_fn_name == "cosine"
+    model = SentenceTransformer(str(out), device="cpu", trust_remote_code=trusted)
+    for field, ours in trained_and_loaded(encoder, folder, out):
+        mine, *others = (each.encode(texts, field) for each in ours)
+        for other in (model.encode(texts, prompt_name=field, batch_size=3), *others):
+            np.testing.assert_allclose(other, mine, atol=1e-5)
+    assert model.similarity_fn_name == ("cosine" if spec.normalize else "dot")
+    return model
 
 
-def scrambled(encoder: TextEncoder) -> TextEncoder:
-    """Weights far from their initial scale, so that every part of the model matters."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for p in encoder.parameters():
-            p.add_(torch.randn_like(p) * 0.3)
-    return encoder
-
-
-@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last", "max", "weighted_mean"])
 @pytest.mark.parametrize("pool_prompt", [True, False])
 def test_pooling_prompts_and_truncation_survive_export(tmp_path, pooling, pool_prompt):
-    encoder, spec = tiny(
-        tmp_path / "m",
-        query_prompt="find the code: ",
-        pooling=pooling,
-        pool_prompt=pool_prompt,
-        max_tokens=24,
-    )
-    assert_exported_is_trained(scrambled(encoder), spec, tmp_path / "m", tmp_path / "out")
+    keys = {"query_prompt": "find the code: ", "pooling": pooling, "pool_prompt": pool_prompt, "max_tokens": 24}
+    encoder, spec = tiny(tmp_path / "m", **keys)
+    # the maximum over no token at all is not a number in Sentence Transformers
+    texts = SAMPLE[:-1] if pooling == "max" else SAMPLE
+    assert_exported_is_trained(scrambled(encoder), spec, tmp_path / "m", tmp_path / "out", texts)
 
 
 @pytest.mark.parametrize(
@@ -63,22 +72,81 @@ def test_pooling_prompts_and_truncation_survive_export(tmp_path, pooling, pool_p
         ("qwen3", {"bidirectional": False, "pooling": "last", "document_prompt": "passage: "}),
         ("bert", {"query_prompt": "q: "}),
         ("llama", {"attention": "sdpa"}),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("gemma", {}),
+        ("gemma2", {}),
+        ("gemma3_text", {}),
     ],
 )
 def test_architectures_and_directions_survive_export(tmp_path, architecture, keys):
-    tower = FromConfig(**TINY.model_dump() | {"architecture": architecture})
-    encoder, spec = tiny(tmp_path / "m", tower, **keys)
+    encoder, spec = tiny(tmp_path / "m", of(architecture), **keys)
     assert_exported_is_trained(scrambled(encoder), spec, tmp_path / "m", tmp_path / "out")
     causal = json.loads((tmp_path / "out" / "config.json").read_text()).get("is_causal")
     assert causal is (False if spec.bidirectional and architecture != "bert" else None)
 
 
-def test_a_pretrained_model_comes_in_and_goes_out_unchanged(tmp_path, minilm):  # noqa: F811
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"head": {"sizes": [12]}},
+        {"head": {"sizes": [40, 12], "activation": "gelu", "last_activation": "tanh", "bias": False}},
+        {"head": {"sizes": [40, 12], "activation": "silu"}, "normalize": False},
+        {"head": {"sizes": [32, 8], "use": "training"}, "layers": [0, 1, 2]},
+        {"normalize": False},
+        {"mean_layers": 3, "query_prompt": "find: ", "pool_prompt": False},
+        {"mean_layers": 2, "head": {"sizes": [12]}, "pooling": "last"},
+        {"task_prompts": {"sts": {"query": "same as "}}, "pool_prompt": False},
+    ],
+)
+def test_what_follows_the_transformer_survives_export(tmp_path, keys):
+    encoder, spec = tiny(tmp_path / "m", **keys)
+    model = assert_exported_is_trained(scrambled(encoder), spec, tmp_path / "m", tmp_path / "out")
+    assert model.get_embedding_dimension() == spec.dim
+    assert (tmp_path / "out" / "2_Normalize").exists() == (spec.normalize and len(model) == 3)
+
+
+def test_latent_attention_is_exported_with_the_code_that_runs_it(tmp_path):
+    keys = {"pooling": "latent", "latent": {"count": 5, "heads": 4}, "query_prompt": "find: ", "pool_prompt": False}
+    encoder, spec = tiny(tmp_path / "m", **keys)
+    model = assert_exported_is_trained(scrambled(encoder), spec, tmp_path / "m", tmp_path / "out", trusted=True)
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = SentenceTransformer(str(tmp_path / "saved"), device="cpu", trust_remote_code=True)
+    np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS))
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert "trust_remote_code=True" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"token_dim": 8, "document_prompt": "d: "},
+        {"token_dim": 8, "skip_punctuation": True, "query_prompt": "q: "},
+        {"tower": of("bert"), "query_length": 16, "query_prompt": "q: ", "max_tokens": 24},
+        {"normalize": False, "mean_layers": 2},
+    ],
+)
+def test_late_interaction_survives_export(tmp_path, keys):
+    encoder, spec = tiny(tmp_path / "m", pooling="tokens", **keys)
+    export_sentence_transformer(scrambled(encoder).state_dict(), spec, tmp_path / "m", tmp_path / "out")
+    model = MultiVectorEncoder(str(tmp_path / "out"), device="cpu")
+    encode = {"query": model.encode_query, "document": model.encode_document}
+    for field, ours in trained_and_loaded(encoder, tmp_path / "m", tmp_path / "out"):
+        theirs = encode[field](SAMPLE, batch_size=3, convert_to_numpy=True)
+        for mine in (each.encode_tokens(SAMPLE, field) for each in ours):
+            assert [len(tokens) for tokens in mine] == [len(tokens) for tokens in theirs]
+            np.testing.assert_allclose(np.concatenate(mine), np.concatenate(theirs), atol=1e-5)
+    assert model.similarity_fn_name == "maxsim"
+
+
+def test_a_pretrained_model_comes_in_and_goes_out_unchanged(tmp_path, minilm):
     config = ModelConfig(path=str(minilm))
     spec = prepare_model_folder(config, tmp_path / "m")
     encoder = build_encoder(config, tmp_path / "m")
     theirs = SentenceTransformer(str(minilm), device="cpu").encode(SAMPLE)
-    np.testing.assert_allclose(vectors(encoder, spec, tmp_path / "m", "query"), theirs, atol=1e-5)
+    np.testing.assert_allclose(vectors(encoder, tmp_path / "m", "query"), theirs, atol=1e-5)
     assert_exported_is_trained(encoder, spec, tmp_path / "m", tmp_path / "out")
 
 
@@ -92,8 +160,8 @@ def test_another_run_can_start_from_an_exported_model(tmp_path):
     spec_again = prepare_model_folder(as_path, tmp_path / "again")
     assert spec_again.bidirectional
     np.testing.assert_allclose(
-        vectors(build_encoder(as_path, tmp_path / "again"), spec_again, tmp_path / "again", "query"),
-        vectors(first, spec, tmp_path / "m", "query"),
+        vectors(build_encoder(as_path, tmp_path / "again"), tmp_path / "again", "query"),
+        vectors(first, tmp_path / "m", "query"),
         atol=1e-6,
     )
 

@@ -1,6 +1,8 @@
 """Promise 1: loss and every gradient of a step equal the dense float64 twin, at any world size and ZeRO stage."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,15 +11,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from data_services.collate import GlobalBatch, share_batch
-from data_services.schema import Ragged
-from tests.twins import Share, dense_contrastive, random_rows
+from data_services.schema import UNKNOWN, Ragged
+from tests.twins import dense_contrastive, random_rows, rows_of_worker
+from trainers.chunks import keys_of
 from trainers.collectives import Group
-from trainers.config import EngineConfig, MomentumConfig, ObjectiveConfig, OptimizerConfig, QueueConfig
-from trainers.objectives.contrastive import Contrastive, Ids
+from trainers.config import AdapterConfig, EngineConfig, MomentumConfig, OptimizerConfig, QueueConfig
+from trainers.encoders.adapters import add_adapter
+from trainers.model import Trained
+from trainers.objectives.compose import Sum
+from trainers.objectives.config import ContrastiveSection, Learned
+from trainers.objectives.embedded import Embedded
 from trainers.step import ContrastiveStep, Memory, choose_caching, graph_bytes
 
 VOCABULARY, DIM, BETA = 50, 16, 0.9
-OBJECTIVE = ObjectiveConfig(temperature=0.1, tile=7)
+OBJECTIVE = ContrastiveSection(temperature=Learned(start=0.1), tile=7)
+LEARNED = {"log_temperature": math.log(0.1)}
 
 
 class Tower(nn.Module):
@@ -30,7 +38,9 @@ class Tower(nn.Module):
         self.out = nn.Linear(DIM, DIM)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, input_ids, attention_mask, prompt_tokens=None):
+    gives_tokens = False
+
+    def forward(self, input_ids, attention_mask, prompt_tokens=None, queries=None):
         hidden = self.dropout(torch.tanh(self.out(self.norm(self.table(input_ids)))))
         mask = attention_mask[..., None].to(hidden.dtype)
         return F.normalize(((hidden * mask).sum(1) / mask.sum(1)).float().to(_wide(hidden)), dim=-1)
@@ -40,9 +50,14 @@ def _wide(hidden):
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def tower(dropout=0.0):
+def tower(dropout=0.0, kind="full"):
+    """Trained whole, or ("lora", "dora") beside frozen weights with an update that is far from zero."""
     torch.manual_seed(1)
-    return Tower(dropout)
+    made = Tower(dropout)
+    if kind != "full":
+        add_adapter(made, AdapterConfig(kind=kind, rank=3, dropout=dropout, targets=["out"], modules_to_save=["norm"]))
+        nn.init.normal_(made.out.lora_B.default.weight, std=0.3)
+    return made
 
 
 def batch_of(step, queries=13, negatives=5):
@@ -56,65 +71,74 @@ def batch_of(step, queries=13, negatives=5):
         step=step,
         queries=texts(queries),
         documents=texts(queries + negatives),
-        owners=random.integers(0, queries, negatives),
+        owners=np.concatenate([np.arange(queries), random.integers(0, queries, negatives)]),
+        relations=np.repeat([1, -1], [queries, negatives]).astype(np.int8),
         query_ids=random.integers(0, 9, queries),
         document_ids=random.integers(0, 20, queries + negatives),
         rows=np.arange(queries),
+        prompt_tokens=np.zeros(2 * queries + negatives, np.int64),
     )
 
 
 def stored_rows():
-    return random_rows(5, 11, DIM, distinct=20)
+    """With the keys that a batch's documents have."""
+    rows = random_rows(5, 11, DIM, distinct=20)
+    return replace(rows, keys=replace(rows.keys, labels=None, tasks=None, rejects=torch.full((11,), UNKNOWN)))
 
 
-def twin_gradients(batch, with_queue):
+def trained(dropout=0.0, kind="full"):
+    return Trained(tower(dropout, kind), {f"0.{name}": start for name, start in LEARNED.items()})
+
+
+def twin_gradients(batch, with_queue, kind="full"):
     """(loss, {name: gradient}) of the whole batch in one process in float64."""
-    model = tower().double()
+    model = trained(kind=kind).double()
 
     def encode(texts):
         ids, mask = (torch.from_numpy(x) for x in texts.padded())
-        return model(ids, mask)
+        return model.tower(ids, mask)
 
     queries, documents = encode(batch.queries), encode(batch.documents)
-    ids = Ids(torch.from_numpy(batch.query_ids), torch.from_numpy(batch.document_ids))
-    dense = dense_contrastive(
-        [Share(queries.detach(), documents.detach(), ids)], OBJECTIVE, stored_rows() if with_queue else None
+    query_keys, document_keys = keys_of(batch, None, torch.device("cpu"))
+    b, d = len(batch.queries), len(batch.documents)
+    share = Embedded(
+        queries.detach(),
+        documents.detach(),
+        query_keys,
+        document_keys,
+        torch.from_numpy(batch.owners),
+        b,
+        momentum_queries=torch.zeros(b, DIM),
+        momentum_documents=torch.zeros(d, DIM),
     )
+    dense = dense_contrastive([share], OBJECTIVE, {"documents": stored_rows()} if with_queue else None, LEARNED)
     torch.autograd.backward([queries, documents], [dense.query_gradients[0], dense.document_gradients[0]])
-    return dense.loss, {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return dense.loss, gradients | {"learned.moved": dense.learned_gradients["log_temperature"][None]}
 
 
-def make_step(stage, cached, with_queue, precision="fp32", dropout=0.0):
+def make_step(stage, cached, with_queue, precision="fp32", dropout=0.0, kind="full", reduction="once"):
     from trainers.ema import MomentumEncoder
     from trainers.engine import Engine
-    from trainers.negative_queue import NegativeQueue
+    from trainers.negative_queue import Queues
 
     group = Group()
-    config = EngineConfig(zero_stage=stage, precision=precision)
+    config = EngineConfig(zero_stage=stage, precision=precision, reduction=reduction)
     optimizer = OptimizerConfig(clip_norm=0, betas=(BETA, 0.98), weight_decay=0)
-    engine = Engine(tower(dropout), config, optimizer, total_steps=10, device="cpu")
+    engine = Engine(trained(dropout, kind), config, optimizer, total_steps=10, device="cpu")
     memory = None
     if with_queue:
-        queue = NegativeQueue(QueueConfig(rows=11), DIM, group)
-        rows = stored_rows()
-        whole = {
-            "vectors": rows.vectors.float(),
-            "document_ids": rows.document_ids,
-            "query_ids": rows.query_ids,
-            "steps": rows.steps,
-            "sequence": torch.arange(11),
-            "next": torch.tensor([11]),
-        }
-        empty = {name: tensor[:0] if name != "next" else tensor for name, tensor in whole.items()}
-        queue.restore([whole, *([empty] * group.size)])
-        memory = Memory(MomentumEncoder(engine, lambda: tower(dropout), MomentumConfig(decay=0.9)), queue)
-    objective = Contrastive(OBJECTIVE, group)
-    return ContrastiveStep(engine, objective, memory, cached=cached, seed=0, rank=group.rank), group
+        queues = Queues(QueueConfig(rows=11), DIM, group)
+        rows = rows_of_worker(stored_rows(), group.rank, group.size, torch.float32)
+        queues.enqueue({"documents": (rows.vectors, rows.keys)}, step=0)
+        memory = Memory(MomentumEncoder(engine, MomentumConfig(decay=0.9)), queues)
+    objective = Sum([OBJECTIVE], group)
+    return ContrastiveStep(engine, objective, memory, cached=cached, seed=0, group=group), group
 
 
-def first_gradients(stage, cached, with_queue):
+def first_gradients(stage, cached, with_queue, kind="full", reduction="once"):
     """The loss and this worker's share of every gradient: AdamW's first moment after one step is (1-beta) of it."""
-    step, group = make_step(stage, cached, with_queue)
+    step, group = make_step(stage, cached, with_queue, kind=kind, reduction=reduction)
     mine = share_batch(batch_of(0), group.size, budget_tokens=24)[group.rank]
     metrics = step(mine)
     state = step.engine.state()
@@ -122,66 +146,83 @@ def first_gradients(stage, cached, with_queue):
     return metrics, moments, state["layout"]
 
 
-def assembled(answers):
+def assembled(answers, kind="full"):
     """{name: flat gradient} from the shares of all workers."""
-    names = [name for name, _ in tower().named_parameters()]
-    whole = {name: torch.full((p.numel(),), torch.nan) for name, p in tower().named_parameters()}
+    parameters = {name: p for name, p in trained(kind=kind).named_parameters() if p.requires_grad}
+    whole = {name: torch.full((p.numel(),), torch.nan) for name, p in parameters.items()}
     for _, moments, layout in answers:
-        for i, name in enumerate(names):
+        for i, name in enumerate(parameters):
             start, length, _ = layout[i].tolist()
             if length:
                 whole[name][start : start + length] = moments[f"exp_avg/{name}"]
     return whole
 
 
-def check_world(gloo, world_size, stage, cached, with_queue):
-    loss, gradients = twin_gradients(batch_of(0), with_queue)
-    answers = gloo(world_size, first_gradients, stage, cached, with_queue)
+def check_world(gloo, world_size, stage, cached, with_queue, kind="full", reduction="once"):
+    loss, gradients = twin_gradients(batch_of(0), with_queue, kind)
+    answers = gloo(world_size, first_gradients, stage, cached, with_queue, kind, reduction)
     assert all(metrics["loss"] == pytest.approx(loss, abs=1e-5) for metrics, _, _ in answers)
-    found = assembled(answers)
+    found = assembled(answers, kind)
+    assert found.keys() == gradients.keys()
     norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name].double(), gradient.flatten(), rtol=1e-4, atol=1e-6 * float(norm) + 1e-6)
     assert answers[0][0]["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
 
 
-# Every pair of (world size, stage, cached, queue) values occurs.
+# Every pair of (world size, stage, cached, queue, full or lora) values occurs.
 COVERING = [
-    (1, 0, False, False),
-    (1, 1, True, True),
-    (1, 2, False, True),
-    (1, 3, True, False),
-    (2, 0, True, True),
-    (2, 1, False, False),
-    (2, 2, True, False),
-    (2, 3, False, True),
+    (1, 0, False, False, "full"),
+    (1, 1, True, True, "full"),
+    (1, 2, False, True, "lora"),
+    (1, 3, True, False, "lora"),
+    (2, 0, True, True, "lora"),
+    (2, 1, False, False, "lora"),
+    (2, 2, True, False, "full"),
+    (2, 3, False, True, "full"),
+    (2, 3, True, True, "lora"),
+    (2, 3, True, True, "dora"),
 ]
-EVERY = list(itertools.product((1, 2, 3, 4), (0, 1, 2, 3), (False, True), (False, True)))
+EVERY = list(itertools.product((1, 2, 3, 4), (0, 1, 2, 3), (False, True), (False, True), ("full", "lora", "dora")))
 
 
-@pytest.mark.parametrize(("world_size", "stage", "cached", "with_queue"), COVERING)
-def test_loss_and_gradients_equal_the_dense_twin(gloo, world_size, stage, cached, with_queue):
-    check_world(gloo, world_size, stage, cached, with_queue)
+@pytest.mark.parametrize(("world_size", "stage", "cached", "with_queue", "kind"), COVERING)
+def test_loss_and_gradients_equal_the_dense_twin(gloo, world_size, stage, cached, with_queue, kind):
+    check_world(gloo, world_size, stage, cached, with_queue, kind)
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize(("world_size", "stage", "cached", "with_queue"), EVERY)
-def test_loss_and_gradients_equal_the_dense_twin_everywhere(gloo, world_size, stage, cached, with_queue):
-    check_world(gloo, world_size, stage, cached, with_queue)
+@pytest.mark.parametrize(("world_size", "stage", "cached", "with_queue", "kind"), EVERY)
+def test_loss_and_gradients_equal_the_dense_twin_everywhere(gloo, world_size, stage, cached, with_queue, kind):
+    check_world(gloo, world_size, stage, cached, with_queue, kind)
 
 
-def run_two_steps(cached, precision):
-    step, group = make_step(2, cached, True, precision, dropout=0.3)
+@pytest.mark.parametrize(
+    ("stage", "cached", "with_queue", "kind"), [(2, False, True, "full"), (3, True, False, "lora")]
+)
+def test_a_reduction_with_every_chunk_equals_the_dense_twin(gloo, stage, cached, with_queue, kind):
+    check_world(gloo, 2, stage, cached, with_queue, kind, "per_chunk")
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(("world_size", "stage", "cached", "with_queue", "kind"), [e for e in EVERY if e[1] >= 2])
+def test_a_reduction_with_every_chunk_equals_the_dense_twin_everywhere(
+    gloo, world_size, stage, cached, with_queue, kind
+):
+    check_world(gloo, world_size, stage, cached, with_queue, kind, "per_chunk")
+
+
+def run_two_steps(cached, precision, kind):
+    step, group = make_step(2, cached, True, precision, dropout=0.3, kind=kind)
     metrics = [step(share_batch(batch_of(t), group.size, 24)[group.rank]) for t in range(2)]
-    rows = step.memory.queue.rows()
-    return [m["loss"] for m in metrics], step.engine.state(), rows.vectors, rows.document_ids
+    rows = step.memory.queues.rows(2)["documents"]
+    return [m["loss"] for m in metrics], step.engine.state(), rows.vectors, rows.keys.document_ids
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_caching_draws_the_dropout_of_the_graphs_it_replaces(gloo, precision):
-    for direct, cached in zip(
-        gloo(2, run_two_steps, False, precision), gloo(2, run_two_steps, True, precision), strict=True
-    ):
+@pytest.mark.parametrize(("precision", "kind"), [("fp32", "full"), ("bf16", "full"), ("fp32", "lora")])
+def test_caching_draws_the_dropout_of_the_graphs_it_replaces(gloo, precision, kind):
+    runs = [gloo(2, run_two_steps, cached, precision, kind) for cached in (False, True)]
+    for direct, cached in zip(*runs, strict=True):
         assert direct[0][0] == cached[0][0]
         for name, tensor in direct[1].items():
             if name.startswith("exp_avg/"):
@@ -191,21 +232,44 @@ def test_caching_draws_the_dropout_of_the_graphs_it_replaces(gloo, precision):
 
 
 def queue_after_a_step():
-    """What the queue holds after one step, against the averaged model's own encodings."""
+    """What the queue holds after one step, against the encodings of the average that stood when the step began."""
     step, group = make_step(0, False, True)
     mine = share_batch(batch_of(0), group.size, 24)[group.rank]
-    step(mine)
     ids, mask = (torch.from_numpy(x) for x in mine.documents.padded())
-    expected = step.memory.encoder.forward(input_ids=ids, attention_mask=mask)
-    rows = step.memory.queue.rows()
-    return rows.vectors, rows.document_ids, expected[-11:], torch.from_numpy(mine.document_ids)[-11:], rows.query_ids
+    expected, *_ = step.memory.encoder.forward(input_ids=ids, attention_mask=mask)
+    step(mine)
+    newest = step.memory.queues.rows(1)["documents"]
+    order = newest.numbers.argsort()
+    keys = newest.keys[order]
+    return newest.vectors[order], keys, expected[-11:], torch.from_numpy(mine.document_ids)[-11:]
 
 
 def test_the_queue_takes_the_averaged_encodings_of_the_documents(gloo):
-    vectors, document_ids, expected, expected_ids, query_ids = gloo(1, queue_after_a_step)[0]
+    vectors, keys, expected, expected_ids = gloo(1, queue_after_a_step)[0]
     torch.testing.assert_close(vectors, expected)
-    assert torch.equal(document_ids, expected_ids)
-    assert (query_ids[-5:] == -(2**63)).all()  # hard negatives answer no query
+    assert torch.equal(keys.document_ids, expected_ids)
+    assert (keys.query_ids[-5:] == UNKNOWN).all()  # hard negatives answer no query
+
+
+def disagreeing(agreement, chunks):
+    """The error of a step whose workers were configured otherwise, or cut their batches otherwise."""
+    step, group = make_step(0, False, False)
+    batch = share_batch(batch_of(0), group.size, 24)[group.rank]
+    step.agreement = agreement * group.rank
+    if group.rank == 1 and chunks:
+        batch = replace(batch, chunks=batch.chunks[:-1])
+    try:
+        step(batch)
+    except ValueError as error:
+        return str(error)
+
+
+def test_workers_that_disagree_are_told_before_they_wait_for_each_other(gloo):
+    assert gloo(2, disagreeing, 0, False) == [None, None]
+    told = gloo(2, disagreeing, 7, False)
+    assert told == ["the workers disagree about the hash of the configuration: [0, 7], in rank order"] * 2
+    for sentence in gloo(2, disagreeing, 0, True):
+        assert sentence.startswith("the workers disagree about chunks of batch 0: [")
 
 
 def caching_choices():

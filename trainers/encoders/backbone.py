@@ -126,43 +126,19 @@ def added_dropout(tower: FromConfig | None, config: PretrainedConfig) -> float:
     return tower.dropout
 
 
-def set_direction(model: PreTrainedModel, bidirectional: bool | None) -> bool:
-    """Make attention see both ways or not (None: leave it), and say whether it does.
+def check_checkpointing(model: PreTrainedModel) -> None:
+    """UsageError where the architecture can't compute a layer again in the backward pass."""
+    if not model.supports_gradient_checkpointing:
+        raise UsageError(f"model.gradient_checkpointing: {model.config.model_type} can't do it; set it to false")
 
-    `config.is_causal = False` drops a decoder's mask in transformers; whether an architecture honours it is
-    probed, not believed.
+
+def checkpoint_gradients(model: PreTrainedModel) -> None:
+    """Keep only what enters each layer, and compute the layer again in the backward pass (Chen et al. 2016).
+
+    Random masks are drawn again as they were, so that gradients are the same.
     """
-    both_ways = _sees_later_tokens(model)
-    if bidirectional is None or both_ways == bidirectional:
-        return both_ways
-    kind = model.config.model_type
-    if not bidirectional:
-        raise UsageError(f"model.bidirectional: false, but {kind} attends both ways; remove the key")
-    model.config.is_causal = False
-    if not _sees_later_tokens(model):
-        raise UsageError(
-            f"model.bidirectional: true, but the causal order of {kind} can't be dropped; "
-            "set it to false (and model.pooling to last)"
-        )
-    return True
-
-
-def _sees_later_tokens(model: PreTrainedModel) -> bool:
-    """Whether changing the last token of a text changes what comes before it."""
-    import torch
-
-    ids = torch.arange(8)[None] % model.config.get_text_config().vocab_size
-    other = ids.clone()
-    other[0, -1] = 1
-    training = model.training
-    model.eval()
-    with torch.inference_mode():
-        hidden, changed = (
-            model(input_ids=x, attention_mask=torch.ones_like(x)).last_hidden_state[:, :-1].float()
-            for x in (ids, other)
-        )
-    model.train(training)
-    return bool((hidden - changed).abs().max() > 1e-6 * hidden.abs().max())
+    check_checkpointing(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _attention(attention: str, config: PretrainedConfig) -> str:
@@ -173,6 +149,8 @@ def _attention(attention: str, config: PretrainedConfig) -> str:
     if attention != "auto":
         return attention
     model_class = _model_class(config)
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):  # eager is the one that has it
+        return "eager"
     if not (
         getattr(model_class, "_supports_sdpa", False) and getattr(model_class, "_supports_attention_backend", False)
     ):

@@ -1,77 +1,35 @@
 """A model folder: everything that makes a text tower, in one place that every worker can read.
 
-    config.json         transformers' config, `is_causal: false` where attention was made bidirectional
-    tokenizer files     as transformers writes them
-    gyre_model.json     ModelSpec: pooling, prompts, length
-    model.safetensors   weights, where there are any yet: a tower from random weights has none
+    config.json           transformers' config, `is_causal: false` where attention was made bidirectional
+    tokenizer files       as transformers writes them
+    gyre_model.json       ModelSpec: pooling, prompts, length
+    model.safetensors     weights, where there are any yet: a tower from random weights has none
+    readout.safetensors   weights of `TextEncoder.readout`, where they begin as another model's
 
 `prepare_model_folder` makes one from a recipe's `model:` section, before training.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from data_services.schema import UsageError
 from trainers.config import ModelConfig
-from trainers.encoders.backbone import (
-    added_dropout,
-    longest_text,
-    pretrained_backbone,
-    random_backbone,
-    set_direction,
-)
-from trainers.encoders.sentence_transformer import Settings, read_settings
+from trainers.encoders.backbone import pretrained_backbone, random_backbone
+from trainers.encoders.choices import check, max_tokens, readout_shapes, spec_of
+from trainers.encoders.sentence_transformer import Settings, read_settings, read_weights
+from trainers.encoders.spec import ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SPEC_FILE = "gyre_model.json"
-DEFAULT_MAX_TOKENS = 192
+READOUT_FILE = "readout.safetensors"
 
 TrainTokenizer = Callable[[int, Path], None]
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What a model folder says beyond transformers' own config.
-
-    architecture       transformers' model_type
-    pooling            which tokens make the vector
-    bidirectional      whether a token attends to later ones
-    max_tokens         kept of a text, prompt and special tokens included
-    prompts            put before a field's texts, by field ("query", "document")
-    pool_prompt        whether the prompt's tokens take part in pooling
-    dim                D
-    added_dropout      share of hidden units that TextEncoder drops, the architecture having no such dropout
-    trust_remote_code  whether loading it may run code from the folder
-    """
-
-    architecture: str
-    pooling: Literal["mean", "cls", "last"]
-    bidirectional: bool
-    max_tokens: int
-    prompts: dict[str, str]
-    pool_prompt: bool
-    dim: int
-    added_dropout: float = 0.0
-    trust_remote_code: bool = False
-
-    def save(self, folder: Path) -> None:
-        (folder / SPEC_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> ModelSpec:
-        try:
-            return cls(**json.loads((folder / SPEC_FILE).read_text()))
-        except FileNotFoundError:
-            raise UsageError(f"{folder} is no model folder of gyre: it has no {SPEC_FILE}") from None
 
 
 def prepare_model_folder(config: ModelConfig, folder: Path, train_tokenizer: TrainTokenizer | None = None) -> ModelSpec:
@@ -97,30 +55,46 @@ def _prepare(config: ModelConfig, folder: Path, train_tokenizer: TrainTokenizer 
     model, tokenizer, settings = _origin(config, folder, train_tokenizer)
     if config.init_from is not None:
         load_init_from(model, tokenizer, Path(config.init_from))
-    spec = ModelSpec(
-        architecture=model.config.model_type,
-        pooling=_first(config.pooling, settings and settings.pooling, "mean"),
-        bidirectional=set_direction(model, _first(config.bidirectional, None if settings else True)),
-        max_tokens=_max_tokens(config, settings, longest_text(model)),
-        prompts={
-            "query": _first(config.query_prompt, settings and settings.prompts["query"], ""),
-            "document": _first(config.document_prompt, settings and settings.prompts["document"], ""),
-        },
-        pool_prompt=_first(config.pool_prompt, settings.pool_prompt if settings else True),
-        dim=model.config.get_text_config().hidden_size,
-        added_dropout=added_dropout(config.config, model.config),
-        trust_remote_code=config.trust_remote_code,
-    )
-    _check_prompts(config, spec, tokenizer)
+    spec = spec_of(config, settings, model, tokenizer)
+    check(config, spec, model, tokenizer)
     if config.config is not None and config.init_from is None:
         model.config.save_pretrained(folder)
     else:
         model.save_pretrained(folder)
+    _save_readout(config, spec, settings, folder)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.model_max_length = spec.max_tokens
     tokenizer.save_pretrained(folder)
     spec.save(folder)
     return spec
+
+
+def _save_readout(config: ModelConfig, spec: ModelSpec, settings: Settings | None, folder: Path) -> None:
+    """The weights with which the readout begins, where the recipe names a model that has some."""
+    from safetensors.torch import save_file
+
+    weights = read_weights(settings) if settings else {}
+    if config.init_from is not None:
+        weights |= read_readout(Path(config.init_from))
+    wanted = readout_shapes(spec)
+    for name, tensor in weights.items():
+        if wanted.get(name) != (shape := tuple(tensor.shape)):
+            raise UsageError(
+                f"model.{'init_from' if config.init_from else 'path'}: readout.{name} is {shape} there and "
+                f"{wanted.get(name, 'missing')} in this recipe's model; give the head or pooling that belongs to it"
+            )
+    if weights:
+        save_file({name: t.contiguous() for name, t in weights.items()}, folder / READOUT_FILE)
+
+
+def read_readout(folder: Path) -> dict[str, Tensor]:
+    """The weights of `TextEncoder.readout` that a model folder or exported model has, by name."""
+    from safetensors.torch import load_file
+
+    if (folder / READOUT_FILE).exists():
+        return load_file(folder / READOUT_FILE)
+    settings = read_settings(folder)
+    return read_weights(settings) if settings else {}
 
 
 def _origin(
@@ -134,7 +108,7 @@ def _origin(
                 raise ValueError("model.config without model.init_from needs `train_tokenizer`")
             train_tokenizer(config.config.vocabulary, folder)
             tokenizer = _tokenizer(folder, config.trust_remote_code)
-        longest = _max_tokens(config, None, None)
+        longest = max_tokens(config, None, None)
         return random_backbone(config.config, tokenizer, longest), tokenizer, None
     assert config.path is not None, "ModelConfig has exactly one of path and config"
     root = resolve(config.path, config.trust_remote_code)
@@ -180,10 +154,10 @@ def load_init_from(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
 
 
 def folder_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors files, {} where there are none."""
+    """All tensors of a folder's transformer, {} where there are none."""
     from safetensors.torch import load_file
 
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    return {name: t for file in sorted(folder.glob("model*.safetensors")) for name, t in load_file(file).items()}
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -196,24 +170,3 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _max_tokens(config: ModelConfig, settings: Settings | None, limit: int | None) -> int:
-    """What the recipe says, else the Sentence Transformers folder, else the default; at most `limit`."""
-    if config.max_tokens is not None and limit is not None and config.max_tokens > limit:
-        raise UsageError(f"model.max_tokens: {config.max_tokens} is more than the {limit} positions of the model")
-    wanted = _first(config.max_tokens, settings and settings.max_tokens, DEFAULT_MAX_TOKENS)
-    return wanted if limit is None else min(wanted, limit)
-
-
-def _check_prompts(config: ModelConfig, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> None:
-    if config.pool_prompt is not None and not any(spec.prompts.values()):
-        raise UsageError("model.pool_prompt: there is no prompt; give a query_prompt or remove it")
-    for field, prompt in spec.prompts.items():
-        if prompt and (tokens := len(tokenizer(prompt)["input_ids"])) >= spec.max_tokens:
-            raise UsageError(f"model.{field}_prompt: its {tokens} tokens leave no room in max_tokens {spec.max_tokens}")
-
-
-def _first(*values: Any) -> Any:
-    """The first that isn't None (None where all are)."""
-    return next((value for value in values if value is not None), None)

@@ -1,164 +1,332 @@
-"""InfoNCE over the global batch and the queue, in one direction or both.
+"""InfoNCE and its family over the global batch and the queue, in one direction or both.
 
     row_i   = -log  exp(s_ii/t) / (exp(s_ii/t) + sum_{j in N_i} exp(s_ij/t))     query i among candidates
     col_i   = -log  exp(s_ii/t) / (exp(s_ii/t) + sum_{j in M_i} exp(s_ji/t))     positive i among queries
     L       = mean_i row_i                            directions: query_to_document
     L       = (mean_i row_i + mean_i col_i) / 2       directions: both
 
-s is the inner product (the cosine, of unit vectors), t the temperature. N_i: every worker's documents, hard
-negatives included, and the queue, without i's positive and without what the masks hide. M_i: every worker's
-queries, without i and without what the masks hide. Each mean is over the queries that have something to be
-compared with in that direction.
+s is the similarity (the cosine, of unit vectors), t the temperature. N_i: every worker's documents, hard negatives
+included, and the queue, without i's positive and without what the masks hide. M_i: every worker's queries, and a
+query-side queue, without i and without what the masks hide. Each mean is over the queries that have something to be
+compared with in that direction, weighted where pairs have weights.
 
-Sources: van den Oord et al., arXiv:1807.03748, eq. 4; both directions: Radford et al., arXiv:2103.00020,
-figure 3; the queue: He et al., arXiv:1911.05722, eq. 1; alignment and uniformity: Wang & Isola,
+What one query's loss is made of is in `nats.py`. Sources: van den Oord et al., arXiv:1807.03748, eq. 4; both
+directions: Radford et al., arXiv:2103.00020, figure 3; the queue: He et al., arXiv:1911.05722, eq. 1; queries and
+documents among themselves: Li et al. (GTE), arXiv:2308.03281, eq. 3; alignment and uniformity: Wang & Isola,
 arXiv:2005.10242, section 4.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from trainers.collectives import Group
-from trainers.config import ObjectiveConfig
-from trainers.negative_queue import NO_QUERY, QueueRows
-from trainers.objectives.sharded_softmax import (
-    Candidates,
-    InnerProduct,
-    Keys,
-    NegativeLogits,
-    SameIdMask,
-    sharded_softmax,
+from trainers.negative_queue import QueueRows
+from trainers.objectives.config import ContrastiveSection, Learned, value_at
+from trainers.objectives.embedded import Embedded, LossShare
+from trainers.objectives.keys import Keys
+from trainers.objectives.masks import (
+    AboveCeiling,
+    Harder,
+    Mask,
+    OtherClass,
+    SameClass,
+    SameId,
+    Sampled,
+    SimilarReference,
+    Unrelated,
 )
+from trainers.objectives.nats import Side, joined, losses, wanted, weighted_positives
+from trainers.objectives.relations import OnlyTargets, SharedTargets
+from trainers.objectives.sharded_softmax import Block, Reductions, exchange
+from trainers.objectives.similarity import SIMILARITIES, MaxSim, Reversed, Similarity
 
-
-@dataclass(frozen=True)
-class Ids:
-    """query_ids [b] and document_ids [d] int64: equal ids are equal texts, on any worker."""
-
-    query_ids: Tensor
-    document_ids: Tensor
-
-    def to(self, device: torch.device | str) -> Ids:
-        return Ids(self.query_ids.to(device), self.document_ids.to(device))
-
-
-@dataclass(frozen=True)
-class LossShare:
-    """One worker's share of the global loss.
-
-    loss     scalar L_r with L = sum_r L_r. Its backward, called on every worker, leaves in this worker's
-             embeddings the gradient of L (see trainers/collectives.py).
-    metrics  of the whole global batch, equal on every worker:
-             loss                L
-             accuracy            share of queries whose positive outscores every negative
-             alignment           mean squared distance of a query and its positive
-             uniformity          log mean exp(-2 |q_i - q_j|^2) over pairs of queries
-             queue_hardness      the queue's share of the soft-max denominator, mean over queries
-             nothing_to_compare  queries with no negative; accuracy and hardness leave them out, as L does
-    """
-
-    loss: Tensor
-    metrics: dict[str, float]
+LOG_TEMPERATURE = "log_temperature"
 
 
 class Contrastive:
-    """The loss of `config` over the workers of `group`."""
+    """The loss of `section` over the workers of `group`.
 
-    def __init__(self, config: ObjectiveConfig, group: Group) -> None:
-        self._config, self._group = config, group
-        self._score = InnerProduct(config.temperature)
-        self._mask = SameIdMask(config.mask_same_document, config.mask_same_query)
-        self._both = config.directions == "both"
+    Its metrics, of the whole global batch:
+        loss                L
+        accuracy            share of queries whose positive outscores every negative
+        alignment           mean squared distance of a query and its positive
+        uniformity          log mean exp(-2 |q_i - q_j|^2) over pairs of queries
+        queue_hardness      the queues' share of the soft-max denominator, mean over queries
+        nothing_to_compare  queries with no negative; accuracy and hardness leave them out, as L does
+        temperature         where it isn't a constant
+    """
 
-    def __call__(
-        self, queries: Tensor, documents: Tensor, ids: Ids, global_queries: int, queue: QueueRows | None
-    ) -> LossShare:
-        """queries [b, D] and documents [d, D], unit vectors, document j < b the positive of query j; b and d
-        may differ between workers, b = 0 included. Collective, as is the backward of the result.
+    def __init__(self, section: ContrastiveSection, group: Group) -> None:
+        self._section, self._group = section, group
+        self._score = SIMILARITIES[section.similarity]()
+        self._masks = _masks(section)
+        weights: list[Mask] = [Harder(section.harder)] if section.harder else []
+        weights += [Sampled()] if section.sampling_correction else []
+        self._targets = SharedTargets(section.positives) if section.positives else None
+        self._wanted = wanted(section, tuple(weights), self._targets)
+        self._both = section.directions == "both"
+        start = section.temperature.start if isinstance(section.temperature, Learned) else None
+        self.learned: Mapping[str, float] = {} if start is None else {LOG_TEMPERATURE: math.log(start)}
 
-        Raises ValueError where shapes disagree or `global_queries` isn't the sum of every worker's b.
-        """
-        _check(queries, documents, ids, queue)
-        b = len(queries)
-        answers = ids.query_ids.new_full((len(documents),), NO_QUERY)  # a hard negative answers no query
-        answers[:b] = ids.query_ids
-        negatives = sharded_softmax(
-            queries,
-            documents,
-            query_keys=Keys(ids.query_ids, ids.document_ids[:b]),
-            document_keys=Keys(answers, ids.document_ids),
-            queue=None if queue is None else Candidates(queue.vectors, Keys(queue.query_ids, queue.document_ids)),
-            score=self._score,
-            mask=self._mask,
-            tile=self._config.tile,
-            columns=self._both,
-            group=self._group,
+    def __call__(self, embedded: Embedded) -> LossShare:
+        """Collective, as is the backward of the result. Raises ValueError where `global_queries` isn't the sum of
+        every worker's b, or a mask's column is missing."""
+        temperature = self._temperature(embedded)
+        row_pairs, column_pairs = self._own_pairs(embedded)
+        query_keys, document_keys = self._keys(embedded, row_pairs, temperature)
+        if self._documents_move(embedded):
+            there = self._from_documents(embedded, query_keys, document_keys, temperature)
+        else:
+            there = self._among_candidates(embedded, query_keys, document_keys, temperature)
+        back = self._among_queries(embedded, query_keys, document_keys, temperature)
+        return self._reduce(embedded, row_pairs, column_pairs, there, back, temperature)
+
+    def _temperature(self, embedded: Embedded) -> float | Tensor:
+        temperature = self._section.temperature
+        if isinstance(temperature, Learned):
+            return embedded.learned[LOG_TEMPERATURE].exp()
+        return value_at(temperature, embedded.progress)
+
+    def _own_pairs(self, embedded: Embedded) -> tuple[Tensor, Tensor]:
+        """[b] each: similarity of every query and its positive, for the query's and for the positive's direction."""
+        b = len(embedded.queries)
+        keys = embedded.query_keys, embedded.document_keys[:b]
+        queries, positives = (_wide(x) for x in (embedded.queries, embedded.positives))
+        if self._section.positive_encoding == "online":
+            pairs = self._score.of_pairs(queries, positives, *keys)
+            return pairs, pairs
+        momentum_queries, momentum_documents = momentum(embedded)
+        return (
+            self._score.of_pairs(queries, _wide(momentum_documents[:b]), *keys),
+            self._score.of_pairs(_wide(momentum_queries), positives, *keys),
         )
-        found = sum(negatives.exchange.sizes)
-        if found != global_queries:
-            raise ValueError(f"global_queries is {global_queries}, the workers hold {found} queries on axis 0")
-        return self._reduce(queries, documents[:b], negatives)
 
-    def _reduce(self, queries: Tensor, positives: Tensor, negatives: NegativeLogits) -> LossShare:
+    def _keys(self, embedded: Embedded, pairs: Tensor, temperature: float | Tensor) -> tuple[Keys, Keys]:
+        """The keys of queries and documents with what masks of false negatives need."""
+        queries, documents, rule = embedded.query_keys, embedded.document_keys, self._section.false_negatives
+        if rule is None:
+            return queries, documents
+        if rule.reference is not None:
+            mine, theirs = momentum(embedded)
+            return replace(queries, reference=mine), replace(documents, reference=theirs)
+        positive = pairs.detach()
+        if self._targets is not None:  # the hardest positive, wherever it is: the largest of the negated scores
+            block = Block(embedded.documents, documents, masks=(OnlyTargets(self._targets),), diagonal=True)
+            others = self._exchange(embedded.queries.detach(), queries, [replace_fresh(block)], -1.0, plain=True).rows
+            positive = torch.minimum(positive, -others.hardest)
+        if rule.margin is not None:
+            bound = positive - rule.margin
+        else:
+            assert rule.share is not None, "FalseNegatives has exactly one of its keys"
+            bound = positive * rule.share
+        ceiling = bound / float(temperature)
+        beyond = ceiling.new_full((len(documents) - len(ceiling),), torch.inf)
+        return replace(queries, ceiling=ceiling), replace(documents, ceiling=torch.cat([ceiling, beyond]))
+
+    def _exchange(
+        self,
+        rows: Tensor,
+        keys: Keys,
+        blocks: list[Block],
+        temperature: float | Tensor,
+        plain: bool = False,
+        score: Similarity | None = None,
+    ) -> Reductions:
+        return exchange(
+            rows,
+            keys,
+            blocks,
+            temperature=temperature,
+            tile=self._section.tile,
+            group=self._group,
+            score=score or self._score,
+            wanted=None if plain else self._wanted,
+        )
+
+    def _among_candidates(
+        self, embedded: Embedded, queries: Keys, documents: Keys, temperature: float | Tensor
+    ) -> Reductions:
+        """Queries over all workers' documents, each other where that is asked, and the queues of documents."""
+        online = self._section.positive_encoding == "online"
+        vectors = embedded.documents if online else momentum(embedded)[1]
+        blocks = [Block(vectors, documents, self._masks, fresh=online, diagonal=True, columns=self._both and online)]
+        if self._section.among_queries:
+            blocks.append(Block(embedded.queries, queries, self._masks, diagonal=True))
+        blocks += [self._stored(rows) for name, rows in sorted(embedded.queues.items()) if not of_queries(name)]
+        return self._exchange(embedded.queries, queries, blocks, temperature)
+
+    def _documents_move(self, embedded: Embedded) -> bool:
+        """Of token vectors, whether the documents are the shorter side and may travel: what has no query to stay
+        with, a queue say, must stay itself. Collective."""
+        section = self._section
+        if embedded.pooled or embedded.queues or section.among_queries or section.positive_encoding == "momentum":
+            return False
+        own = [[*x.shape[:2]] for x in (embedded.queries, embedded.documents)]
+        shapes = self._group.all_gather(torch.tensor([own], device=embedded.queries.device), [1] * self._group.size)
+        tokens = shapes[:, :, 0].sum(0) * shapes[:, :, 1].amax(0)  # as they would travel, padded to the longest
+        return bool(tokens[1] < tokens[0])
+
+    def _from_documents(
+        self, embedded: Embedded, queries: Keys, documents: Keys, temperature: float | Tensor
+    ) -> Reductions:
+        """The same as `_among_candidates`, of what a worker's own queries see and of their positives as columns, with
+        the documents of all workers travelling to the queries."""
+        block = Block(embedded.queries, queries, self._masks, diagonal=True, columns=True)
+        found = self._exchange(embedded.documents, documents, [block], temperature, score=Reversed(MaxSim()))
+        b = len(embedded.queries)
+        return Reductions(found.columns, found.rows[slice(0, b)], found.columns.denominators[:1], found.exchange)
+
+    def _among_queries(
+        self, embedded: Embedded, queries: Keys, documents: Keys, temperature: float | Tensor
+    ) -> Reductions | None:
+        """Positives over what isn't reduced as columns of the first exchange: a queue of queries, momentum encodings
+        of queries, the other positives. None where there is none of it: then this second exchange isn't needed."""
+        if not self._both:
+            return None
+        positives = documents[: len(embedded.queries)]
+        # Seen from its document, a query answers; the document's own query is what equals the key of its row.
+        keys = replace(positives, query_ids=queries.query_ids, document_ids=queries.document_ids)
+        blocks = []
+        if self._section.positive_encoding == "momentum":
+            blocks.append(Block(momentum(embedded)[0], queries, self._masks, fresh=False, diagonal=True))
+        if self._section.among_documents:
+            blocks.append(Block(embedded.positives, keys, self._masks, diagonal=True))
+        blocks += [self._stored(rows) for name, rows in sorted(embedded.queues.items()) if of_queries(name)]
+        return self._exchange(embedded.positives, keys, blocks, temperature) if blocks else None
+
+    def _stored(self, rows: QueueRows) -> Block:
+        """A queue's rows. They are the momentum encoder's, hence their own reference."""
+        keys, rule = replace(rows.keys, numbers=rows.numbers), self._section.false_negatives
+        if rule is not None and rule.reference is not None:
+            keys = replace(keys, reference=rows.vectors)
+        return Block(rows.vectors, keys, self._masks, fresh=False, share=self._section.hardest_share)
+
+    def _reduce(
+        self,
+        embedded: Embedded,
+        row_pairs: Tensor,
+        column_pairs: Tensor,
+        there: Reductions,
+        back: Reductions | None,
+        temperature: float | Tensor,
+    ) -> LossShare:
         """The loss and the metrics from every query's own positive and its reduced negatives."""
-        work = negatives.row.dtype
-        positive = (queries.to(work) * positives.to(work)).sum(1) / self._config.temperature
-        directions = [negatives.row, negatives.column] if self._both else [negatives.row]
-        # -inf negatives give softplus(-inf) = 0, with a gradient of 0
-        sums = torch.stack([softplus(direction - positive).sum() for direction in directions])
-        compared = torch.stack([(direction != -torch.inf).sum() for direction in directions])
-        observed = self._observe(queries, positives, positive, negatives)
-        totals = self._group.all_reduce(torch.cat([compared.double(), sums.detach().double(), observed]))
-        counts, loss_sums, observed = totals.tensor_split([len(directions), 2 * len(directions)])
-        weights = 1 / counts.clamp(min=1) / len(directions)
+        section, group = self._section, self._group
+        sides = [Side(row_pairs, there.rows)]
+        if self._both:
+            columns = there.columns if section.positive_encoding == "online" else None
+            sides.append(Side(column_pairs, joined(columns, back.rows if back else None)))
+        if section.normalisation == "joint":
+            sides = [Side(row_pairs, joined(*(side.reduced for side in sides)))]
+        weights = row_pairs.new_ones(len(row_pairs)) if embedded.weights is None else embedded.weights.to(row_pairs)
+        compared = [side.compared.to(weights.dtype) * weights for side in sides]
+        sums = torch.stack(
+            [
+                (w * losses(section, side, temperature)).sum()
+                + weighted_positives(section, side, temperature, w, group)
+                for w, side in zip(compared, sides, strict=True)
+            ]
+        )
+        observed = self._observe(embedded, row_pairs, sides[0], there, temperature)
+        counts = torch.stack([w.sum() for w in compared])
+        totals = group.all_reduce(torch.cat([counts.double(), sums.detach().double(), observed]))
+        counts, loss_sums, observed = totals.tensor_split([len(sides), 2 * len(sides)])
+        shares = torch.where(counts > 0, 1 / counts, 0) / len(sides)
+        if observed[0] != embedded.global_queries:
+            raise ValueError(
+                f"global_queries is {embedded.global_queries}, the workers hold {int(observed[0])} queries on axis 0"
+            )
+        metrics = {"loss": float((shares * loss_sums).sum()), **self._metrics(observed[1:], embedded.global_queries)}
+        if not isinstance(section.temperature, float | int):
+            metrics["temperature"] = float(temperature)
+        return LossShare((shares.to(sums.dtype) * sums).sum(), metrics)
 
-        b_global, compared_rows = sum(negatives.exchange.sizes), max(1, int(counts[0]))
-        correct, hardness, distance, closeness = observed.tolist()
-        pairs = b_global * (b_global - 1)
-        metrics = {
-            "loss": float((weights * loss_sums).sum()),
-            "accuracy": correct / compared_rows,
-            "alignment": distance / max(1, b_global),
+    def _metrics(self, observed: Tensor, queries: int) -> dict[str, float]:
+        compared, correct, hardness, distance, closeness = observed.tolist()
+        pairs = queries * (queries - 1)
+        return {
+            "accuracy": correct / max(1, compared),
+            "alignment": distance / max(1, queries),
             "uniformity": float(torch.tensor(closeness / pairs).log()) if pairs else 0.0,
-            "queue_hardness": hardness / compared_rows,
-            "nothing_to_compare": b_global - float(counts[0]),
+            "queue_hardness": hardness / max(1, compared),
+            "nothing_to_compare": queries - compared,
         }
-        return LossShare((weights.to(work) * sums).sum(), metrics)
 
     @torch.no_grad()
-    def _observe(self, queries: Tensor, positives: Tensor, positive: Tensor, negatives: NegativeLogits) -> Tensor:
-        """[4] float64, this worker's sums: correct, queue's share of the denominator, squared distance of
-        query and positive, exp(-2 squared distance) to the other queries."""
-        compared = negatives.row != -torch.inf
-        correct = (positive > negatives.hardest)[compared].sum()
-        hardness = (negatives.queue - torch.logaddexp(negatives.row, positive)).exp()[compared].sum()
-        distance = (queries.to(positive.dtype) - positives.to(positive.dtype)).square().sum()
-        return torch.stack([correct.double(), hardness.double(), distance.double(), self._closeness(negatives)])
+    def _observe(
+        self, embedded: Embedded, pairs: Tensor, side: Side, there: Reductions, temperature: float | Tensor
+    ) -> Tensor:
+        """[6] float64, this worker's sums: queries, those that have negatives, correct ones, queues' share of the
+        denominator, squared distance of query and positive, exp(-2 squared distance) to the other queries."""
+        compared = there.rows.denominators[0] != -torch.inf
+        positive = pairs / temperature
+        correct = (positive > there.rows.hardest)[compared].sum()
+        stored = torch.tensor([not block.fresh for block in there.exchange.blocks], device=pairs.device)
+        stored[0] = False  # the batch's own documents, by whichever encoder
+        queued = torch.where(stored[:, None], there.parts, -torch.inf).logsumexp(0)
+        denominator = torch.logaddexp(there.rows.denominators[0], positive * self._wanted.scales[0])
+        hardness = (queued - denominator).exp()[compared].sum()
+        distance = hardness.new_zeros(())
+        if embedded.pooled:
+            distance = (_wide(embedded.queries) - _wide(embedded.positives)).square().sum()
+        sums = [
+            correct.new_tensor(len(pairs)),
+            compared.sum(),
+            correct,
+            hardness,
+            distance,
+            self._closeness(embedded, there),
+        ]
+        return torch.stack([x.double() for x in sums])
 
-    def _closeness(self, negatives: NegativeLogits) -> Tensor:
+    def _closeness(self, embedded: Embedded, there: Reductions) -> Tensor:
         """Sum over this worker's queries x and all others y of exp(-2 |x - y|^2) = exp(4 (x.y - 1))."""
-        everyone = negatives.exchange.queries
-        own = everyone[negatives.exchange.own]
+        everyone = there.exchange.queries
+        own = everyone[there.exchange.own]
         with_self = torch.zeros((), dtype=torch.float64, device=own.device)
-        for tile in everyone.split(self._config.tile):
+        if not embedded.pooled:
+            return with_self
+        for tile in everyone.split(self._section.tile):
             with_self += (own @ tile.T).sub_(1).mul_(4).exp_().sum()
         return with_self - (own.square().sum(1) - 1).mul_(4).exp_().sum()
 
 
-def _check(queries: Tensor, documents: Tensor, ids: Ids, queue: QueueRows | None) -> None:
-    if queries.ndim != 2 or documents.ndim != 2 or queries.shape[1] != documents.shape[1]:
-        shapes = f"{list(queries.shape)} and {list(documents.shape)}"
-        raise ValueError(f"queries and documents are {shapes}: [b, D] and [d, D] of one D are needed")
-    if len(documents) < len(queries):
-        raise ValueError(f"{len(documents)} documents for {len(queries)} queries: each query has its positive")
-    if ids.query_ids.shape != queries.shape[:1]:
-        raise ValueError(f"query_ids {list(ids.query_ids.shape)} for {len(queries)} queries on axis 0")
-    if ids.document_ids.shape != documents.shape[:1]:
-        raise ValueError(f"document_ids {list(ids.document_ids.shape)} for {len(documents)} documents on axis 0")
-    if queue is not None and queue.vectors.shape[1] != queries.shape[1]:
-        raise ValueError(f"queue rows are {queue.vectors.shape[1]} wide, queries {queries.shape[1]}, on axis 1")
+def of_queries(queue: str) -> bool:
+    """Whether a queue holds queries, by its name: `queries`, or `queries` and a class."""
+    return queue.split("/")[0] == "queries"
+
+
+def momentum(embedded: Embedded) -> tuple[Tensor, Tensor]:
+    """The momentum encoder's vectors of queries and documents."""
+    if embedded.momentum_queries is None or embedded.momentum_documents is None:
+        raise ValueError("the loss needs the momentum encoder's vectors: set momentum.decay, and give them to it")
+    return embedded.momentum_queries, embedded.momentum_documents
+
+
+def replace_fresh(block: Block) -> Block:
+    """The block without gradient."""
+    return replace(block, vectors=block.vectors.detach(), fresh=False)
+
+
+def _masks(section: ContrastiveSection) -> tuple[Mask, ...]:
+    masks: list[Mask] = []
+    if section.mask_same_document or section.mask_same_query:
+        masks.append(SameId(section.mask_same_document, section.mask_same_query))
+    if section.mask_same_label:
+        masks.append(SameClass("labels"))
+    masks += [OtherClass(column) for column in section.only_same]
+    if section.ignore_unrelated:
+        masks.append(Unrelated())
+    if (rule := section.false_negatives) is not None:
+        masks.append(AboveCeiling() if rule.reference is None else SimilarReference(rule.reference))
+    return tuple(masks)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

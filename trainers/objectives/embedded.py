@@ -6,8 +6,8 @@ with `Keys.lengths` valid tokens each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -15,60 +15,9 @@ from torch import Tensor
 
 from trainers.collectives import Group
 from trainers.negative_queue import QueueRows
+from trainers.objectives.keys import UNKNOWN, Keys
 
-UNKNOWN = -(2**63)
-"""A class that isn't known: masks and relations treat it as equal to nothing."""
-
-
-@dataclass(frozen=True)
-class Keys:
-    """What masks and relations compare, one row a query or candidate; a column that isn't known is None.
-
-    query_ids     [n] int64; of a query its own id, of a candidate the query that it answers (UNKNOWN: none)
-    document_ids  [n] int64; of a query its positive's id, of a candidate its own
-    labels, tasks, languages, modalities
-                  [n] int64 classes; UNKNOWN equals nothing
-    lengths       [n] int64 valid tokens of token vectors
-    log_q         [n] float, log of the probability with which a candidate was sampled
-    ceiling       [n] float, the logit above which something other than the positive counts as a false negative
-    reference     [n, R] unit vectors of a reference model
-    """
-
-    query_ids: Tensor
-    document_ids: Tensor
-    labels: Tensor | None = None
-    tasks: Tensor | None = None
-    languages: Tensor | None = None
-    modalities: Tensor | None = None
-    lengths: Tensor | None = None
-    log_q: Tensor | None = None
-    ceiling: Tensor | None = None
-    reference: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.query_ids)
-
-    def __getitem__(self, rows: slice | Tensor) -> Keys:
-        return self._each(lambda column: column[rows])
-
-    def to(self, device: torch.device | str) -> Keys:
-        return self._each(lambda column: column.to(device))
-
-    def columns(self) -> dict[str, Tensor]:
-        """The columns that are known, by name."""
-        return {f.name: column for f in fields(self) if (column := getattr(self, f.name)) is not None}
-
-    def gathered(self, group: Group, sizes: list[int]) -> Keys:
-        """The rows of all workers, [sum sizes], end to end in rank order: one all-gather for the integers and one
-        for every other column. Collective; every worker must know the same columns."""
-        columns = self.columns()
-        integers = [name for name, column in columns.items() if column.dtype == torch.int64]
-        together = group.all_gather(torch.stack([columns[name] for name in integers], 1), sizes)
-        others = {name: group.all_gather(c, sizes) for name, c in columns.items() if name not in integers}
-        return replace(self, **dict(zip(integers, together.unbind(1), strict=True)), **others)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Keys:
-        return replace(self, **{name: change(column) for name, column in self.columns().items()})
+__all__ = ["UNKNOWN", "Embedded", "Keys", "LossShare", "Objective", "gather_scalars", "share_of"]
 
 
 @dataclass(frozen=True)
@@ -123,6 +72,11 @@ class Embedded:
         ):
             if rows != wanted:
                 raise ValueError(f"{name} has {rows} rows on axis 0, {wanted} are needed")
+
+    @property
+    def pooled(self) -> bool:
+        """One vector a text, not one a token."""
+        return self.queries.ndim == 2
 
     @property
     def positives(self) -> Tensor:

@@ -1,28 +1,31 @@
 """Queries travel, candidates stay home: the exchange beneath every contrastive loss.
 
-Legend (beside the project's W, b, B, d, D): C_r candidates on worker r, i.e. its d documents and its share of
-the queue; l_ij = s(q_i, k_j) / temperature; N_i the candidates that no mask hides from query i, *its positive
-left out*. What is reduced is the log-sum-exp over negatives alone,
+Legend (beside the project's W, b, B, d, D): C_r candidates on worker r, in blocks: its documents, its own queries
+where a loss compares queries with each other, its share of the queue; l_ij = s(q_i, k_j) / temperature; N_i the
+candidates that no mask hides from row i, *what stands on its diagonal left out*: its own positive, or itself. What is
+reduced (reductions.py) is, in the plain case, the log-sum-exp over negatives alone,
 
-    row_i = log sum_{j in N_i} exp l_ij           over all documents and the queue
+    row_i = log sum_{j in N_i} exp l_ij           over all blocks of all workers
     col_j = log sum_{i in N_j} exp l_ij           of each positive document, over all queries
 
 and a loss adds the positive, which lives beside its query: InfoNCE is softplus(row_i - l_i,pos). A query with
 nothing to compare has row_i = -inf and so a loss and a gradient of exactly zero.
 
 Forward. All-gather the queries (B x D) and their keys. Worker r walks C_r tile by tile and keeps a running
-maximum and sum per query. All-reduces of B numbers (one maximum, two sums) merge them. A column completes at
+maximum and sum per query. All-reduces of B numbers (one maximum, a few sums) merge them. A column completes at
 home, since every query is there. For the queue, which carries no gradient, the walk also accumulates
 sum_j exp(l_ij - m_i) k_j, as attention with V = K.
 
-Backward. The upstream dL/drow of every query is gathered (B numbers). With p_ij = exp(l_ij - row_i) and
-c_ij = exp(l_ij - col_j), worker r recomputes its own documents' tiles:
+Backward. The upstream gradient of what was reduced of every query is gathered (B numbers each). With
+p_ij = exp(l_ij - row_i) and c_ij = exp(l_ij - col_j), worker r recomputes its own documents' tiles:
 
     dL/dl_ij = p_ij dL/drow_i + c_ij dL/dcol_j    complete for its documents, all queries being there
-    dL/dk_j  = sum_i dL/dl_ij q_i / temperature   complete
-    dL/dq_i  = sum_j dL/dl_ij k_j / temperature   partial: one reduce-scatter (B x D) finishes it
+    dL/dk_j  = sum_i dL/dl_ij ds_ij/dk_j / t      complete
+    dL/dq_i  = sum_j dL/dl_ij ds_ij/dq_i / t      partial: one reduce-scatter (B x D) finishes it
+    dL/dt    = -sum_ij dL/dl_ij l_ij / t          partial: the engine adds up parameters' gradients over workers
 
-The queue's part of dL/dq_i is the accumulated sum, rescaled by exp(m_i - row_i): no tile is computed twice.
+The queue's part of dL/dq_i is the accumulated sum, rescaled by exp(m_i - row_i): no tile is computed twice. A loss
+that reduces more than a plain log-sum-exp, or scores by something that isn't linear, recomputes its tiles too.
 
 So a step moves about 2 B D numbers and holds about 3 B D and one tile (B x tile), whatever the queue and
 however many hard negatives. Source: the online soft-max of Milakov & Gimelshein (arXiv:1805.02867), with
@@ -36,258 +39,395 @@ is in the rows' own type.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from trainers.collectives import Group
-
-_NOTHING = -torch.inf  # the logarithm of an empty sum
-
-
-@dataclass(frozen=True)
-class Keys:
-    """What masks compare, int64 [n] each. Of a query: its own id and the document id of its positive. Of a
-    candidate: its document id and the id of the query that it answers."""
-
-    query_ids: Tensor
-    document_ids: Tensor
-
-    def __getitem__(self, rows: slice) -> Keys:
-        return Keys(self.query_ids[rows], self.document_ids[rows])
-
-    def gathered(self, group: Group, sizes: list[int]) -> Keys:
-        """The keys of all workers' queries, [B]."""
-        both = group.all_gather(torch.stack([self.query_ids, self.document_ids], 1), sizes)
-        return Keys(both[:, 0], both[:, 1])
+from trainers.objectives import kernels
+from trainers.objectives.hardest import only_hardest
+from trainers.objectives.keys import Keys
+from trainers.objectives.masks import HIDDEN, Mask
+from trainers.objectives.reductions import Reduced, Running, Seen, Wanted, finite, merge, slopes
+from trainers.objectives.similarity import InnerProduct, Similarity
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """Rows that stay on this worker: vectors [n, D] and their keys [n]."""
+class Block:
+    """Candidates that stay on this worker.
+
+    vectors   [n, D], or [n, L, D] token vectors
+    keys      [n]
+    masks     which pairs of a row and one of these are not compared
+    fresh     they carry gradient; False: the queue's rows
+    diagonal  candidate j is row j's own positive, or row j itself, and is left out; for every j < b, n
+    columns   the first b candidates (or all n, where they are fewer) are reduced over all rows, too
+    share     of a block that isn't fresh, the exact share that counts, each query's hardest (hardest.py)
+    """
 
     vectors: Tensor
     keys: Keys
+    masks: tuple[Mask, ...] = ()
+    fresh: bool = True
+    diagonal: bool = False
+    columns: bool = False
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
-class SameIdMask:
-    """Hides candidates that are the query's positive in another row, or that answer an equal query."""
+class Tile:
+    """Candidates `rows` of a block as both sides see them: `by_row` [B, t]; `by_column` [c, B], of the candidates
+    `positives` (a part of `rows`), None where columns aren't wanted."""
 
-    same_document: bool
-    same_query: bool
-
-    def hide(self, logits: Tensor, queries: Keys, candidates: Keys) -> None:
-        """Sets the hidden entries of logits [B, t] to -inf, in place; queries' keys [B], candidates' [t]."""
-        if self.same_document:
-            same = queries.document_ids[:, None] == candidates.document_ids[None]
-            logits.masked_fill_(same, _NOTHING)
-        if self.same_query:
-            logits.masked_fill_(queries.query_ids[:, None] == candidates.query_ids[None], _NOTHING)
-
-
-@dataclass(frozen=True)
-class InnerProduct:
-    """Scores a tile: logits [B, t] = queries [B, D] . candidates [t, D] / temperature, and its derivative."""
-
-    temperature: float
-
-    def logits(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        return (queries @ candidates.to(queries.dtype).T).div_(self.temperature)
-
-    def add_query_gradient(self, gradient: Tensor, upstream: Tensor, candidates: Tensor) -> None:
-        """Adds to gradient [B, D] that of upstream dL/dlogits [B, t], in place."""
-        gradient.addmm_(upstream, candidates.to(upstream.dtype), alpha=1 / self.temperature)
-
-    def candidate_gradient(self, upstream: Tensor, queries: Tensor) -> Tensor:
-        """[t, D] from upstream dL/dlogits [B, t]."""
-        return (upstream.T @ queries).div_(self.temperature)
-
-    def expected_gradient(self, upstream: Tensor, expected: Tensor) -> Tensor:
-        """[B, D] where upstream [B] is dL/drow and expected [B, D] the soft-max average of candidates."""
-        return expected * (upstream / self.temperature)[:, None]
-
-
-class RunningLogSumExp:
-    """Per query: the maximum of the logits seen so far, the sum of exp(logit - maximum), and on request the
-    sum of exp(logit - maximum) times the candidate (`values` [B, D])."""
-
-    def __init__(self, queries: Tensor, keep_values: bool) -> None:
-        self.maximum = queries.new_full((len(queries),), _NOTHING)
-        self.total = torch.zeros_like(self.maximum)
-        self.values = torch.zeros_like(queries) if keep_values else None
-
-    def add(self, logits: Tensor, candidates: Tensor) -> None:
-        """Takes in a tile: logits [B, t], overwritten, of candidates [t, D]."""
-        maximum = torch.maximum(self.maximum, logits.amax(1))
-        anchor = _finite(maximum)
-        decay = (self.maximum - anchor).exp_()
-        weights = logits.sub_(anchor[:, None]).exp_()
-        self.total.mul_(decay).add_(weights.sum(1))
-        if self.values is not None:
-            self.values.mul_(decay[:, None]).add_(weights.to(candidates.dtype) @ candidates)
-        self.maximum = maximum
-
-    def total_at(self, anchor: Tensor) -> Tensor:
-        """[B] sum of exp(logit - anchor)."""
-        return self.total * (self.maximum - anchor).exp_()
+    rows: slice
+    positives: slice
+    by_row: Seen
+    by_column: Seen | None
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What both passes need: every worker's queries [B, D] and keys, this worker's candidates, and how tiles
-    are scored, masked and cut. `own` is where this worker's b queries stand among the B; its document j < b
-    is the positive of its query j. `columns` asks for the other direction too."""
+    """What both passes need: every worker's queries [B, D] and keys, this worker's blocks, and how tiles are scored,
+    masked, cut and reduced. `own` is where this worker's b queries stand among the B."""
 
     group: Group
     sizes: list[int]
     queries: Tensor
     query_keys: Keys
-    document_keys: Keys
-    queue: Candidates | None
-    score: InnerProduct
-    mask: SameIdMask
+    blocks: tuple[Block, ...]
+    score: Similarity
+    temperature: float
+    wanted: Wanted
     tile: int
-    columns: bool
 
     @property
     def own(self) -> slice:
         start = sum(self.sizes[: self.group.rank])
         return slice(start, start + self.sizes[self.group.rank])
 
-    def document_tiles(self, documents: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """(rows of documents [t], those of them that are positives, masked logits [B, t]), tile by tile."""
+    def online(self, block: Block) -> bool:
+        """Whether the backward pass needs nothing of the block but its expected candidate."""
+        return not block.fresh and self.wanted.plain and self.score.linear
+
+    def in_kernels(self, block: Block) -> bool:
+        """Whether Triton kernels reduce the block, see kernels.py."""
+        return kernels.usable(block.vectors, self.score, block.masks, self.wanted)
+
+    def pairs(self, block: Block, vectors: Tensor) -> tuple[kernels.Pairs, int]:
+        """What the kernels are given of a block, and how many columns of it are wanted."""
         own = self.own
-        for rows in self._cuts(len(documents)):
-            logits = self.score.logits(self.queries, documents[rows])
-            self.mask.hide(logits, self.query_keys, self.document_keys[rows])
-            positives = slice(rows.start, max(rows.start, min(rows.stop, own.stop - own.start)))
-            among_queries = slice(own.start + positives.start, own.start + positives.stop)
-            logits[among_queries, : positives.stop - positives.start].diagonal().fill_(_NOTHING)
-            yield rows, positives, logits
+        own = slice(own.start, min(own.stop, own.start + len(vectors)))
+        diagonal = own if block.diagonal else None
+        given = self.queries, self.query_keys, vectors, block.keys, block.masks, self.temperature, diagonal
+        return kernels.pairs(*given), own.stop - own.start if block.columns else 0
 
-    def queue_tiles(self, queue: Candidates) -> Iterator[tuple[Tensor, Tensor]]:
-        """(queue rows [t, D], masked logits [B, t]), tile by tile."""
-        for rows in self._cuts(len(queue.vectors)):
-            logits = self.score.logits(self.queries, queue.vectors[rows])
-            self.mask.hide(logits, self.query_keys, queue.keys[rows])
-            yield queue.vectors[rows], logits
+    def tiles(self, block: Block, vectors: Tensor) -> Iterator[Tile]:
+        """`vectors` are the block's, inside and outside of autograd."""
+        for start in range(0, len(vectors), self.tile):
+            yield self._tile(block, vectors, slice(start, min(start + self.tile, len(vectors))))
 
-    def _cuts(self, rows: int) -> Iterator[slice]:
-        return (slice(start, min(start + self.tile, rows)) for start in range(0, rows, self.tile))
+    def _tile(self, block: Block, vectors: Tensor, rows: slice) -> Tile:
+        keys, targets = block.keys[rows], None
+        logits = self.score.scores(self.queries, vectors[rows], self.query_keys, keys).div_(self.temperature)
+        raw = logits
+        own = self.own
+        among = slice(rows.start, max(rows.start, min(rows.stop, own.stop - own.start)))
+        diagonal = (slice(own.start + among.start, own.start + among.stop), slice(0, among.stop - among.start))
+        if self.wanted.targets is not None:
+            raw = logits.clone()
+            targets = self.wanted.targets.of(self.query_keys, keys, logits.dtype)
+            if block.diagonal:
+                targets[diagonal].diagonal().zero_()
+            logits.masked_fill_(targets > 0, HIDDEN)
+        for mask in block.masks:
+            if mask.symmetric:
+                mask.apply(logits, self.query_keys, keys)
+        if block.diagonal:
+            logits[diagonal].diagonal().fill_(HIDDEN)
+
+        asked_twice = [mask for mask in block.masks if not mask.symmetric]
+        by_column = None
+        if block.columns:
+            first = diagonal[1]
+            seen = logits[:, first].clone() if asked_twice else logits[:, first]
+            for mask in asked_twice:
+                mask.apply(seen.T, keys[first], self.query_keys)
+            by_column = self._seen(seen.T, keys[first], self.query_keys, targets, raw, first)
+        for mask in asked_twice:
+            mask.apply(logits, self.query_keys, keys)
+        return Tile(rows, among, self._seen(logits, self.query_keys, keys, targets, raw, None), by_column)
+
+    def _seen(
+        self, logits: Tensor, these: Keys, others: Keys, targets: Tensor | None, raw: Tensor, first: slice | None
+    ) -> Seen:
+        weighted = logits
+        if self.wanted.weights:
+            weighted = logits.clone()
+            for weight in self.wanted.weights:
+                weight.apply(weighted, these, others)
+        if targets is None:
+            return Seen(logits, weighted)
+        if first is not None:
+            targets, raw = targets[:, first].T, raw[:, first].T
+        return Seen(logits, weighted, targets, raw)
 
 
-class _ShardedSoftmax(torch.autograd.Function):
-    """(queries [b, D], documents [d, D]) -> row [b], column [b], hardest [b], queue [b]; the last two without
-    gradient. Collective in both passes."""
+class _Reduce(torch.autograd.Function):
+    """(queries [b, ...], temperature [], every fresh block's vectors) -> the differentiable parts of the rows' and of
+    the columns' reduction, then what carries no gradient. Collective in both passes."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, documents: Tensor, exchange: Exchange) -> tuple[Tensor, ...]:
-        group, own = exchange.group, exchange.own
-        fresh = RunningLogSumExp(exchange.queries, keep_values=False)
-        stored = RunningLogSumExp(exchange.queries, keep_values=exchange.queue is not None)
-        column = fresh.maximum.new_full((len(queries),), _NOTHING)
-        for rows, positives, logits in exchange.document_tiles(documents):
-            if exchange.columns and positives.stop > positives.start:
-                column[positives] = logits[:, : positives.stop - positives.start].logsumexp(0)
-            fresh.add(logits, documents[rows])
-        if exchange.queue is not None:
-            for vectors, logits in exchange.queue_tiles(exchange.queue):
-                stored.add(logits, vectors)
+    def forward(ctx: Any, exchange: Exchange, queries: Tensor, temperature: Tensor, *fresh: Tensor) -> tuple[Any, ...]:
+        own, wanted, everyone = exchange.own, exchange.wanted, exchange.queries
+        states, columns = [], []
+        for block, vectors in zip(exchange.blocks, _vectors(exchange, fresh), strict=True):
+            reduced = _reduced_by_kernel if exchange.in_kernels(block) else _reduced_by_tiles
+            running, of_columns = reduced(exchange, block, vectors)
+            states.append(running)
+            columns += of_columns
 
-        hardest = group.all_reduce(torch.maximum(fresh.maximum, stored.maximum), "max")
-        anchor = _finite(hardest)
-        totals = group.all_reduce(torch.stack([fresh.total_at(anchor), stored.total_at(anchor)]))
-        row = anchor + totals.sum(0).log()
-        queue = anchor + totals[1].log()
-        if stored.values is not None:
-            stored.values.mul_((stored.maximum - _finite(row)).exp_()[:, None])
-
-        ctx.exchange, ctx.query_dtype = exchange, queries.dtype
-        ctx.save_for_backward(documents, row, column, stored.values)
-        outputs = row[own].clone(), column, hardest[own].clone(), queue[own].clone()
-        ctx.mark_non_differentiable(*outputs[2:])
-        return outputs
+        rows, parts = merge(states, exchange.group)
+        column = _joined([merge([state], None)[0] for state in columns], len(wanted.scales), everyone)
+        expected = [
+            None if s.values is None else s.values.mul_((s.anchor - finite(rows.denominators[0])).exp_()[:, None])
+            for s in states
+        ]
+        ctx.exchange, ctx.rows, ctx.columns, ctx.expected = exchange, rows, column, expected
+        ctx.query_dtype, ctx.width = queries.dtype, queries.shape[1]
+        ctx.save_for_backward(*fresh)
+        mine = rows[own]
+        rows_fixed, columns_fixed = ((x.ties, x.count, x.target_weight) for x in (mine, column))
+        fixed = *rows_fixed, *columns_fixed, parts[:, own].clone()
+        ctx.mark_non_differentiable(*fixed)
+        # What autograd is given must not be what the backward pass reads: a second backward would find it changed.
+        return *mine.differentiable, *(part.clone() for part in column.differentiable), *fixed
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
-        exchange, (documents, row, column, expected) = ctx.exchange, ctx.saved_tensors
-        queries, score = exchange.queries, exchange.score
-        row_upstream = exchange.group.all_gather(upstream[0], exchange.sizes)
-        if expected is None:
-            partial = torch.zeros_like(queries)
-        else:
-            partial = score.expected_gradient(row_upstream, expected)
-        documents_gradient = torch.empty_like(documents)
-        row_anchor, column_anchor = _finite(row)[:, None], _finite(column)
-        for rows, positives, logits in exchange.document_tiles(documents):
-            among = slice(0, positives.stop - positives.start)
-            weights = (logits - row_anchor).exp_().mul_(row_upstream[:, None])
-            if exchange.columns:
-                shares = (logits[:, among] - column_anchor[positives]).exp_()
-                weights[:, among] += shares.mul_(upstream[1][positives])
-            documents_gradient[rows] = score.candidate_gradient(weights, queries).to(documents.dtype)
-            score.add_query_gradient(partial, weights, documents[rows])
-        queries_gradient = exchange.group.reduce_scatter(partial, exchange.sizes)
-        return queries_gradient.to(ctx.query_dtype), documents_gradient, None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        exchange, fresh = ctx.exchange, ctx.saved_tensors
+        queries, wanted, group = exchange.queries, exchange.wanted, exchange.group
+        scale = 1 / exchange.temperature
+        of_rows = _upstream(group.all_gather(_packed(wanted, upstream[:5]), exchange.sizes), wanted)
+        of_columns = _upstream(_packed(wanted, upstream[5:10]), wanted)
+        finished = Finished(ctx.rows, of_rows, ctx.columns, of_columns)
+        partial = torch.zeros_like(queries)
+        of_logits = queries.new_zeros(())  # sum of dL/dl_ij l_ij, where the similarity doesn't give it away
+        gradients, blocks = [], zip(exchange.blocks, _vectors(exchange, fresh), ctx.expected, strict=True)
+        for block, vectors, expected in blocks:
+            if expected is not None:
+                partial += expected.mul(of_rows.denominators[0][:, None] * scale)
+                continue
+            back = _back_by_kernel if exchange.in_kernels(block) else _back_by_tiles
+            gradient = back(exchange, block, vectors, finished, partial, of_logits)
+            if gradient is not None:
+                gradients.append(gradient)
+        if exchange.score.homogeneous:
+            of_logits = (partial * queries).sum()
+        own = group.reduce_scatter(partial, exchange.sizes)
+        if own.ndim == 3:
+            own = own[:, : ctx.width]
+        return None, own.to(ctx.query_dtype), -of_logits * scale, *gradients
 
 
 @dataclass(frozen=True)
-class NegativeLogits:
-    """The negatives of this worker's b queries, over all workers, reduced. -inf where there are none.
+class Finished:
+    """What was reduced, over all workers, and dL/d(it): of all rows [B], and of this worker's columns."""
 
-    row      [b] log-sum-exp over the query's negatives, documents and queue; differentiable
-    column   [b] log-sum-exp over the other queries, of the query's positive; differentiable
-    hardest  [b] largest logit of a negative
-    queue    [b] the queue's part of `row`
-    exchange     the gathered queries and what else was shared
+    rows: Reduced
+    of_rows: Reduced
+    columns: Reduced
+    of_columns: Reduced
+
+
+def _reduced_by_tiles(exchange: Exchange, block: Block, vectors: Tensor) -> tuple[Running, list[Running]]:
+    """A block's part of the rows' reduction, and its columns' by tile."""
+    wanted, everyone, online = exchange.wanted, exchange.queries, exchange.online(block)
+    running, columns = Running(wanted, everyone, len(everyone), everyone.shape[1] if online else None), []
+    for tile in exchange.tiles(block, vectors):
+        if tile.by_column is not None and tile.positives.stop > tile.positives.start:
+            columns.append(Running(wanted, everyone, tile.positives.stop - tile.positives.start))
+            columns[-1].add(_kept(tile.by_column))
+        running.add(tile.by_row, vectors[tile.rows] if online else None)
+    return running, columns
+
+
+def _back_by_tiles(
+    exchange: Exchange, block: Block, vectors: Tensor, finished: Finished, partial: Tensor, of_logits: Tensor
+) -> Tensor | None:
+    """Adds a block's part of the queries' gradient to `partial`, and of sum dL/dl l to `of_logits`; gives the
+    candidates' gradient where they are fresh."""
+    score, wanted = exchange.score, exchange.wanted
+    gradient = torch.empty_like(vectors) if block.fresh else None
+    for tile in exchange.tiles(block, vectors):
+        weights = slopes(wanted, tile.by_row, finished.rows, finished.of_rows)
+        if tile.by_column is not None:
+            at = tile.positives
+            part = slopes(wanted, tile.by_column, finished.columns[at], finished.of_columns[at])
+            weights[:, : at.stop - at.start] += part.T
+        if not score.homogeneous:
+            logits = tile.by_row.logits if tile.by_row.raw is None else tile.by_row.raw
+            of_logits += torch.where(weights == 0, weights, weights * logits).sum()
+        found = score.gradients(
+            weights,
+            1 / exchange.temperature,
+            exchange.queries,
+            vectors[tile.rows],
+            exchange.query_keys,
+            block.keys[tile.rows],
+            partial,
+            of_candidates=block.fresh,
+        )
+        if gradient is not None:
+            assert found is not None
+            gradient[tile.rows] = found.to(gradient.dtype)
+    return gradient
+
+
+def _reduced_by_kernel(exchange: Exchange, block: Block, vectors: Tensor) -> tuple[Running, list[Running]]:
+    """`_reduced_by_tiles` on a GPU."""
+    pairs, columns = exchange.pairs(block, vectors)
+    part = kernels.forward_block(pairs, columns=columns, values=not block.fresh)
+    running = Running(exchange.wanted, exchange.queries, pairs.rows)
+    running.anchor, running.totals, running.values = part.maximum, part.total[None], part.values
+    running.hardest = running.anchor
+    if not columns:
+        return running, []
+    of_columns = Running(exchange.wanted, exchange.queries, columns)
+    of_columns.anchor, of_columns.totals = part.column_maximum, part.column_total[None]
+    of_columns.hardest = of_columns.anchor
+    return running, [of_columns]
+
+
+def _back_by_kernel(
+    exchange: Exchange, block: Block, vectors: Tensor, finished: Finished, partial: Tensor, of_logits: Tensor
+) -> Tensor:
+    """`_back_by_tiles` on a GPU, of a fresh block."""
+    pairs, columns = exchange.pairs(block, vectors)
+    of_columns = (finished.columns.denominators[0], finished.of_columns.denominators[0]) if columns else (None, None)
+    gradient = kernels.backward_block(
+        pairs, finished.rows.denominators[0], finished.of_rows.denominators[0], partial, *of_columns
+    )
+    return gradient.to(vectors.dtype)
+
+
+@dataclass(frozen=True)
+class Reductions:
+    """What the exchange gives this worker.
+
+    rows      of its b queries over all blocks of all workers
+    columns   of its first b candidates of the block with `columns`, over all queries; empty without one
+    parts     [blocks, b] each block's part of the rows' first denominator, without gradient
+    exchange  the gathered queries and what else was shared
     """
 
-    row: Tensor
-    column: Tensor
-    hardest: Tensor
-    queue: Tensor
+    rows: Reduced
+    columns: Reduced
+    parts: Tensor
     exchange: Exchange
 
 
-def sharded_softmax(
+def exchange(
     queries: Tensor,
-    documents: Tensor,
-    query_keys: Keys,
-    document_keys: Keys,
-    queue: Candidates | None,
+    keys: Keys,
+    blocks: Sequence[Block],
     *,
-    score: InnerProduct,
-    mask: SameIdMask,
+    temperature: float | Tensor,
     tile: int,
-    columns: bool,
     group: Group,
-) -> NegativeLogits:
-    """Reduces the negatives of queries [b, D], any b on each worker, over every worker's documents [d, D],
-    d >= b, document j < b being the positive of query j, and over the queue's rows. Collective, as is its
-    backward, which leaves the gradient of the sum of all workers' losses."""
+    score: Similarity | None = None,
+    wanted: Wanted | None = None,
+) -> Reductions:
+    """Reduces queries [b, D] (or token vectors [b, L, D]), any b on each worker, over every worker's blocks.
+
+    Collective, as is its backward, which leaves the gradient of the sum of all workers' losses in queries and fresh
+    blocks, and this worker's part of it in a temperature that is a tensor. The same blocks, by order, on every worker.
+    Raises ValueError where shapes disagree.
+    """
+    for block in blocks:
+        _check(queries, keys, block)
     sizes = group.sizes(len(queries), queries.device)
-    gathered = group.all_gather(queries.detach(), sizes)
-    exchange = Exchange(
+    everyone = group.all_gather(_equally_long(queries.detach(), group), sizes)
+    tau = torch.as_tensor(temperature, dtype=torch.promote_types(everyone.dtype, torch.float32))
+    shared = Exchange(
         group=group,
         sizes=sizes,
-        queries=gathered.to(torch.promote_types(gathered.dtype, torch.float32)),
-        query_keys=query_keys.gathered(group, sizes),
-        document_keys=document_keys,
-        queue=queue,
-        score=score,
-        mask=mask,
+        queries=everyone.to(tau.dtype),
+        query_keys=keys.gathered(group, sizes),
+        blocks=tuple(blocks),
+        score=score or InnerProduct(),
+        temperature=float(tau),
+        wanted=wanted or Wanted(),
         tile=tile,
-        columns=columns,
     )
-    row, column, hardest, stored = _ShardedSoftmax.apply(queries, documents, exchange)
-    return NegativeLogits(row, column, hardest, stored, exchange)
+    if any(block.share < 1 for block in blocks):
+        shared = replace(shared, blocks=tuple(only_hardest(shared, b) if b.share < 1 else b for b in shared.blocks))
+    fresh = [block.vectors for block in blocks if block.fresh]
+    outputs = _Reduce.apply(shared, queries, tau.to(everyone.device), *fresh)
+    rows, columns, fixed = outputs[:5], outputs[5:10], outputs[10:]
+    return Reductions(_reduced(rows, *fixed[:3]), _reduced(columns, *fixed[3:6]), fixed[6], shared)
 
 
-def _finite(logarithm: Tensor) -> Tensor:
-    """The logarithm, or 0 where it is that of an empty sum: something safe to subtract from -inf."""
-    return logarithm.masked_fill(logarithm == _NOTHING, 0)
+def _vectors(shared: Exchange, fresh: Sequence[Tensor]) -> list[Tensor]:
+    """Each block's vectors; of fresh ones what autograd gave the function."""
+    given = iter(fresh)
+    return [next(given) if block.fresh else block.vectors for block in shared.blocks]
+
+
+def _kept(seen: Seen) -> Seen:
+    """The same with logits that may be overwritten: the rows still need theirs."""
+    return Seen(seen.logits, seen.weighted.clone(), seen.targets, seen.raw)
+
+
+def _joined(columns: list[Reduced], scales: int, like: Tensor) -> Reduced:
+    """The columns of all tiles, end to end."""
+    if not columns:
+        return Reduced(like.new_zeros(scales, 0), *(like.new_zeros(0) for _ in range(7)))
+    return Reduced(**{name: torch.cat([getattr(c, name) for c in columns], -1) for name in vars(columns[0])})
+
+
+def _reduced(differentiable: Sequence[Tensor], ties: Tensor, count: Tensor, target_weight: Tensor) -> Reduced:
+    denominators, hardest, pointwise, target_lse, target_sum = differentiable
+    return Reduced(denominators, hardest, ties, count, pointwise, target_lse, target_sum, target_weight)
+
+
+def _packed(wanted: Wanted, upstream: Sequence[Tensor]) -> Tensor:
+    """[n, channels] of the upstream gradients that can be other than zero."""
+    denominators, hardest, pointwise, target_lse, target_sum = upstream
+    channels = [*denominators, *([hardest] if wanted.hardest else []), *([pointwise] if wanted.pointwise else [])]
+    return torch.stack([*channels, *([target_lse, target_sum] if wanted.targets else [])], 1)
+
+
+def _upstream(packed: Tensor, wanted: Wanted) -> Reduced:
+    """The inverse of `_packed`, zero where nothing was packed."""
+    n, scales = len(packed), len(wanted.scales)
+    zero, rest = packed.new_zeros(n), iter(packed.T[scales:])
+    hardest = next(rest) if wanted.hardest else zero
+    pointwise = next(rest) if wanted.pointwise else zero
+    target_lse, target_sum = (next(rest), next(rest)) if wanted.targets else (zero, zero)
+    return Reduced(packed.T[:scales], hardest, zero, zero, pointwise, target_lse, target_sum, zero)
+
+
+def _equally_long(queries: Tensor, group: Group) -> Tensor:
+    """Token vectors padded to the longest of all workers; vectors as they are."""
+    if queries.ndim == 2:
+        return queries
+    longest = int(group.all_reduce(torch.tensor([queries.shape[1]], device=queries.device), "max"))
+    return pad(queries, (0, 0, 0, longest - queries.shape[1]))
+
+
+def _check(queries: Tensor, keys: Keys, block: Block) -> None:
+    vectors = block.vectors
+    if len(keys) != len(queries):
+        raise ValueError(f"keys: {len(keys)} rows for {len(queries)} queries on axis 0")
+    if len(block.keys) != len(vectors):
+        raise ValueError(f"keys: {len(block.keys)} rows for {len(vectors)} candidates on axis 0")
+    if vectors.ndim != queries.ndim or vectors.shape[-1] != queries.shape[-1]:
+        raise ValueError(
+            f"candidates are {list(vectors.shape)}, queries {list(queries.shape)}: the last axis must agree, "
+            "and both be vectors or both token vectors"
+        )

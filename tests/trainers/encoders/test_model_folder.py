@@ -1,0 +1,45 @@
+"""Model folders: what they refuse."""
+
+import pytest
+
+from data_services.schema import UsageError
+from tests.trainers.encoders.tiny import TINY, tiny, train_tokenizer
+from trainers.config import ModelConfig
+from trainers.encoders.model_folder import prepare_model_folder
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"path": "no/such-model"}, "model.path: 'no/such-model' is neither a folder"),
+        ({"config": {"architecture": "qwen33"}}, "did you mean 'qwen3'"),
+        ({"config": {"hidden": 30, "heads": 4}}, "model.config.heads: 30 hidden units over 4 heads"),
+        ({"query_prompt": "one two three four five six seven", "max_tokens": 5}, "model.query_prompt: its"),
+        ({"pool_prompt": False}, "model.pool_prompt: there is no prompt"),
+        ({"init_from": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_recipes_that_cannot_be_honoured_are_refused_and_leave_no_folder(tmp_path, keys, message):
+    tower = {} if "path" in keys else {"config": TINY.model_dump() | keys.pop("config", {})}
+    with pytest.raises(UsageError, match=message):
+        prepare_model_folder(ModelConfig(**tower, **keys), tmp_path / "m", train_tokenizer)
+    assert not (tmp_path / "m").exists()
+
+
+def test_more_tokens_than_positions_are_refused(minilm, tmp_path):
+    with pytest.raises(UsageError, match=r"model.max_tokens: 600 is more than the 512 positions"):
+        prepare_model_folder(ModelConfig(path=str(minilm), max_tokens=600), tmp_path / "m")
+
+
+def test_pickled_weights_are_refused(minilm, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text((minilm / "config.json").read_text())
+    (source / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UsageError, match="no safetensors weights"):
+        prepare_model_folder(ModelConfig(path=str(source)), tmp_path / "m")
+
+
+def test_an_attention_that_is_not_installed_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"model.attention: flash_attention_2"):
+        tiny(tmp_path / "m", attention="flash_attention_2")

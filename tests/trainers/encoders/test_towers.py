@@ -1,0 +1,230 @@
+"""Two towers: which one a chunk runs through, where they start, that a step trains both, and the way out and back."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from data_services.collate import share_batch
+from data_services.schema import UsageError
+from data_services.tokenizer import FolderTokenizer
+from tests.trainers.encoders.tiny import TEXTS, TINY, padded, scrambled, train_tokenizer
+from tests.trainers.test_step import BETA, DIM, Tower, batch_of
+from tests.twins import dense_contrastive
+from trainers.chunks import chunks_of, keys_of
+from trainers.collectives import Group
+from trainers.config import EngineConfig, ModelConfig, MomentumConfig, OptimizerConfig
+from trainers.encoders.model_folder import prepare_model_folder
+from trainers.encoders.text import LocalEncoder, build_encoder
+from trainers.encoders.towers import (
+    LocalTowers,
+    Towers,
+    build_towers,
+    export_towers,
+    has_towers,
+    load_towers,
+    prepare_document_tower,
+)
+from trainers.export import export_sentence_transformer
+from trainers.model import Trained
+from trainers.objectives.compose import Sum
+from trainers.objectives.config import ContrastiveSection
+from trainers.objectives.embedded import Embedded
+from trainers.step import ContrastiveStep, Memory
+
+RECIPE = {"max_tokens": 40, "towers": "separate", "query_prompt": "find: ", "pool_prompt": False}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """(recipe, model folder, towers of different weights)"""
+    place = tmp_path_factory.mktemp("towers") / "model"
+    config = ModelConfig(config=TINY, **RECIPE)
+    prepare_model_folder(config, place, train_tokenizer)
+    towers = build_towers(config, place).eval()
+    scrambled(towers.document)
+    return config, place, towers
+
+
+def test_a_chunk_runs_through_the_tower_of_its_texts(folder):
+    _, _, towers = folder
+    ids, mask = padded([5, 9])
+    prompts = torch.zeros(2, dtype=torch.int64)
+    for tower, queries in ((towers.query, torch.tensor([True, True])), (towers.document, torch.tensor([False, False]))):
+        assert torch.equal(towers(ids, mask, prompts, queries), tower(ids, mask, prompts, queries))
+    with pytest.raises(ValueError, match="holds queries or documents, this one has both"):
+        towers(ids, mask, prompts, torch.tensor([True, False]))
+
+
+def test_both_start_equal_and_take_no_more_from_the_generator_than_one(folder):
+    config, place, _ = folder
+    torch.manual_seed(3)
+    one, after_one = build_encoder(config, place), torch.rand(1)
+    torch.manual_seed(3)
+    towers, after_two = build_towers(config, place), torch.rand(1)
+    assert torch.equal(after_one, after_two)
+    for name, weight in one.state_dict().items():
+        assert torch.equal(towers.query.state_dict()[name], weight)
+        assert torch.equal(towers.document.state_dict()[name], weight)
+    assert towers.parameter_count == 2 * one.parameter_count
+    assert not {id(p) for p in towers.query.parameters()} & {id(p) for p in towers.document.parameters()}
+
+
+# a step
+
+
+def two_towers():
+    torch.manual_seed(1)
+    towers = Towers(Tower(), Tower())
+    for p in towers.document.parameters():
+        nn.init.normal_(p, std=0.5)
+    return Trained(towers, {})
+
+
+def global_batch():
+    return batch_of(0, queries=3, negatives=9)
+
+
+def shares_of(workers):
+    """Cut by field; the second of two workers has a chunk without texts among its queries' and its documents'."""
+    shares = share_batch(global_batch(), workers, 12, by_field=True)
+    assert workers == 1 or [len(chunk) for chunk in shares[1].chunks] == [1, 0, 1, 1, 1, 1, 1, 0]
+    return shares
+
+
+def make_step(stage, cached):
+    from trainers.ema import MomentumEncoder
+    from trainers.engine import Engine
+
+    group, optimizer = Group(), OptimizerConfig(clip_norm=0, betas=(BETA, 0.98), weight_decay=0)
+    engine = Engine(two_towers(), EngineConfig(zero_stage=stage, precision="fp32"), optimizer, 10, CPU)
+    memory = Memory(MomentumEncoder(engine, MomentumConfig(decay=0.9)), None)
+    objective = Sum([ContrastiveSection(temperature=0.1)], group)
+    return ContrastiveStep(engine, objective, memory, cached=cached, seed=0, group=group)
+
+
+def first_gradients(stage, cached):
+    """The loss, this worker's share of every gradient, and how the averaged towers encode the batch after a step."""
+    step, group = make_step(stage, cached), Group()
+    batch = shares_of(group.size)[group.rank]
+    metrics = step(batch)
+    averaged = [step.memory.encoder.forward(**chunk.inputs)[0] for chunk in chunks_of(batch, CPU)]
+    state = step.engine.state()
+    moments = {n.removeprefix("exp_avg/"): t / (1 - BETA) for n, t in state.items() if n.startswith("exp_avg/")}
+    return metrics["loss"], moments, state["layout"], averaged, step.engine.full_weights()
+
+
+def twin():
+    """(loss, gradients) of the whole batch in one process in float64."""
+    model, batch = two_towers().double(), global_batch()
+    (queries, documents) = (
+        tower(*map(torch.from_numpy, texts.padded()))
+        for tower, texts in ((model.tower.query, batch.queries), (model.tower.document, batch.documents))
+    )
+    share = Embedded(
+        queries.detach(),
+        documents.detach(),
+        *keys_of(batch, None, CPU),
+        torch.from_numpy(batch.owners),
+        len(queries),
+        momentum_queries=torch.zeros_like(queries),
+        momentum_documents=torch.zeros_like(documents),
+    )
+    dense = dense_contrastive([share], ContrastiveSection(temperature=0.1), None, {})
+    torch.autograd.backward([queries, documents], [dense.query_gradients[0], dense.document_gradients[0]])
+    return dense.loss, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("world_size", "stage", "cached"), [(1, 0, True), (2, 2, False), (2, 3, True), (2, 3, False)])
+def test_a_step_of_two_towers_has_the_gradients_of_the_dense_twin(gloo, world_size, stage, cached):
+    loss, gradients = twin()
+    answers = gloo(world_size, first_gradients, stage, cached)
+    assert [answer[0] for answer in answers] == pytest.approx([loss] * world_size, abs=1e-5)
+    for i, (name, gradient) in enumerate(gradients.items()):
+        found = torch.full((gradient.numel(),), torch.nan)
+        for _, moments, layout, *_ in answers:
+            start, length, _ = layout[i].tolist()
+            if length:
+                found[start : start + length] = moments[name]
+        torch.testing.assert_close(found.double(), gradient.flatten(), rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_momentum_encoder_averages_both_towers_and_workers_call_them_in_the_same_order(gloo):
+    answers = gloo(2, first_gradients, 3, False)
+    start = two_towers().state_dict()
+    model = two_towers()
+    # average <- 0.9 average + 0.1 weights
+    model.load_state_dict({name: w.lerp(answers[0][-1][name], 0.1) for name, w in start.items()})
+    for batch, (_, _, _, averaged, *_) in zip(shares_of(2), answers, strict=True):
+        for chunk, vectors in zip(chunks_of(batch, CPU), averaged, strict=True):
+            torch.testing.assert_close(vectors, model(**chunk.inputs)[0], rtol=1e-4, atol=1e-5)
+    assert vectors.shape[1] == DIM
+
+
+# out and back
+
+
+@pytest.fixture(scope="module")
+def exported(folder, tmp_path_factory):
+    _, place, towers = folder
+    out = tmp_path_factory.mktemp("out") / "export"
+    return export_towers(towers.state_dict(), towers.spec, place, out)
+
+
+def local(towers, place):
+    tokenizer = FolderTokenizer(place, towers.spec.max_tokens, towers.spec.prompts)
+    return LocalTowers(LocalEncoder(towers.query, tokenizer), LocalEncoder(towers.document, tokenizer))
+
+
+def test_sentence_transformers_encodes_queries_and_documents_as_the_trainer_does(folder, exported):
+    from sentence_transformers import SentenceTransformer
+
+    _, place, towers = folder
+    theirs, ours = SentenceTransformer(str(exported), device="cpu"), local(towers, place)
+    queries, documents = ours.encode(TEXTS, "query"), ours.encode(TEXTS, "document")
+    np.testing.assert_allclose(theirs.encode_query(TEXTS), queries, atol=1e-5)
+    np.testing.assert_allclose(theirs.encode_document(TEXTS), documents, atol=1e-5)
+    assert not np.allclose(queries, documents, atol=1e-2)
+    for field, wanted in (("query", queries), ("document", documents)):
+        alone = SentenceTransformer(str(exported / field), device="cpu")
+        np.testing.assert_allclose(alone.encode(TEXTS, prompt_name=field), wanted, atol=1e-5)
+
+
+def test_an_export_comes_back_with_every_weight(folder, exported):
+    _, _, towers = folder
+    back = load_towers(exported)
+    assert has_towers(exported)
+    for name, weight in towers.state_dict().items():
+        assert torch.equal(back.state_dict()[name], weight), name
+    with pytest.raises(UsageError, match="so it is no export of two towers"):
+        load_towers(exported / "query")
+
+
+def test_the_document_tower_starts_from_its_own_path(folder, exported, tmp_path):
+    _, _, towers = folder
+    paths = {"path": str(exported / "query"), "document_path": str(exported / "document")}
+    config = ModelConfig(towers="separate", **paths)
+    spec = prepare_model_folder(config, tmp_path / "m")
+    prepare_document_tower(config, tmp_path / "m")
+    made = build_towers(config, tmp_path / "m").eval()
+    assert spec.prompts["query"] == "find: "
+    for name, weight in towers.state_dict().items():
+        assert torch.equal(made.state_dict()[name], weight), name
+
+
+def test_a_document_tower_that_does_not_fit_is_refused_by_name(exported, tmp_path):
+    prepare_model_folder(ModelConfig(path=str(exported / "query")), tmp_path / "m")
+    with pytest.raises(ValueError, match="`document_path` needs `towers: separate`"):
+        ModelConfig(path="a", document_path="b")
+    missing = ModelConfig(path=str(exported / "query"), document_path="no/such", towers="separate")
+    with pytest.raises(UsageError, match=r"model.document_path: 'no/such' is neither a folder"):
+        prepare_document_tower(missing, tmp_path / "m")
+    wide = TINY.model_copy(update={"intermediate": 64})
+    spec = prepare_model_folder(ModelConfig(config=wide, **RECIPE), tmp_path / "wide", train_tokenizer)
+    weights = build_encoder(ModelConfig(config=wide, **RECIPE), tmp_path / "wide").state_dict()
+    export_sentence_transformer(weights, spec, tmp_path / "wide", tmp_path / "other")
+    other = ModelConfig(path=str(exported / "query"), document_path=str(tmp_path / "other"), towers="separate")
+    with pytest.raises(UsageError, match="differs from the query tower in its weights"):
+        prepare_document_tower(other, tmp_path / "m")
+    assert not (tmp_path / "m" / "document").exists()

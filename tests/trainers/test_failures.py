@@ -1,0 +1,72 @@
+"""A worker that fails ends the others: they are told by its closed connections, not by a time-out."""
+
+import os
+import socket
+import traceback
+
+import pytest
+import torch.multiprocessing as mp
+
+from tests.trainers.test_step import batch_of, make_step
+
+# Far below the half hour that a collective waits by default, far above what a busy machine needs to start.
+PATIENCE_S = 120
+
+
+class Broken:
+    """A loss that fails on worker 1, after the workers have agreed about the step and before they share embeddings."""
+
+    momentum = ()
+
+    def __init__(self, objective):
+        self.objective = objective
+
+    def __call__(self, embedded):
+        raise LookupError("this worker's loss is broken")
+
+
+def work(rank, port, told):
+    """A worker of a launcher that only starts processes: whatever leaves the step ends it."""
+    import torch.distributed as dist
+
+    from data_services.collate import share_batch
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    step, group = make_step(2, True, False)
+    mine = [share_batch(batch_of(t), 2, 24)[rank] for t in range(2)]
+    step(mine[0])
+    if group.rank == 1:
+        step.objective = Broken(step.objective)
+    try:
+        step(mine[1])
+    except Exception:
+        told.send(traceback.format_exc())
+        raise
+
+
+@pytest.fixture
+def ended():
+    """(exit code, traceback) of two workers, one of which failed; whichever still runs is killed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context, workers = mp.get_context("spawn"), []
+    for rank in range(2):
+        here, there = context.Pipe()
+        process = context.Process(target=work, args=(rank, port, there))
+        process.start()
+        workers.append((process, here))
+    for process, _ in workers:
+        process.join(PATIENCE_S)
+    yield [(process.exitcode, here.recv() if here.poll() else "") for process, here in workers]
+    for process, _ in workers:
+        process.kill()
+
+
+def test_a_worker_that_fails_ends_the_others(ended):
+    (first_code, first), (second_code, second) = ended
+    assert (first_code, second_code) == (1, 1)
+    assert "LookupError: this worker's loss is broken" in second
+    assert "Connection closed by peer" in first
+    assert "in all_gather" in first
