@@ -70,8 +70,8 @@ class Ours:
         self._setting, self._group, self._steps = setting, group, 0
         self._queues = Queues(QueueConfig(rows=setting.rows), setting.dim, group)
         self._objective = Contrastive(ContrastiveSection(temperature=TEMPERATURE), group)
-        for _ in range(-(-setting.rows // setting.batch)):
-            self._enqueue(random_rows(setting.local, setting.dim))
+        if setting.rows:
+            self._queues.restore([self._filled()] * group.size)
         self.kept = sum(queue.nbytes for queue in self._queues.by_name.values())
 
     def step(self, queries: Tensor, documents: Tensor) -> None:
@@ -79,17 +79,27 @@ class Ours:
         rows = self._queues.rows(self._steps)
         embedded = Embedded(queries, documents, keys, keys, owners, self._setting.batch, self._steps, queues=rows)
         self._objective(embedded).loss.backward()
-        self._enqueue(documents.detach())
-
-    def _enqueue(self, documents: Tensor) -> None:
-        self._queues.enqueue({"documents": (documents, self._keys())}, self._steps)
+        self._queues.enqueue({"documents": (documents.detach(), self._keys())}, self._steps)
         self._steps += 1
+
+    def _filled(self) -> dict[str, Tensor]:
+        """This worker's part of the queue after K / B steps."""
+        self._steps = self._setting.rows // self._setting.batch
+        steps = torch.arange(self._steps).repeat_interleave(self._setting.local)
+        numbers = torch.cat([self._numbers(step) for step in range(self._steps)])
+        columns = {"query_ids": numbers, "document_ids": numbers, "sequence": numbers, "steps": steps}
+        columns |= {"vectors": random_rows(len(numbers), self._setting.dim), "next": torch.tensor([self._setting.rows])}
+        return {f"documents.{name}": column for name, column in columns.items()}
 
     def _keys(self) -> Keys:
         """Texts that occur once."""
-        first = (self._steps * self._group.size + self._group.rank) * self._setting.local
-        ids = torch.arange(first, first + self._setting.local)
+        ids = self._numbers(self._steps)
         return Keys(ids, ids)
+
+    def _numbers(self, step: int) -> Tensor:
+        """[b] numbers of the rows that this worker enqueues in a step."""
+        first = (step * self._group.size + self._group.rank) * self._setting.local
+        return torch.arange(first, first + self._setting.local)
 
 
 class OursInBatch(Ours):

@@ -50,8 +50,8 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, home: str, tower: str) -> dict[str, Any]:
     """All runs of one tower; prints its figures."""
-    rounds, batches = (1, 1) if args.quick else (args.rounds, args.batches)
-    given = {"home": home, "tower": tower, "batch": args.batch, "batches": batches}
+    rounds, batches, warm_up = (1, 1, 0) if args.quick else (args.rounds, args.batches, WARM_UP)
+    given = {"home": home, "tower": tower, "batch": args.batch, "batches": batches, "warm_up": warm_up}
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for _, side in in_turns(SIDES, rounds):
         runs[side].append(child("benchmarks.padding", "run", given | {"side": side}, args.threads))
@@ -78,17 +78,17 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
-def run(home: str, tower: str, batch: int, batches: int, side: str) -> dict[str, Any]:
+def run(home: str, tower: str, batch: int, batches: int, warm_up: int, side: str) -> dict[str, Any]:
     """Seconds for the timed batches, their tokens, and the tokens computed for them."""
     import resource
     import time
 
-    encoder, given = tower_and_batches(Path(home), tower, batch, WARM_UP + batches, side == "packed")
+    encoder, given = tower_and_batches(Path(home), tower, batch, warm_up + batches, side == "packed")
     seconds, tokens, computed = 0.0, 0, 0
     for i, one in enumerate(given):
         began = time.perf_counter()
         padded = encode(encoder, one, groups_of(one, side))
-        if i >= WARM_UP:
+        if i >= warm_up:
             seconds += time.perf_counter() - began
             tokens += one.tokens
             computed += one.tokens if side == "packed" else padded

@@ -35,6 +35,7 @@ from trainers.objectives.config import (
     MainTerm,
     MaskedLM,
     Matryoshka,
+    Term,
 )
 
 # The column of a source for what a loss needs of each pair.
@@ -76,10 +77,10 @@ class Recipe(Section):
     model: ModelConfig
     objective: MainTerm = ContrastiveSection()
     terms: list[AnyTerm] = Field([], description="further losses, added to the objective with their weights")
-    matryoshka: Matryoshka | None = None
-    layers: Layers | None = None
-    graded_weights: GradedWeights | None = None
-    masked_lm: MaskedLM | None = None
+    matryoshka: Matryoshka | None = Field(None, description="the losses also on prefixes of the vectors")
+    layers: Layers | None = Field(None, description="the losses on the vectors of several layers")
+    graded_weights: GradedWeights | None = Field(None, description="weights pairs by the grades of their positives")
+    masked_lm: MaskedLM | None = Field(None, description="an auxiliary loss on token states")
     queue: QueueConfig = QueueConfig()
     momentum: MomentumConfig = MomentumConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -121,14 +122,14 @@ class Recipe(Section):
             raise ValueError("masked_lm needs one tower whose attention sees both sides: set model.bidirectional: true")
         if (self.layers is None) != (not self.model.layers):
             raise ValueError("layers and model.layers go together: name the layers there, and weigh their losses here")
-        for i, term in enumerate((self.objective, *self.terms)):
+        for i, term in enumerate(self.losses):
             where = f"terms.{i - 1}" if i else "objective"
             for need in sorted(term.needs):
                 columns = {"scores": ["positive_scores"] + ["negative_scores"] * (self.data.negatives > 0)}
                 for column in columns.get(need, [CLASS_OF[need]] if need in CLASS_OF else []):
                     if column not in there:
                         raise ValueError(
-                            f"{where} ({term.kind}) needs {column} of every pair: name its field in every one of "
+                            f"{where} needs {column} of every pair: name its field in every one of "
                             f"data.sources, as {column}"
                         )
             by_token = getattr(term, "similarity", None) == "max_sim"
@@ -136,6 +137,10 @@ class Recipe(Section):
                 raise ValueError(
                     f"{where}.similarity: max_sim and model.pooling: tokens go together; set both or neither"
                 )
+
+    @property
+    def losses(self) -> tuple[Term, ...]:
+        return (self.objective, *self.terms)
 
     @property
     def registered_name(self) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from trainers.encoders.spec import ModelSpec
     from trainers.encoders.text import TextEncoder
     from trainers.model import Trained
-    from trainers.objectives.compose import Sum
+    from trainers.objectives.embedded import Objective
     from trainers.step import ContrastiveStep
 
 
@@ -101,16 +101,18 @@ def build_step(task: Task, group: Group, kept: Mapping[str, Any]) -> Contrastive
     from trainers.encoders.spec import ModelSpec
     from trainers.engine import Engine
     from trainers.negative_queue import Queues
+    from trainers.objectives.compose import sides_compared
     from trainers.step import ContrastiveStep, Memory, choose_caching
 
     recipe = task.recipe
+    compares = sides_compared(recipe.losses)
     objective = objective_of(recipe, ModelSpec.load(task.run.model), group)
     torch.manual_seed(recipe.seed)
     model = model_of(recipe, task.run.model, objective.learned)
     choices = {key: kept[key] for key in ("precision", "reduction") if key in kept}
     engine = Engine(model, recipe.engine.model_copy(update=choices), recipe.optimizer, task.steps)
     memory = None
-    if recipe.queue.by_name or recipe.momentum.export or objective.momentum:
+    if recipe.queue.by_name or recipe.momentum.export or compares:
         dim = model.tower.training_dim
         queues = Queues(recipe.queue, dim, group, engine.device) if recipe.queue.by_name else None
         memory = Memory(MomentumEncoder(engine, recipe.momentum), queues)
@@ -129,6 +131,7 @@ def build_step(task: Task, group: Group, kept: Mapping[str, Any]) -> Contrastive
         group=group,
         agreement=agreement,
         head_weight=recipe.masked_lm.weight if recipe.masked_lm else 0.0,
+        compares=compares,
     )
 
 
@@ -138,23 +141,16 @@ def choices_of(step: ContrastiveStep) -> dict[str, Any]:
     return {"cached": step.cached, "precision": config.precision, "reduction": config.reduction}
 
 
-def objective_of(recipe: Recipe, spec: ModelSpec, group: Group) -> Sum:
+def objective_of(recipe: Recipe, spec: ModelSpec, group: Group) -> Objective:
     """The recipe's losses and what lies around them."""
-    from trainers.objectives.compose import Sum, loss_class
+    from trainers.objectives.compose import Sum, loss_class, with_views
     from trainers.objectives.config import CustomSection
 
     def make(section: Any) -> Any:
         return import_object(section.path, "path") if isinstance(section, CustomSection) else loss_class(section)
 
-    return Sum(
-        (recipe.objective, *recipe.terms),
-        group,
-        matryoshka=recipe.matryoshka,
-        layers=recipe.layers,
-        layer_count=len(spec.layers),
-        graded=recipe.graded_weights,
-        make=make,
-    )
+    terms = Sum(recipe.losses, group, recipe.graded_weights, make)
+    return with_views(terms, group, recipe.matryoshka, recipe.layers, len(spec.layers))
 
 
 def model_of(recipe: Recipe, folder: Path, learned: Mapping[str, float]) -> Trained:

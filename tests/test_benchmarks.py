@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import caching, common, negatives, negatives_sides, startup, step, step_runs
+from benchmarks import caching, common, negatives, negatives_sides, padding, startup, step, step_runs
 from trainers.collectives import Group
 
 
-@pytest.mark.parametrize("name", ["step", "startup", "quality", "caching"])
+@pytest.mark.parametrize("name", ["step", "startup", "quality", "caching", "padding"])
 def test_help_tells_what_is_measured_without_importing_what_measures(name):
     code = (
         f"import runpy, sys; sys.argv[1:] = ['--help']\n"
@@ -214,3 +214,14 @@ def test_caching_is_compared_with_graphs_kept_in_the_same_round():
     assert figures["st_cached_over_plain"]["median"] == pytest.approx(0.9)
     assert figures["st_cached_whole_over_plain"]["median"] == pytest.approx(1.4)
     assert figures["seconds_per_step"]["st_plain"]["median"] == 5.0
+
+
+def test_packing_is_compared_in_tokens_a_second_and_tokens_computed():
+    def result(seconds: float, computed: int) -> dict:
+        return {"seconds": seconds, "tokens": 100, "computed": computed, "peak_rss_bytes": 1}
+
+    runs = {"random": [result(8.0, 300)], "sorted": [result(4.0, 105)], "packed": [result(2.0, 100)]}
+    figures = padding.summary(runs)
+    assert figures["packed_over_random"]["median"] == 4.0
+    assert figures["packed_over_sorted"]["median"] == figures["sorted_over_random"]["median"] == 2.0
+    assert figures["computed_per_token"] == {"random": 3.0, "sorted": 1.05, "packed": 1.0}

@@ -15,13 +15,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from cluster.config import Recipe
+from trainers.objectives.config import Learned, Schedule
 
 TREE = Path(__file__).parents[1]
 DOCS = TREE / "docs"
@@ -30,6 +30,9 @@ TOP = "The top level"
 TABLE_HEAD = "| key | type | default | meaning |\n|---|---|---|---|\n"
 # A table under its heading, with whatever text stands between them.
 SECTION = r"(?m)^## {heading}\n(?P<text>(?:(?!## |\|).*\n)*)(?P<table>(?:\|.*\n)*)"
+# Sections that stand in the place of a number, wherever one may.
+NUMBERS: dict[type, str] = {Schedule: "A number that changes over the run", Learned: "A number that is learned"}
+WORDS = {"schedule": Schedule, "learned": Learned}
 TYPES = {bool: "true or false", int: "integer", float: "number", str: "text"}
 BOUNDS = {
     "gt": "> {}",
@@ -47,14 +50,25 @@ BOUNDS = {
 
 def sections(section: type[BaseModel] = Recipe, path: str = "", seen: set[type] | None = None) -> Iterator[Any]:
     """(heading, path of its keys, model) of every section; one that occurs twice stands at its first place."""
-    seen = {section} if seen is None else seen | {section}
-    yield path.replace(".0", "") or TOP, f"{path}." if path else "", section
+    seen = {section} if seen is None else seen
+    yield (
+        NUMBERS.get(section) or _heading(section, path),
+        f"{path}." if path and section not in NUMBERS else "",
+        section,
+    )
     for name, field in section.model_fields.items():
         for inner in _models(field.annotation):
             if inner not in seen:
+                seen.add(inner)
                 listed = ".0" if get_origin(field.annotation) is list else ""
                 yield from sections(inner, f"{path}.{name}{listed}".lstrip("."), seen)
-                seen.add(inner)
+
+
+def _heading(section: type[BaseModel], path: str) -> str:
+    """The path, and the kind where the place takes one of several."""
+    kind = section.model_fields.get("kind")
+    of_kind = f", kind: {kind.default}" if kind is not None and path == "objective" else ""
+    return (path.replace(".0", "") or TOP) + of_kind
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -68,6 +82,8 @@ def table_of(path: str, section: type[BaseModel], written: dict[str, str]) -> st
     """The table of a section. A field without a description keeps the meaning that the page gives it."""
     rows = []
     for name, field in section.model_fields.items():
+        if name == "kind":  # the heading has it
+            continue
         key = path + name
         cells = (f"`{key}`", _type(field), _default(field), field.description or written.get(key, ""))
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n")
@@ -89,19 +105,26 @@ def _alternatives(annotation: Any) -> list[str]:
     """The type in words, and " or null" where that may be."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
-        (plain,) = (x for x in inner if x is not NoneType)
-        return [*_alternatives(plain), " or null"]
+        words = dict.fromkeys(_alternatives(x)[0] for x in inner if x is not NoneType)
+        return [" or ".join(words), *([" or null"] if NoneType in inner else [])]
+    if origin is Annotated:
+        return _alternatives(inner[0])
     if origin is Literal:
         return [" or ".join(f"`{value}`" for value in inner)]
-    if origin is list:
-        return ["list of sections"]
+    if origin is list or (origin is tuple and inner[-1] is Ellipsis):
+        (word,) = _alternatives(inner[0])
+        return [
+            "list of sections" if word == "section" else f"list of {word}s" if "`" not in word else f"list of {word}"
+        ]
     if origin is tuple:
         return [f"{len(inner)} {_alternatives(inner[0])[0]}s"]
-    return [TYPES.get(annotation, "section")]
+    if origin is dict:
+        return ["mapping"]
+    return [TYPES.get(annotation) or {v: k for k, v in WORDS.items()}.get(annotation, "section")]
 
 
 def _default(field: Any) -> str:
-    if field.default is PydanticUndefined:
+    if field.is_required():
         return "required"
     if isinstance(field.default, BaseModel):
         return "its defaults"

@@ -328,6 +328,10 @@ class _Twin:
                 target |= theirs.labels == row.labels[i]
             target &= elsewhere
         negative = elsewhere & ~target
+        if s.batch_negatives != "all":
+            stored = torch.tensor([kind == "queue" for kind in pool.kind])
+            own = (theirs.rejects == row.query_ids[i]) if not back else torch.zeros(len(logits), dtype=torch.bool)
+            negative &= stored | (own if s.batch_negatives == "own" else False)
         if s.mask_same_document:
             negative &= ~same_document
         if s.mask_same_query:
@@ -393,7 +397,8 @@ class _Twin:
             good = torch.cat([positive[None], logits[target]])
             whole = torch.cat([good, weighted]).logsumexp(0)
             return whole - (good.mean() if s.positives.sum == "outside" else good.logsumexp(0))
-        denominator = (weighted if s.decoupled else torch.cat([positive[None], weighted])).logsumexp(0)
+        times = 2 if s.normalisation == "joint" and s.directions == "both" else 1
+        denominator = torch.cat([weighted] if s.decoupled else [*[positive[None]] * times, weighted]).logsumexp(0)
         loss = denominator - positive
         if s.label_smoothing:
             loss = loss + s.label_smoothing * (positive - torch.cat([positive[None], seen]).mean())

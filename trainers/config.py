@@ -65,7 +65,7 @@ class LatentConfig(Section):
     """`model.latent:` the attention of `pooling: latent` (NV-Embed)."""
 
     count: int = Field(512, gt=0, description="learned vectors that every token attends to")
-    heads: int = Field(8, gt=0)
+    heads: int = Field(8, gt=0, description="of the attention to the latents")
 
 
 class AdapterConfig(Section):

@@ -9,7 +9,7 @@ per_chunk  each backward pass reduces its gradients a bucket at a time and adds 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -50,7 +50,6 @@ class Reduction:
     ) -> None:
         self._engine, self._stage, self._masters = engine, config.zero_stage, masters
         self._per_chunk = config.reduction == "per_chunk"
-        self._step = ExitStack()
         self.open = False
         if self._per_chunk:
             # In fp32, ZeRO-2 would keep the whole gradient of all that its part touches: a table's on several workers.
@@ -69,17 +68,19 @@ class Reduction:
         """
         if not self.open:
             self._forget()
-            if not self._per_chunk:
-                self._step.enter_context(self._reducing_once())
             self.open = True
-        if self._per_chunk and self._stage == 3:
-            # DeepSpeed counts backward passes by the forwards between them: several after all forwards overwrote
-            # each other, and a parameter first reached by a later one kept the step before's.
-            self._engine.optimizer.micro_step_id = 1
-        self._engine.backward(loss, scale_wrt_gas=False)
-        if last:
-            self.open = False
-            self._step.close()
+        if self._per_chunk:
+            if self._stage == 3:
+                # DeepSpeed counts backward passes by the forwards between them: several after all forwards overwrote
+                # each other, and a parameter first reached by a later one kept the step before's.
+                self._engine.optimizer.micro_step_id = 1
+            self._engine.backward(loss, scale_wrt_gas=False)
+        else:
+            with self._only_accumulating():
+                self._engine.backward(loss, scale_wrt_gas=False)
+            if last:
+                self._reduce()
+        self.open = not last
 
     def _forget(self) -> None:
         """A parameter that this step doesn't reach would otherwise keep the gradient of the step before."""
@@ -90,15 +91,29 @@ class Reduction:
                 master.grad.zero_()
 
     @contextmanager
-    def _reducing_once(self) -> Iterator[None]:
-        """Backward passes inside only accumulate; gradients are averaged over the workers on leaving."""
-        if self._stage:
-            with self._engine.coalesce_grad_reduction():
+    def _only_accumulating(self) -> Iterator[None]:
+        """A backward pass inside leaves whole gradients on the parameters.
+
+        From ZeRO-1 on these are the switches of `coalesce_grad_reduction`. Held open from the first chunk to the
+        last, that would reduce on its way out of a worker that has failed in between.
+        """
+        if not self._stage:
+            with self._engine.no_sync():
                 yield
             return
-        with self._engine.no_sync():
+        self._engine.inside_no_sync_ctxt = self._engine.optimizer._coalesce_grad_reduction = True
+        try:
             yield
-        self._engine.allreduce_gradients()
+        finally:
+            self._engine.inside_no_sync_ctxt = self._engine.optimizer._coalesce_grad_reduction = False
+
+    def _reduce(self) -> None:
+        """Averages over the workers what the parameters hold."""
+        if self._stage:
+            with self._engine.coalesce_grad_reduction():
+                pass  # it reduces on leaving
+        else:
+            self._engine.allreduce_gradients()
 
 
 def _accumulate_in_fp32(parameter: Tensor) -> None:

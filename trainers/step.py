@@ -22,9 +22,8 @@ from torch import Tensor
 from data_services.schema import Batch
 from trainers.chunks import Chunk, chunks_of, in_batch_order, keys_of
 from trainers.collectives import Group
-from trainers.objectives.compose import Sum
 from trainers.objectives.config import Number, value_at
-from trainers.objectives.embedded import Embedded
+from trainers.objectives.embedded import Embedded, Objective
 from trainers.objectives.keys import Keys
 from trainers.objectives.masked_lm import HeadLoss, share_of_head
 
@@ -55,12 +54,13 @@ class ContrastiveStep:
     cached      whether to encode twice instead of keeping graphs; decided once a run, see `choose_caching`
     agreement   a number that must be the same on all workers: the hash of what they were configured with
     head_weight of the auxiliary head's loss, where the model has one
+    compares    the sides whose momentum encodings the objective compares
     """
 
     def __init__(
         self,
         engine: Engine,
-        objective: Sum,
+        objective: Objective,
         memory: Memory | None,
         *,
         cached: bool,
@@ -68,10 +68,11 @@ class ContrastiveStep:
         group: Group,
         agreement: int = 0,
         head_weight: Number = 0.0,
+        compares: frozenset[str] = frozenset(),
     ) -> None:
         self.engine, self.objective, self.memory = engine, objective, memory
         self.cached, self.seed, self.group, self.agreement = cached, seed, group, agreement
-        self.head_weight = head_weight
+        self.head_weight, self.compares = head_weight, compares
 
     def __call__(self, batch: Batch) -> dict[str, float]:
         self._check_agreement(batch)
@@ -167,7 +168,7 @@ class ContrastiveStep:
         """The momentum encoder's vectors of the sides that the queues keep or the objective compares, with keys."""
         if not self.memory:
             return {}
-        sides = set(self.objective.momentum) | (self.memory.queues.sides if self.memory.queues else set())
+        sides = set(self.compares) | (self.memory.queues.sides if self.memory.queues else set())
         if not sides:
             return {}
         chunks = chunks_of(batch, self.engine.device, tuple(sorted(sides, reverse=True)))

@@ -141,6 +141,27 @@ def test_late_interaction_survives_export(tmp_path, keys):
     assert model.similarity_fn_name == "maxsim"
 
 
+def test_a_late_interaction_model_can_be_pooled_to_one_vector_and_cannot_get_a_second_projection(tmp_path):
+    keys = {"query_length": 16, "skip_punctuation": True, "token_dim": 8}
+    encoder, spec = tiny(tmp_path / "m", of("bert"), pooling="tokens", **keys)
+    out = export_sentence_transformer(encoder.state_dict(), spec, tmp_path / "m", tmp_path / "out")
+    pooled = prepare_model_folder(ModelConfig(path=str(out), pooling="mean"), tmp_path / "pooled")
+    assert (pooled.query_length, pooled.skipped, pooled.dim) == (None, {}, 8)
+    for key in ({"token_dim": 4}, {"pooling": "mean", "head": {"sizes": [4]}}):
+        with pytest.raises(UsageError, match=r"model.(token_dim|head): .*/out has a projection of its own"):
+            prepare_model_folder(ModelConfig(path=str(out), **key), tmp_path / "no")
+
+
+def test_a_run_that_starts_from_another_takes_its_head_up_or_says_why_not(tmp_path):
+    first, spec = tiny(tmp_path / "m", head={"sizes": [8]})
+    out = export_sentence_transformer(scrambled(first).state_dict(), spec, tmp_path / "m", tmp_path / "out")
+    second, _ = tiny(tmp_path / "second", init_from=str(out), head={"sizes": [8]})
+    assert torch.equal(first.readout.head[0].weight, second.readout.head[0].weight)
+    for keys, there in (({}, "missing"), ({"head": {"sizes": [9]}}, r"\(9,\)")):
+        with pytest.raises(UsageError, match=rf"model.init_from: readout.head.0.bias is \(8,\) there and {there} in"):
+            tiny(tmp_path / "no", init_from=str(out), **keys)
+
+
 def test_a_pretrained_model_comes_in_and_goes_out_unchanged(tmp_path, minilm):
     config = ModelConfig(path=str(minilm))
     spec = prepare_model_folder(config, tmp_path / "m")

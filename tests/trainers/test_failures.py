@@ -5,6 +5,7 @@ import socket
 import traceback
 
 import pytest
+import torch
 import torch.multiprocessing as mp
 
 from tests.trainers.test_step import batch_of, make_step
@@ -13,16 +14,15 @@ from tests.trainers.test_step import batch_of, make_step
 PATIENCE_S = 120
 
 
-class Broken:
-    """A loss that fails on worker 1, after the workers have agreed about the step and before they share embeddings."""
+def broken(encode):
+    """Fails in the middle of a step: while it carries the gradient through the second chunk."""
 
-    momentum = ()
+    def instead(step, index, chunk):
+        if torch.is_grad_enabled() and index == 1:
+            raise LookupError("this worker's encoder is broken")
+        return encode(step, index, chunk)
 
-    def __init__(self, objective):
-        self.objective = objective
-
-    def __call__(self, embedded):
-        raise LookupError("this worker's loss is broken")
+    return instead
 
 
 def work(rank, port, told):
@@ -37,7 +37,7 @@ def work(rank, port, told):
     mine = [share_batch(batch_of(t), 2, 24)[rank] for t in range(2)]
     step(mine[0])
     if group.rank == 1:
-        step.objective = Broken(step.objective)
+        step._encode = broken(step._encode)
     try:
         step(mine[1])
     except Exception:
@@ -67,6 +67,6 @@ def ended():
 def test_a_worker_that_fails_ends_the_others(ended):
     (first_code, first), (second_code, second) = ended
     assert (first_code, second_code) == (1, 1)
-    assert "LookupError: this worker's loss is broken" in second
+    assert "LookupError: this worker's encoder is broken" in second
     assert "Connection closed by peer" in first
-    assert "in all_gather" in first
+    assert "in _reduce" in first

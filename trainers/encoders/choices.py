@@ -32,7 +32,8 @@ def spec_of(
     pooling: PoolingMode = _first(config.pooling, settings and settings.pooling, "mean")
     head = _head(config, settings, text.hidden_size)
     use = config.head.use if config.head else "kept"
-    query_length = _first(config.query_length, settings and settings.query_length)
+    of_tokens = settings if pooling == "tokens" else None
+    query_length = _first(config.query_length, of_tokens and of_tokens.query_length)
     return ModelSpec(
         architecture=model.config.model_type,
         pooling=pooling,
@@ -51,7 +52,7 @@ def spec_of(
         head_use=use,
         query_length=query_length,
         mask_id=None if query_length is None else _mask_id(tokenizer),
-        skipped=_skipped(config, settings, tokenizer),
+        skipped=_skipped(config, of_tokens, tokenizer),
     )
 
 
@@ -59,6 +60,7 @@ def check(config: ModelConfig, spec: ModelSpec, model: PreTrainedModel, tokenize
     """UsageError for choices that don't go together, or not with this model."""
     tokens = spec.pooling == "tokens"
     layers = model.config.get_text_config().num_hidden_layers
+    heads = spec.latent.heads if spec.latent else 1
     no_tokens = f"is for pooling tokens, and it is {spec.pooling}; remove it"
     for wrong, message in (
         (not tokens and config.token_dim, f"token_dim: {no_tokens} (model.head projects a pooled vector)"),
@@ -73,10 +75,7 @@ def check(config: ModelConfig, spec: ModelSpec, model: PreTrainedModel, tokenize
             f"query_length: {spec.query_length} is more than max_tokens {spec.max_tokens}",
         ),
         (config.latent and not spec.latent, f"latent: is for pooling latent, and it is {spec.pooling}; remove it"),
-        (
-            spec.latent and spec.hidden % spec.latent.heads,
-            f"latent.heads: {spec.hidden} hidden units can't be dealt to {spec.latent and spec.latent.heads} heads",
-        ),
+        (spec.hidden % heads, f"latent.heads: {spec.hidden} hidden units can't be dealt to {heads} heads"),
         (spec.layers and spec.mean_layers > 1, "layers: has no meaning beside mean_layers; remove one of them"),
         (config.adapter and config.freeze, "freeze: model.adapter already leaves the tower's weights alone; remove it"),
         (spec.mean_layers > layers + 1, f"mean_layers: {spec.mean_layers}, but the model has {layers} layers"),

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_services.schema import Encoder, RunError, UsageError
+from data_services.schema import RunError, UsageError
 from trainers.encoders.backbone import saved_shapes
 from trainers.encoders.model_folder import prepare_model_folder
 from trainers.encoders.spec import ModelSpec
-from trainers.encoders.text import TextEncoder, build_encoder
+from trainers.encoders.text import LocalEncoder, TextEncoder, build_encoder
 from trainers.export import export_sentence_transformer, load_exported
 
 if TYPE_CHECKING:
@@ -81,6 +81,10 @@ class Towers(nn.Module):
     @property
     def gives_tokens(self) -> bool:
         return self.query.gives_tokens
+
+    @property
+    def packed(self) -> bool:
+        return self.query.packed
 
     @property
     def parameter_count(self) -> int:
@@ -144,14 +148,21 @@ def build_towers(
 
 
 class LocalTowers:
-    """`Encoder` of two: each field's texts go to its own."""
+    """Both encoders on this process's device, `LocalEncoder` each; a field's texts go to its own."""
 
-    def __init__(self, query: Encoder, document: Encoder) -> None:
-        self._encoders = {QUERY: query, DOCUMENT: document}
+    def __init__(self, query: LocalEncoder, document: LocalEncoder) -> None:
+        self._query, self._document = query, document
 
     def encode(self, texts: Sequence[str], field: str) -> np.ndarray:
-        """Unit vectors [n, D] float32 of texts of one field ("query" or "document"), in their order."""
-        return self._encoders[field].encode(texts, field)
+        """Vectors [n, D] float32 of texts of one field, see `LocalEncoder.encode`."""
+        return self._of(field).encode(texts, field)
+
+    def encode_tokens(self, texts: Sequence[str], field: str) -> list[np.ndarray]:
+        """The token vectors [m, D] float32 of each text, see `LocalEncoder.encode_tokens`."""
+        return self._of(field).encode_tokens(texts, field)
+
+    def _of(self, field: str) -> LocalEncoder:
+        return self._query if field.endswith(QUERY) else self._document
 
 
 def export_towers(
@@ -166,7 +177,8 @@ def export_towers(
     weights  by the names of `Towers.state_dict()`
     export   writes one tower's folder, called with (weights, spec, model_folder, out)
 
-    `SentenceTransformer(out)` encodes queries by `encode_query` and documents by `encode_document`.
+    `SentenceTransformer(out)` encodes queries by `encode_query` and documents by `encode_document`; with pooling
+    "tokens" `MultiVectorEncoder(out)` does.
     """
     making = out.with_name(f".{out.name}.making-{os.getpid()}")
     try:
@@ -211,7 +223,8 @@ def _write_router(folder: Path) -> None:
     _write_json(folder / "modules.json", [router])
     for file in (folder / QUERY / "config_sentence_transformers.json", *(folder / QUERY).glob("*.py")):
         shutil.copy(file, folder)
-    (folder / "README.md").write_text(_CARD)
+    kind = json.loads((folder / "config_sentence_transformers.json").read_text())["model_type"]
+    (folder / "README.md").write_text(_CARD.replace("SentenceTransformer", kind))
 
 
 _CARD = """# A text embedding model of two towers trained with gyre

@@ -48,28 +48,18 @@ class Sum:
     """The weighted sum of `terms`, of which the first gives its metrics under their own names; the others' begin
     with their kind, and `loss` is the sum's.
 
-    make  the class of a term's section, its own losses' where nothing else is said
+    make  the class of a term's section, the package's own where nothing else is said
     """
 
     def __init__(
         self,
         terms: Sequence[Term],
         group: Group,
-        *,
-        matryoshka: Matryoshka | None = None,
-        layers: Layers | None = None,
-        layer_count: int = 1,
         graded: GradedWeights | None = None,
         make: Callable[[Any], Callable[[Any, Group], Objective]] = loss_class,
     ) -> None:
-        from trainers.objectives.wrappers import OverLayers, OverPrefixes
-
-        self._sections, self._graded, self._losses = terms, graded, []
-        for section in terms:
-            loss = make(section)(section, group)
-            loss = OverPrefixes(matryoshka, loss) if matryoshka else loss
-            self._losses.append(OverLayers(layers, layer_count, loss, group) if layers else loss)
-        self.momentum = frozenset({"queries", "documents"} if any(term.needs_momentum for term in terms) else ())
+        self._sections, self._graded = terms, graded
+        self._losses = [make(section)(section, group) for section in terms]
         self.learned: Mapping[str, float] = {
             f"{i}.{name}": start for i, loss in enumerate(self._losses) for name, start in loss.learned.items()
         }
@@ -87,8 +77,7 @@ class Sum:
             share, weight = loss(replace(embedded, learned=own)), value_at(section.weight, embedded.progress)
             total = weight * share.loss if total is None else total + weight * share.loss
             whole += weight * share.metrics["loss"]
-            named = share.metrics if i == 0 else {f"{self._name(i)}_{k}": v for k, v in share.metrics.items()}
-            metrics |= named
+            metrics |= share.metrics if i == 0 else {f"{self._name(i)}_{k}": v for k, v in share.metrics.items()}
         assert total is not None, "there is at least one term"
         if len(self._losses) > 1:
             metrics["main_loss"] = metrics["loss"]
@@ -98,3 +87,18 @@ class Sum:
         """The term's kind, with its place in `terms` where an earlier one is of the same kind."""
         kinds = [getattr(section, "kind", "custom") for section in self._sections]
         return kinds[index] if kinds.index(kinds[index]) == index else f"{kinds[index]}_{index}"
+
+
+def with_views(
+    base: Objective, group: Group, matryoshka: Matryoshka | None, layers: Layers | None, layer_count: int
+) -> Objective:
+    """The objective on prefixes of the vectors, and on those of several layers, where a recipe asks."""
+    from trainers.objectives.wrappers import OverLayers, OverPrefixes
+
+    base = OverPrefixes(matryoshka, base) if matryoshka else base
+    return OverLayers(layers, layer_count, base, group) if layers else base
+
+
+def sides_compared(terms: Sequence[Term]) -> frozenset[str]:
+    """The sides of a batch whose momentum encodings the terms compare."""
+    return frozenset({"queries", "documents"} if any(term.needs_momentum for term in terms) else ())

@@ -16,9 +16,9 @@ from data_services.schema import Section
 class Schedule(Section):
     """A number that changes over the run."""
 
-    start: float
-    end: float
-    shape: Literal["linear", "cosine"] = "linear"
+    start: float = Field(description="its value at the first step")
+    end: float = Field(description="its value at the end")
+    shape: Literal["linear", "cosine"] = Field("linear", description="of the way between them")
     until: float = Field(1.0, gt=0, le=1, description="share of the run after which it stays at `end`")
 
     def at(self, progress: float) -> float:
@@ -125,7 +125,9 @@ class ContrastiveSection(Term):
     similarity: Literal["inner_product", "squared_distance", "max_sim"] = Field(
         "inner_product", description="max_sim: late interaction, for model.pooling: tokens"
     )
-    directions: Literal["both", "query_to_document"] = "both"
+    directions: Literal["both", "query_to_document"] = Field(
+        "both", description="queries among candidates, and positives among queries too"
+    )
     normalisation: Literal["separate", "joint"] = Field(
         "separate", description="joint: both directions, and what `among` adds, in one denominator"
     )
@@ -139,8 +141,8 @@ class ContrastiveSection(Term):
     angular_margin: float = Field(0.0, ge=0, lt=1.6, description="radians added to the positive's angle")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all candidates")
     positives: Positives | None = Field(None, description="None: only a query's own")
-    false_negatives: FalseNegatives | None = None
-    debiased: Debiased | None = None
+    false_negatives: FalseNegatives | None = Field(None, description="hides candidates too close to the positive")
+    debiased: Debiased | None = Field(None, description="reweights hard negatives and corrects for false ones")
     harder: float = Field(0.0, ge=0, description="weights each negative by exp(harder * logit), as a constant")
     sampling_correction: bool = Field(False, description="divide by the probability with which it was sampled (logQ)")
     mask_same_document: bool = Field(True, description="a candidate equal to the query's positive is no negative")
@@ -148,6 +150,11 @@ class ContrastiveSection(Term):
     mask_same_label: bool = Field(False, description="a candidate of the query's label is no negative")
     only_same: tuple[Literal["tasks", "languages", "modalities"], ...] = Field(
         (), description="only candidates of the query's own task, language or modality are negatives"
+    )
+    batch_negatives: Literal["all", "own", "none"] = Field(
+        "all",
+        description="negatives from the batch: every worker's documents, a query's own hard negatives, or none: the "
+        "queue's alone (MoCo, Contriever)",
     )
     ignore_unrelated: bool = Field(
         False, description="only a query's own hard negatives are negatives; how other pairs relate isn't known"
@@ -355,7 +362,9 @@ class TripletSection(AmongCandidatesSection):
     mining: Literal["own", "batch_hard", "semi_hard", "batch_all"] = Field(
         "batch_hard", description="negatives: a query's own, the nearest, the nearest beyond the positive, or all"
     )
-    similarity: Literal["distance", "squared_distance", "inner_product"] = "distance"
+    similarity: Literal["distance", "squared_distance", "inner_product"] = Field(
+        "distance", description="what the margin is of; both distances are negated"
+    )
     margin: float | None = Field(0.2, gt=0, description="in units of the similarity; None: soft, log(1 + exp(.))")
 
     @model_validator(mode="after")

@@ -155,7 +155,10 @@ class Contrastive:
         """Queries over all workers' documents, each other where that is asked, and the queues of documents."""
         online = self._section.positive_encoding == "online"
         vectors = embedded.documents if online else momentum(embedded)[1]
-        blocks = [Block(vectors, documents, self._masks, fresh=online, diagonal=True, columns=self._both and online)]
+        kept = slice(0, 0) if self._section.batch_negatives == "none" else slice(None)
+        masks = (*self._masks, Unrelated()) if self._section.batch_negatives == "own" else self._masks
+        columns = self._both and online and kept.stop is None
+        blocks = [Block(vectors[kept], documents[kept], masks, fresh=online, diagonal=True, columns=columns)]
         if self._section.among_queries:
             blocks.append(Block(embedded.queries, queries, self._masks, diagonal=True))
         blocks += [self._stored(rows) for name, rows in sorted(embedded.queues.items()) if not of_queries(name)]
@@ -193,10 +196,12 @@ class Contrastive:
         # Seen from its document, a query answers; the document's own query is what equals the key of its row.
         keys = replace(positives, query_ids=queries.query_ids, document_ids=queries.document_ids)
         blocks = []
-        if self._section.positive_encoding == "momentum":
+        if self._section.positive_encoding == "momentum" and self._section.batch_negatives != "none":
             blocks.append(Block(momentum(embedded)[0], queries, self._masks, fresh=False, diagonal=True))
         if self._section.among_documents:
             blocks.append(Block(embedded.positives, keys, self._masks, diagonal=True))
+        if self._section.batch_negatives == "none":
+            blocks.append(Block(embedded.queries[:0], queries[:0], diagonal=True))
         blocks += [self._stored(rows) for name, rows in sorted(embedded.queues.items()) if of_queries(name)]
         return self._exchange(embedded.positives, keys, blocks, temperature) if blocks else None
 
@@ -220,10 +225,11 @@ class Contrastive:
         section, group = self._section, self._group
         sides = [Side(row_pairs, there.rows)]
         if self._both:
-            columns = there.columns if section.positive_encoding == "online" else None
+            in_batch = section.positive_encoding == "online" and section.batch_negatives != "none"
+            columns = there.columns if in_batch else None
             sides.append(Side(column_pairs, joined(columns, back.rows if back else None)))
         if section.normalisation == "joint":
-            sides = [Side(row_pairs, joined(*(side.reduced for side in sides)))]
+            sides = [Side(row_pairs, joined(*(side.reduced for side in sides)), len(sides))]
         weights = row_pairs.new_ones(len(row_pairs)) if embedded.weights is None else embedded.weights.to(row_pairs)
         compared = [side.compared.to(weights.dtype) * weights for side in sides]
         sums = torch.stack(

@@ -3,6 +3,7 @@
 Of query i: l = s/t its positive's logit, D = log sum over its negatives of exp(logit), Z = log(exp l + exp D).
 
     InfoNCE                Z - l                                                   arXiv:1807.03748, eq. 4
+    joint, n directions    log(n exp l + exp D) - l                                arXiv:2308.03281, eq. 3
     margins                l from s - m, or from cos(arccos s + m)                 arXiv:1801.09414, arXiv:1801.07698
     decoupled (DCL)        D - l                                                   arXiv:2110.06848, eq. 6
     DCLW                   D - w l,  w = 2 - exp(s/sigma) / mean exp(s/sigma)       arXiv:2110.06848, eq. 7
@@ -34,10 +35,12 @@ from trainers.objectives.reductions import Reduced, Targets, Wanted
 
 @dataclass(frozen=True)
 class Side:
-    """One direction of this worker's queries: pairs [b], similarity of each and its positive; and its negatives."""
+    """One direction of this worker's queries, or several with one denominator, in which the positive is once for each:
+    pairs [b], similarity of each query and its positive; and its negatives."""
 
     pairs: Tensor
     reduced: Reduced
+    directions: int = 1
 
     @property
     def compared(self) -> Tensor:
@@ -79,7 +82,8 @@ def losses(section: ContrastiveSection, side: Side, temperature: float | Tensor)
         if section.positives.sum == "outside":
             lost = lost + together - (reduced.target_sum + positive) / (reduced.target_weight + 1)
     else:
-        lost = negatives - positive if section.decoupled else softplus(negatives - positive)
+        times = math.log(side.directions)
+        lost = negatives - positive if section.decoupled else softplus(negatives - positive - times) + times
         if section.label_smoothing:
             mean = (reduced.pointwise + positive) / (reduced.count + 1)
             lost = lost + section.label_smoothing * (positive - mean)

@@ -8,7 +8,7 @@ from torch import nn
 from data_services.collate import share_batch
 from data_services.schema import UsageError
 from data_services.tokenizer import FolderTokenizer
-from tests.trainers.encoders.tiny import TEXTS, TINY, padded, scrambled, train_tokenizer
+from tests.trainers.encoders.tiny import TEXTS, TINY, padded, scrambled, train_tokenizer, train_tokenizer_with_mask
 from tests.trainers.test_step import BETA, DIM, Tower, batch_of
 from tests.twins import dense_contrastive
 from trainers.chunks import chunks_of, keys_of
@@ -189,6 +189,21 @@ def test_sentence_transformers_encodes_queries_and_documents_as_the_trainer_does
     for field, wanted in (("query", queries), ("document", documents)):
         alone = SentenceTransformer(str(exported / field), device="cpu")
         np.testing.assert_allclose(alone.encode(TEXTS, prompt_name=field), wanted, atol=1e-5)
+
+
+def test_two_towers_of_token_vectors_export_as_one_late_interaction_model(tmp_path):
+    from sentence_transformers import MultiVectorEncoder
+
+    config = ModelConfig(config=TINY, towers="separate", pooling="tokens", token_dim=8, query_length=12)
+    prepare_model_folder(config, tmp_path / "m", train_tokenizer_with_mask)
+    towers = build_towers(config, tmp_path / "m").eval()
+    scrambled(towers.document)
+    out = export_towers(towers.state_dict(), towers.spec, tmp_path / "m", tmp_path / "out")
+    theirs, ours = MultiVectorEncoder(str(out), device="cpu"), local(towers, tmp_path / "m")
+    for field, vectors in (("query", theirs.encode_query(TEXTS)), ("document", theirs.encode_document(TEXTS))):
+        for got, want in zip(vectors, ours.encode_tokens(TEXTS, field), strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-5)
+    assert "MultiVectorEncoder" in (out / "README.md").read_text()
 
 
 def test_an_export_comes_back_with_every_weight(folder, exported):

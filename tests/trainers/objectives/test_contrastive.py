@@ -50,6 +50,8 @@ AXES = {
     "same label": {"mask_same_label": True},
     "one task": {"only_same": ["tasks"]},
     "known negatives": {"ignore_unrelated": True},
+    "own hard negatives and the queue": {"batch_negatives": "own"},
+    "the queue alone": {"batch_negatives": "none"},
     "momentum positives": {"positive_encoding": "momentum"},
     "hardest share": {"hardest_share": 0.3},
     "learned": {"temperature": {"start": 0.2}},
