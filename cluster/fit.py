@@ -115,7 +115,12 @@ def ray_trainer(ready: Prepared) -> Any:
         if run.failure.exists():
             raise RunError(run.failure.read_text())
         return ray_dataset(
-            reader, cluster.workers, start_of(run), recipe.engine.budget_tokens, recipe.data.read_ahead_mib
+            reader,
+            cluster.workers,
+            start_of(run),
+            recipe.engine.budget_tokens,
+            recipe.data.read_ahead_mib,
+            by_field=recipe.model.towers == "separate",
         )
 
     resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}

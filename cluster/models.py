@@ -22,6 +22,9 @@ from data_services.schema import Encoder, RunError, UsageError
 if TYPE_CHECKING:
     import numpy as np
 
+    from trainers.encoders.text import TextEncoder, TokenizePrompted
+    from trainers.encoders.towers import Towers
+
 BUILTIN = "builtin:stdlib-code"
 MAX_FILE_BYTES = 1_000_000
 
@@ -124,22 +127,42 @@ def resolve(model: str, root: Path | None = None) -> ModelRef:
 @contextmanager
 def open_encoder(folder: Path) -> Iterator[Encoder]:
     """The model of a folder as an encoder on this process's device, with its prompts, length and pooling."""
-    from cluster.prepare import tokenizer_of
     from data_services.tokenizer import FolderTokenizer
     from trainers.config import ModelConfig
     from trainers.encoders.model_folder import prepare_model_folder
     from trainers.encoders.spec import SPEC_FILE
     from trainers.encoders.text import LocalEncoder, build_encoder
-    from trainers.export import load_exported
+    from trainers.encoders.towers import has_towers
 
-    if (folder / SPEC_FILE).exists():
-        yield LocalEncoder(load_exported(folder), tokenizer_of(folder))
+    if (folder / SPEC_FILE).exists() or has_towers(folder):
+        yield exported_encoder(folder)
         return
     config = ModelConfig(path=str(folder))
     with tempfile.TemporaryDirectory(prefix="gyre-") as place:
         spec = prepare_model_folder(config, Path(place) / "model")
         encoder = build_encoder(config, Path(place) / "model")
         yield LocalEncoder(encoder, FolderTokenizer(Path(place) / "model", spec.max_tokens, spec.prompts))
+
+
+def exported_encoder(folder: Path) -> Encoder:
+    """The model of a folder that gyre exported, one tower or two."""
+    from cluster.prepare import tokenizer_of
+    from trainers.encoders.towers import has_towers, load_towers
+    from trainers.export import load_exported
+
+    if has_towers(folder):
+        return local_encoder(load_towers(folder), tokenizer_of(folder / "query"))
+    return local_encoder(load_exported(folder), tokenizer_of(folder))
+
+
+def local_encoder(tower: TextEncoder | Towers, tokenize: TokenizePrompted) -> Encoder:
+    """A tower, or two, on this process's device."""
+    from trainers.encoders.text import LocalEncoder
+    from trainers.encoders.towers import LocalTowers, Towers
+
+    if isinstance(tower, Towers):
+        return LocalTowers(LocalEncoder(tower.query, tokenize), LocalEncoder(tower.document, tokenize))
+    return LocalEncoder(tower, tokenize)
 
 
 def evaluate(

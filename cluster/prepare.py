@@ -124,11 +124,13 @@ def make_model_folder(recipe: Recipe, folder: Path, sources: tuple[StoredSource,
     """Config, tokenizer and, for a pretrained model, weights: one folder that every worker reads."""
     from data_services.tokenizer import train_bpe
     from trainers.encoders.model_folder import prepare_model_folder
+    from trainers.encoders.towers import prepare_document_tower
 
     def train_tokenizer(vocabulary: int, target: Path) -> None:
         train_bpe(training_texts(sources), vocabulary, target)
 
     prepare_model_folder(recipe.model, folder, train_tokenizer)
+    prepare_document_tower(recipe.model, folder)
 
 
 def training_texts(sources: tuple[StoredSource, ...]) -> Iterator[str]:

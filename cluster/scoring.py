@@ -37,20 +37,18 @@ def score_split(recipe: Recipe, run: RunPaths, split: str, pool: StoredSource) -
     """BM25, the model before training and after it. Per-query values go to the run's folder, for comparisons."""
     import torch
 
-    from cluster.worker import encoder_of
+    from cluster.models import exported_encoder, local_encoder
+    from cluster.worker import model_of
     from data_services.sources import retrieval_pool
     from evaluation.retrieval import bm25_rows, evaluate_encoder
     from evaluation.significance import paired_bootstrap
-    from trainers.encoders.text import LocalEncoder
-    from trainers.export import load_exported
 
     queries, documents, relevant = retrieval_pool(pool)
     scores = bm25_rows(queries, documents, relevant, recipe.evaluation)
     torch.manual_seed(recipe.seed)
-    encoders = {"untrained": encoder_of(recipe, run.model), "trained": load_exported(run.export)}
-    for name, encoder in encoders.items():
-        local = LocalEncoder(encoder, tokenizer_of(run.model))
-        scores[name] = evaluate_encoder(local, queries, documents, relevant, recipe.evaluation.k)
+    untrained = local_encoder(model_of(recipe, run.model, {}).tower, tokenizer_of(run.model))
+    for name, encoder in {"untrained": untrained, "trained": exported_encoder(run.export)}.items():
+        scores[name] = evaluate_encoder(encoder, queries, documents, relevant, recipe.evaluation.k)
     save_per_query(run, split, queries, {name: s.per_query for name, s in scores.items()})
     metric = f"ndcg@{recipe.evaluation.k}"
     difference = paired_bootstrap(scores["trained"].per_query[metric], scores["bm25"].per_query[metric])

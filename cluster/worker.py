@@ -177,7 +177,7 @@ def model_of(recipe: Recipe, folder: Path, learned: Mapping[str, float]) -> Trai
 def encoder_of(recipe: Recipe, folder: Path) -> TextEncoder:
     """The recipe's tower from its model folder; random weights come from the current torch generator."""
     from trainers.encoders.text import TextEncoder, build_encoder
-    from trainers.export import BACKBONE
+    from trainers.export import BACKBONE, READOUT
 
     named = recipe.model.encoder
     if named is None:
@@ -185,10 +185,12 @@ def encoder_of(recipe: Recipe, folder: Path) -> TextEncoder:
     encoder = import_object(named, "model.encoder")(recipe.model, folder)
     if not isinstance(encoder, TextEncoder):
         raise UsageError(f"model.encoder: {named} returned a {type(encoder).__name__}; it must return a TextEncoder")
-    outside = next((name for name, _ in encoder.named_parameters() if not name.startswith(BACKBONE)), None)
+    names = [name for name, _ in encoder.named_parameters()]
+    outside = next((name for name in names if not name.startswith((BACKBONE, READOUT))), None)
     if outside:
         raise UsageError(
-            f"model.encoder: {named} has the weight {outside}, which an export can't hold; move it into the backbone"
+            f"model.encoder: {named} has the weight {outside}, which an export can't hold; move it into the backbone "
+            "or the readout"
         )
     return encoder
 
@@ -217,12 +219,21 @@ def restore(step: ContrastiveStep, checkpoint: Checkpoint) -> int:
 def export(task: Task, step: ContrastiveStep, group: Group) -> None:
     """The trained weights, or their average where the recipe says so, as a Sentence Transformers folder."""
     from trainers.encoders.spec import ModelSpec
+    from trainers.encoders.towers import export_towers
     from trainers.export import export_sentence_transformer
     from trainers.model import TOWER
 
     source = step.memory.encoder if step.memory and task.recipe.momentum.export else step.engine
     weights = {name.removeprefix(TOWER): w for name, w in source.full_weights().items() if name.startswith(TOWER)}
+    model, run = task.recipe.model, task.run
+
+    def one(of: Mapping[str, Any], spec: ModelSpec, folder: Path, out: Path) -> Path:
+        return export_sentence_transformer(of, spec, folder, out, model)
+
     if group.rank == 0:
-        folder = task.run.model
-        export_sentence_transformer(weights, ModelSpec.load(folder), folder, task.run.export, task.recipe.model)
+        spec = ModelSpec.load(run.model)
+        if model.towers == "separate":
+            export_towers(weights, spec, run.model, run.export, one)
+        else:
+            one(weights, spec, run.model, run.export)
     group.barrier()

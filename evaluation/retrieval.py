@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from pydantic import Field
@@ -99,11 +100,25 @@ def evaluate_encoder(
     relevant: Sequence[set[int]],
     k: int = 10,
 ) -> Scores:
-    """Embed both sides with any `Encoder`, a user's own too, rank by cosine, score at cutoff k."""
+    """Embed both sides with any `Encoder`, a user's own too, rank by inner product, score at cutoff k.
+
+    An encoder that `gives_tokens` ranks by the sum of maxima over its `encode_tokens`.
+    """
     if not documents:
         raise UsageError("there is no document to rank: the pool is empty")
-    ranking, _ = rank(_encode(encoder, queries, "query"), _encode(encoder, documents, "document"), k)
+    if getattr(encoder, "gives_tokens", False):
+        late: TokenEncoder = encoder  # type: ignore[assignment]
+        found = late.encode_tokens(queries, "query"), late.encode_tokens(documents, "document")
+        ranking, _ = rank_tokens(*found, k)
+    else:
+        ranking, _ = rank(_encode(encoder, queries, "query"), _encode(encoder, documents, "document"), k)
     return evaluate_retrieval(ranking, relevant, metric_names(k), queries=queries)
+
+
+class TokenEncoder(Protocol):
+    """Texts of one field to token vectors [m, D] float32 each, for late interaction."""
+
+    def encode_tokens(self, texts: Sequence[str], field: str) -> list[np.ndarray]: ...
 
 
 def _encode(encoder: Encoder, texts: Sequence[str], field: str) -> np.ndarray:
@@ -111,6 +126,8 @@ def _encode(encoder: Encoder, texts: Sequence[str], field: str) -> np.ndarray:
     if vectors.ndim != 2 or len(vectors) != len(texts):
         raise RunError(f"the encoder gave {vectors.shape} for {len(texts)} {field} texts: give one row for each")
     _refuse_nan(vectors, field)
+    if not getattr(encoder, "unit_vectors", True):
+        return vectors
     length = np.linalg.norm(vectors.astype(np.float64), axis=1)
     off = np.abs(length - 1) > 1e-2  # bf16 vectors are within 4e-3
     if off.any():
@@ -141,6 +158,32 @@ def rank(queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray
     ranked = [_best(queries[at : at + _QUERY_BLOCK], documents, k) for at in range(0, len(queries), _QUERY_BLOCK)]
     ids, scores = zip(*ranked, strict=True) if ranked else ([np.zeros((0, k), int)], [np.zeros((0, k), np.float32)])
     return np.concatenate(ids), np.concatenate(scores)
+
+
+def rank_tokens(
+    queries: Sequence[np.ndarray], documents: Sequence[np.ndarray], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Exact search by the sum, over a query's tokens [m, D], of the largest inner product with a document's [l, D].
+
+    Results as of `rank`. A document without tokens scores 0. RunError on NaN or infinity.
+    """
+    for side, name in ((queries, "query"), (documents, "document")):
+        for vectors in side:
+            _refuse_nan(vectors, f"token of a {name}'s")
+    ids = np.full((len(queries), k), -1, np.int64)
+    scores = np.full((len(queries), k), -np.inf, np.float32)
+    lengths = np.array([len(tokens) for tokens in documents])
+    some = np.flatnonzero(lengths)
+    everything = np.concatenate([documents[int(i)] for i in some]) if len(some) else None
+    begins = np.concatenate([[0], np.cumsum(lengths[some])[:-1]]).astype(int)
+    for i, tokens in enumerate(queries):
+        row = np.zeros((1, len(documents)), np.float32)
+        if everything is not None and len(tokens):
+            row[0, some] = np.maximum.reduceat(tokens @ everything.T, begins, axis=1).sum(0)
+        columns = _top_columns(row, k)
+        found, best = _best_first(columns, np.take_along_axis(row, columns, 1), k)
+        ids[i], scores[i] = found[0], best[0]
+    return ids, scores
 
 
 def _best(queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

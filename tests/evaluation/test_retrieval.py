@@ -6,7 +6,7 @@ import pytest
 
 import evaluation.retrieval as retrieval
 from data_services.schema import RunError, UsageError
-from evaluation.retrieval import BM25Config, bm25, evaluate_encoder, evaluate_retrieval, rank, terms
+from evaluation.retrieval import BM25Config, bm25, evaluate_encoder, evaluate_retrieval, rank, rank_tokens, terms
 
 
 def naive_rank(queries, documents, k):
@@ -193,3 +193,17 @@ def test_bm25_leaves_stop_words_out_when_told():
 def test_bm25_over_documents_without_a_word_is_refused():
     with pytest.raises(UsageError, match="nothing to search"):
         bm25(["a query"], ["...", "--"], 3)
+
+
+def test_token_vectors_rank_by_the_sum_of_maxima():
+    random = np.random.default_rng(0)
+    queries = [random.normal(size=(n, 4)).astype(np.float32) for n in (3, 1, 0)]
+    documents = [random.normal(size=(n, 4)).astype(np.float32) for n in (2, 0, 5, 1)]
+    ids, scores = rank_tokens(queries, documents, 3)
+    for i, query in enumerate(queries):
+        expected = [sum((d @ t).max() for t in query) if len(d) else 0.0 for d in documents]
+        order = sorted(range(4), key=lambda j: (-np.float32(expected[j]), j))[:3]
+        assert ids[i].tolist() == order
+        np.testing.assert_allclose(scores[i], [expected[j] for j in order], rtol=1e-5)
+    with pytest.raises(RunError, match="NaN"):
+        rank_tokens([np.full((1, 4), np.nan, np.float32)], documents, 1)

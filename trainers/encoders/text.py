@@ -224,6 +224,7 @@ class LocalEncoder:
 
     def __init__(self, encoder: TextEncoder, tokenize: TokenizePrompted, batch_tokens: int = 16384) -> None:
         self.encoder, self.tokenize, self.batch_tokens = encoder, tokenize, batch_tokens
+        self.gives_tokens, self.unit_vectors = encoder.gives_tokens, encoder.spec.normalize
 
     def encode(self, texts: Sequence[str], field: str) -> np.ndarray:
         """Vectors [n, D] float32 of texts of one field, in their order; of length one unless the model says not."""

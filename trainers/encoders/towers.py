@@ -152,6 +152,7 @@ class LocalTowers:
 
     def __init__(self, query: LocalEncoder, document: LocalEncoder) -> None:
         self._query, self._document = query, document
+        self.gives_tokens, self.unit_vectors = query.gives_tokens, query.unit_vectors
 
     def encode(self, texts: Sequence[str], field: str) -> np.ndarray:
         """Vectors [n, D] float32 of texts of one field, see `LocalEncoder.encode`."""

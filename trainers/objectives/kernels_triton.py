@@ -84,13 +84,15 @@ def _products(
 @triton.jit
 def _masked(logits, rows, at, last, row_ids, candidate_ids, B, n, own_start, own_count, KEYS: tl.constexpr):
     """The logits with -inf where a row and a candidate are not compared, whichever side asks, and from `last` on."""
-    hidden = (rows >= B)[:, None] | (at >= last)[None, :]
-    hidden |= (rows[:, None] == at[None, :] + own_start) & (at < own_count)[None, :]
+    # Mask after mask, ids first: a thread holds half its registers in logits, and this order spills the fewest.
     for key in tl.static_range(KEYS):
         of_row = tl.load(row_ids + key * B + rows, rows < B, _UNKNOWN)
         of_candidate = tl.load(candidate_ids + key * n + at, at < n, _UNKNOWN)
-        hidden |= (of_row[:, None] == of_candidate[None, :]) & (of_row != _UNKNOWN)[:, None]
-    return tl.where(hidden, _NOTHING, logits)
+        same = (of_row[:, None] == of_candidate[None, :]) & (of_row != _UNKNOWN)[:, None]
+        logits = tl.where(same, _NOTHING, logits)
+    logits = tl.where((rows >= B)[:, None] | (at >= last)[None, :], _NOTHING, logits)
+    own = (rows[:, None] == at[None, :] + own_start) & (at < own_count)[None, :]
+    return tl.where(own, _NOTHING, logits)
 
 
 @triton.jit
