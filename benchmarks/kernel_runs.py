@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, logsigmoid, normalize, softplus
 
 from benchmarks.common import child_main
 from trainers.objectives import kernels
+from trainers.objectives.kernel_pairs import Pairs
 
 TEMPERATURE = 0.05
 RING_BLOCKS = 8  # how many workers the ring would have
@@ -29,10 +30,10 @@ class _Ours(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, fresh: Tensor, stored: Tensor | None) -> Tensor:
-        ctx.pairs = kernels.Pairs(queries, fresh, TEMPERATURE, own=slice(0, len(queries)))
+        ctx.pairs = Pairs(queries, fresh, TEMPERATURE, own=slice(0, len(queries)))
         parts = [kernels.forward_block(ctx.pairs)]
         if stored is not None:
-            parts.append(kernels.forward_block(kernels.Pairs(queries, stored, TEMPERATURE), values=True))
+            parts.append(kernels.forward_block(Pairs(queries, stored, TEMPERATURE), values=True))
         row = torch.stack([part.maximum + part.total.log() for part in parts]).logsumexp(0)
         ctx.row, ctx.queue = row, parts[1:]
         return row.clone()
@@ -40,10 +41,12 @@ class _Ours(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
         queries, fresh = ctx.pairs.queries, ctx.pairs.candidates
-        gradient = torch.zeros(queries.shape, dtype=torch.float32, device=queries.device)
-        for part in ctx.queue:
+        if ctx.queue:
+            (part,) = ctx.queue
             weight = upstream[0] * (part.maximum - ctx.row).exp() / TEMPERATURE
-            gradient = torch.mul(part.values, weight[:, None], out=part.values)
+            gradient = part.values.mul_(weight[:, None])
+        else:
+            gradient = torch.zeros(queries.shape, dtype=torch.float32, device=queries.device)
         of_fresh = kernels.backward_block(ctx.pairs, ctx.row, upstream[0], gradient)
         return gradient.to(queries.dtype), of_fresh.to(fresh.dtype), None
 

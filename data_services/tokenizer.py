@@ -19,8 +19,8 @@ from data_services.schema import Ragged, UsageError, text_id
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-PAD, UNKNOWN, START = "[PAD]", "[UNK]", "[CLS]"
-_SPECIAL = (PAD, UNKNOWN, START)
+PAD, UNKNOWN, START, MASK = "[PAD]", "[UNK]", "[CLS]", "[MASK]"
+_SPECIAL = (PAD, UNKNOWN, START, MASK)
 _BYTES = 256
 # Between a lower-case letter or digit and a capital (camelCase), and before the last capital of a run where a
 # word begins there (HTTPResponse). It has to run before lower-casing, hence as a normalizer.
@@ -32,7 +32,7 @@ _WORD = r"[\p{L}\p{M}]+|\p{N}{1,3}|_+|[^\s\p{L}\p{M}\p{N}_]+"
 def train_bpe(texts: Iterable[str], vocabulary: int, folder: Path) -> None:
     """Trains a byte-level BPE of `vocabulary` tokens at most and writes it as a Transformers folder.
 
-    Ids: 0 [PAD], 1 [UNK] (never produced: every byte is a token), 2 [CLS], which begins each text. The same
+    Ids: 0 [PAD], 1 [UNK] (never produced: every byte is a token), 2 [CLS], which begins each text, 3 [MASK]. The same
     texts give the same files. Raises UsageError where the vocabulary has no room for a single merge.
 
     Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units"; byte-level as in
@@ -66,7 +66,12 @@ def train_bpe(texts: Iterable[str], vocabulary: int, folder: Path) -> None:
         single=f"{START} $A", pair=f"{START} $A {START} $B", special_tokens=[(START, _SPECIAL.index(START))]
     )
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNKNOWN, cls_token=START, padding_side="right"
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        cls_token=START,
+        mask_token=MASK,
+        padding_side="right",
     )
     wrapped.save_pretrained(folder)
 

@@ -46,7 +46,7 @@ def test_every_side_computes_the_same_loss_and_gradients():
 def test_without_a_gpu_it_says_so_and_gives_no_figures(tmp_path):
     command = [sys.executable, "-m", "benchmarks.kernel", "--json", str(tmp_path / "kernel.json")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "no GPU here: nothing is measured")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "no GPU here: nothing is measured"), done.stderr
     assert set(json.loads((tmp_path / "kernel.json").read_text())) == {"machine", "card"}
 
 

@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from tests.trainers.objectives.kernel_cases import Case, check
 from trainers.objectives import kernels
+from trainers.objectives.kernel_pairs import Pairs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
@@ -30,11 +31,11 @@ def test_reductions_and_gradients_equal_the_dense_twin(case, dtype):
 
 def test_tf32_is_used_only_where_torch_may():
     fresh, _ = replace(LARGE, stored=0).blocks()
-    assert fresh.arguments(0)["PRECISION"] == "tf32x3"
+    assert kernels._arguments(fresh, 0)["PRECISION"] == "tf32x3"
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        assert fresh.arguments(0)["PRECISION"] == "tf32"
+        assert kernels._arguments(fresh, 0)["PRECISION"] == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -55,7 +56,7 @@ def test_memory_beside_the_queue_does_not_grow_with_it():
     held = []
     for rows in (200_000, 800_000):
         stored = normalize(torch.randn(rows, 256, device="cuda"), dim=1).bfloat16()
-        pairs = kernels.Pairs(queries, stored, 0.05)
+        pairs = Pairs(queries, stored, 0.05)
         kernels.forward_block(pairs, values=True)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -18,6 +18,7 @@ import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,11 +65,12 @@ class Layout:
         places = order[text] * mask.shape[1] + positions
         return cls(places, positions, [length for length in lengths[order].tolist() if length])
 
-    @property
+    @cached_property
     def runs(self) -> list[tuple[int, int]]:
         """(texts, length) of each run of texts of one length."""
         return [(len(list(texts)), length) for length, texts in itertools.groupby(self.lengths)]
 
+    @cached_property
     def bounds(self) -> Tensor:
         """[texts + 1] int32, the offset at which each text begins, and T."""
         ends = torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32)
@@ -90,8 +92,8 @@ class Pattern:
         """`all`, `causal`, or `other` where it is neither: whatever the first position of a text sees of the others,
         and the last, every token sees as far ahead and behind."""
         if self._shape is None:
-            length = int(layout.positions.max()) + 1
-            ahead, behind = (self._visible(layout, at, 1, length) for at in (0, length - 1))
+            longest = int(layout.positions.max()) + 1
+            ahead, behind = (self._visible(layout, at, 1, longest) for at in (0, longest - 1))
             causal = "causal" if int(ahead.sum()) == 1 else "other"
             self._shape = "other" if not behind.all() else "all" if ahead.all() else causal
         return self._shape
@@ -99,8 +101,8 @@ class Pattern:
     def biases(self, layout: Layout) -> list[Tensor | None]:
         """Of each run what is added to its scores, [m, 1, L, L]; None where every token sees every other."""
         if self._biases is None:
-            self._biases, length = [], int(layout.positions.max()) + 1
-            visible = self._visible(layout, 0, length, length)
+            longest = int(layout.positions.max()) + 1
+            visible, self._biases = self._visible(layout, 0, longest, longest), []
             tokens = [texts * length for texts, length in layout.runs]
             for (texts, length), at in zip(layout.runs, layout.positions.split(tokens), strict=True):
                 at = at.view(texts, length)
@@ -192,7 +194,7 @@ def text_by_text(
 
 def jagged(query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool, dropout: float = 0.0) -> Tensor:
     """The same by torch's kernels for jagged tensors: query (scaled), key, value [T, h, A] -> [T, h, A]."""
-    bounds, (shortest, longest) = layout.bounds(), (layout.lengths[0], layout.lengths[-1])
+    bounds, (shortest, longest) = layout.bounds, (layout.lengths[0], layout.lengths[-1])
     q, k, v = (
         torch.nested.nested_tensor_from_jagged(
             x.contiguous(), bounds, min_seqlen=shortest, max_seqlen=longest
@@ -237,9 +239,9 @@ def run(backbone: PreTrainedModel, input_ids: Tensor, mask: Tensor, packed: bool
 
 def _attention_arguments(backbone: PreTrainedModel, layout: Layout) -> dict[str, Any]:
     """What reaches the attention functions through the model: `layout` to ours, the bounds to FlashAttention's."""
-    if backbone.config._attn_implementation != FLASH:
+    if backbone.config._attn_implementation == ATTENTION:
         return {"layout": layout}
-    bounds, longest = layout.bounds(), layout.lengths[-1]
+    bounds, longest = layout.bounds, layout.lengths[-1]
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
@@ -268,7 +270,8 @@ def prepare(backbone: PreTrainedModel, config: ModelConfig) -> bool:
         raise UsageError(f"model.packing: on, but {obstacle}")
     if obstacle:
         return False
-    backbone.set_attn_implementation(FLASH if config.attention == FLASH else ATTENTION)
+    if config.attention != FLASH:
+        backbone.set_attn_implementation(ATTENTION)
     return True
 
 

@@ -138,13 +138,18 @@ def build_towers(
 
     Random weights come from the current torch generator, which is left as for a single encoder.
     """
-    query = build(config, folder)
-    if (folder / DOCUMENT).exists():
-        return Towers(query, build(config, folder / DOCUMENT))
+    query, other = build(config, folder), _own_folder(folder, DOCUMENT)
+    if other != folder:
+        return Towers(query, build(config, other))
     with torch.random.fork_rng(devices=[]):
         document = build(config, folder)
     document.load_state_dict(query.state_dict())
     return Towers(query, document)
+
+
+def _own_folder(folder: Path, field: str) -> Path:
+    """The model folder of one tower, of two whose model folder is `folder`."""
+    return folder / DOCUMENT if field == DOCUMENT and (folder / DOCUMENT).exists() else folder
 
 
 class LocalTowers:
@@ -186,7 +191,7 @@ def export_towers(
         for field in (QUERY, DOCUMENT):
             prefix = f"{field}."
             own = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
-            export(own, spec, model_folder, making / field)
+            export(own, spec, _own_folder(model_folder, field), making / field)
         _write_router(making)
         shutil.rmtree(out, ignore_errors=True)
         making.rename(out)

@@ -3,16 +3,17 @@ reach memory and in torch's own products where it is the fastest there is. The t
 
 Shapes: queries [B, D], candidates [n, D], l_ij = q_i . k_j / temperature, i and j compared unless a mask hides them.
 
-Forward. A program walks a share of the candidates with a tile of queries and keeps each query's running maximum m_i
-and sum of exp(l_ij - m_i) (Milakov & Gimelshein, arXiv:1805.02867); shares are as many as fill the card, so that few
-queries against a long queue do too, and merge at the end. Columns finish in the same pass: B / 128 partial sums each.
+Forward. A program takes one tile of pairs and leaves the maximum m and the sum of exp(l_ij - m) of each of its rows
+and, where they are wanted, columns; those of all tiles are merged at the end (Milakov & Gimelshein, arXiv:1805.02867).
+They take 1/32 and 1/16 of a byte per pair, where a logit would take two or four.
 
-Values, sum_j exp(l_ij - m_i) k_j of a queue's rows, and the backward pass need a second product, by D columns of which
-the accumulators fit no register file beyond D = 256. So the weights, exp(l_ij - anchor_i), go through memory, at most
-`WEIGHTS_BYTES` of them at a time and in 16 bits where the operands are, and the second product is a plain one.
-The maximum isn't known while weights are made. Each row's anchor is what it was, at first 0, and moves to the maximum
-only when they drift 2^64 apart, too little for either an overflow or a loss; the tiles concerned are then made again.
-With logits within +-44 that never happens, and the queue costs two products, as attention does.
+Values, sum_j exp(l_ij - m_i) k_j of a queue's rows, and the backward pass need a second product, whose D columns of
+accumulators no register file holds beyond D = 256. So the weights, exp(l_ij - anchor_i), go through memory, at most
+`WEIGHTS_BYTES` of them at a time and in 16 bits where the operands have 16, and the second product is torch's own.
+
+A row's maximum isn't known while its weights are made. Its anchor is at first 0, and moves to the maximum only when
+they are more than 2^64 apart: less neither overflows nor loses a bit. The tiles concerned are then made again. With
+logits within +-44 that never happens, and a queue costs two products, as attention does.
 
 Backward. Weights p_ij dL/drow_i + c_ij dL/dcol_j, chunk by chunk, then both products from them: three in all, one of
 them recomputation, where a kernel for each gradient would take four.
@@ -37,8 +38,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainers.objectives.keys import Keys
-from trainers.objectives.masks import AboveCeiling, Mask, SameClass, SameId, known
+from trainers.objectives.kernel_pairs import MASKS, WEIGHT_TYPES, Pairs
+from trainers.objectives.masks import Mask
 from trainers.objectives.reductions import Wanted, finite
 from trainers.objectives.similarity import InnerProduct, Similarity
 
@@ -47,7 +48,6 @@ WEIGHTS_BYTES = 2**28
 
 _LOG2_E = math.log2(math.e)
 _DRIFT = 64.0  # in base 2; see above. float32 and bfloat16 reach from 2^-126 to 2^127, and a sum has 2^40 terms at most
-_WEIGHT_TYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.bfloat16}
 _ACCUMULATES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)  # addmm of 16 bits into 32
 
 
@@ -58,113 +58,10 @@ def usable(vectors: Tensor, score: Similarity, masks: Sequence[Mask], wanted: Wa
         type(score) is InnerProduct
         and wanted.plain
         and not (wanted.weights or wanted.counts)
-        and all(isinstance(mask, SameId | SameClass | AboveCeiling) for mask in masks)
-        and vectors.dtype in _WEIGHT_TYPES
+        and all(isinstance(mask, MASKS) for mask in masks)
+        and vectors.dtype in WEIGHT_TYPES
         and find_spec("triton") is not None
         and (_capable(vectors.device) or os.environ.get("TRITON_INTERPRET") == "1")
-    )
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Queries against a block of candidates, and which pairs of them are compared.
-
-    queries, candidates          [B, D], [n, D] float32, bfloat16 or float16; products are of the candidates' type
-    temperature                  what scores are divided by
-    row_ids, candidate_ids       [m, B], [m, n] int64; a pair with one of its m ids in common is hidden (UNKNOWN equals
-                                 nothing)
-    own                          candidate j and row own.start + j are not compared, j < own.stop - own.start
-    row_ceiling, column_ceiling  [B], [n] float32; the row, or the candidate where it reduces its column, doesn't see
-                                 logits above its own; None: it sees all
-
-    Raises ValueError where shapes or types disagree.
-    """
-
-    queries: Tensor
-    candidates: Tensor
-    temperature: float
-    row_ids: Tensor | None = None
-    candidate_ids: Tensor | None = None
-    own: slice | None = None
-    row_ceiling: Tensor | None = None
-    column_ceiling: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        (rows, width), (n, of_candidates) = self.queries.shape, self.candidates.shape
-        if width != of_candidates:
-            raise ValueError(f"queries have {width} columns on axis 1, candidates {of_candidates}")
-        if self.candidates.dtype not in _WEIGHT_TYPES:
-            raise ValueError(f"candidates are {self.candidates.dtype}: float32, bfloat16 or float16 is needed")
-        for name, column, expected in (
-            ("row_ids", self.row_ids, rows),
-            ("candidate_ids", self.candidate_ids, n),
-            ("row_ceiling", self.row_ceiling, rows),
-            ("column_ceiling", self.column_ceiling, n),
-        ):
-            if column is not None and column.shape[-1] != expected:
-                raise ValueError(f"{name} has {column.shape[-1]} entries on its last axis, {expected} are needed")
-
-    @property
-    def rows(self) -> int:
-        return len(self.queries)
-
-    def arguments(self, columns: int) -> dict[str, Any]:
-        """What every kernel is given."""
-        queries, candidates = self.queries.to(self.candidates.dtype).contiguous(), self.candidates.contiguous()
-        if _triton().INTERPRETED and candidates.dtype == torch.bfloat16:
-            queries, candidates = queries.float(), candidates.float()  # the interpreter multiplies bfloat16's raw bits
-        ids = (self.row_ids, self.candidate_ids)
-        row_ids, candidate_ids = (None if x is None else x.contiguous() for x in ids)
-        own = self.own or slice(0, 0)
-        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-        return {
-            "queries": queries,
-            "candidates": candidates,
-            "row_ids": row_ids,
-            "candidate_ids": candidate_ids,
-            "row_ceiling": None if self.row_ceiling is None else self.row_ceiling.float() * _LOG2_E,
-            "column_ceiling": None if self.column_ceiling is None else self.column_ceiling.float() * _LOG2_E,
-            "scale": _LOG2_E / self.temperature,
-            "B": self.rows,
-            "n": len(candidates),
-            "columns": columns,
-            "own_start": own.start,
-            "own_count": own.stop - own.start,
-            "D": candidates.shape[1],
-            "KEYS": 0 if row_ids is None else len(row_ids),
-            "PRECISION": precision,
-            **_triton().tile_shape(candidates.element_size()),
-        }
-
-
-def pairs(
-    queries: Tensor,
-    query_keys: Keys,
-    candidates: Tensor,
-    candidate_keys: Keys,
-    masks: Sequence[Mask],
-    temperature: float,
-    own: slice | None = None,
-) -> Pairs:
-    """The pairs that the exchange's masks leave, of those that `usable` takes. queries [B, D], candidates [n, D]."""
-    ids: list[tuple[Tensor, Tensor]] = []
-    for mask in masks:
-        if isinstance(mask, SameId):
-            names = [name for name, compared in (("document", mask.document), ("query", mask.query)) if compared]
-            ids += [known(f"{name}_ids", query_keys, candidate_keys) for name in names]
-        elif isinstance(mask, SameClass):
-            ids.append(known(mask.column, query_keys, candidate_keys))
-    row_ids, candidate_ids = (torch.stack(side) for side in zip(*ids, strict=True)) if ids else (None, None)
-    ceilings = any(isinstance(mask, AboveCeiling) for mask in masks)
-    return Pairs(
-        queries,
-        candidates,
-        temperature,
-        row_ids,
-        candidate_ids,
-        own,
-        query_keys.ceiling if ceilings else None,
-        candidate_keys.ceiling if ceilings else None,
     )
 
 
@@ -237,7 +134,7 @@ def _reduced(pairs: Pairs, columns: int) -> Partial:
     if rows == 0 or n == 0:
         nothing = [new(size).fill_(value) for size in (rows, columns) for value in (-torch.inf, 0)]
         return Partial(nothing[0], nothing[1], None, nothing[2], nothing[3])
-    arguments = pairs.arguments(columns)
+    arguments = _arguments(pairs, columns)
     row_tiles, column_tiles = _cuts(rows, arguments["M"]), _cuts(n, arguments["N"])
     maxima, totals = new(column_tiles, rows), new(column_tiles, rows)
     column_maxima, column_totals = new(row_tiles, columns), new(row_tiles, columns)
@@ -262,7 +159,7 @@ def _with_values(pairs: Pairs) -> Partial:
     new = _new(pairs)
     rows, width = pairs.queries.shape
     maximum, anchor, total = new(rows).fill_(-torch.inf), new(rows).zero_(), new(rows).zero_()
-    values, moved = new(rows, width).zero_(), new(rows).to(torch.int8)
+    values, moved = new(rows, width).zero_(), new(rows, dtype=torch.int8)
     if rows and len(pairs.candidates):
         weights = _Weights(pairs)
         maxima, totals = new(weights.tiles, rows), new(weights.tiles, rows)
@@ -280,12 +177,41 @@ def _with_values(pairs: Pairs) -> Partial:
     return Partial(maximum / _LOG2_E, total * scale, values.mul_(scale[:, None]), new(0), new(0))
 
 
+def _arguments(pairs: Pairs, columns: int) -> dict[str, Any]:
+    """What every kernel is given."""
+    queries, candidates = pairs.queries.to(pairs.candidates.dtype).contiguous(), pairs.candidates.contiguous()
+    if _triton().INTERPRETED and candidates.dtype == torch.bfloat16:
+        queries, candidates = queries.float(), candidates.float()  # the interpreter multiplies bfloat16's raw bits
+    ids = (pairs.row_ids, pairs.candidate_ids)
+    row_ids, candidate_ids = (None if x is None else x.contiguous() for x in ids)
+    own = pairs.own or slice(0, 0)
+    precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return {
+        "queries": queries,
+        "candidates": candidates,
+        "row_ids": row_ids,
+        "candidate_ids": candidate_ids,
+        "row_ceiling": None if pairs.row_ceiling is None else pairs.row_ceiling.float() * _LOG2_E,
+        "column_ceiling": None if pairs.column_ceiling is None else pairs.column_ceiling.float() * _LOG2_E,
+        "scale": _LOG2_E / pairs.temperature,
+        "B": pairs.rows,
+        "n": len(candidates),
+        "columns": columns,
+        "own_start": own.start,
+        "own_count": own.stop - own.start,
+        "D": candidates.shape[1],
+        "KEYS": 0 if row_ids is None else len(row_ids),
+        "PRECISION": precision,
+        **_triton().tile_shape(candidates.element_size()),
+    }
+
+
 class _Weights:
     """Weights [B, t] of a block's candidates, a chunk after the other in one buffer."""
 
     def __init__(self, pairs: Pairs, columns: int = 0) -> None:
-        self.arguments = pairs.arguments(columns)
-        self.dtype = _WEIGHT_TYPES[pairs.candidates.dtype]
+        self.arguments = _arguments(pairs, columns)
+        self.dtype = pairs.weight_type
         tile = self.arguments["N"]
         fitting = max(1, WEIGHTS_BYTES // (pairs.rows * tile * self.dtype.itemsize))
         self.tiles = min(fitting, _cuts(len(pairs.candidates), tile))

@@ -37,9 +37,9 @@ def tile_shape(operand_bytes: int) -> dict[str, int]:
 
 
 _SAFE = triton.Config({"K": 32}, num_warps=8, num_stages=3)  # fits every card from compute capability 8.0 on
-_H100 = [triton.Config({"K": k}, num_warps=8, num_stages=stages) for k, stages in ((64, 3), (64, 4), (32, 4), (128, 2))]
-_CHOICES = [_SAFE] if INTERPRETED else [*_H100, _SAFE, triton.Config({"K": 32}, num_warps=8, num_stages=2)]
-"""What is timed on a card before a kernel's first use there; one that its shared memory can't hold is passed over."""
+_H100 = [triton.Config({"K": 64}, num_warps=8, num_stages=stages) for stages in (3, 4)]
+_CHOICES = [_SAFE] if INTERPRETED else [*_H100, _SAFE]
+"""What is timed before a first use on a card, and remembered on disk; one that doesn't fit the card is passed over."""
 
 
 def _prune(choices: list[triton.Config], *_: Any, **__: Any) -> list[triton.Config]:
@@ -47,7 +47,7 @@ def _prune(choices: list[triton.Config], *_: Any, **__: Any) -> list[triton.Conf
     return [_SAFE] if torch.are_deterministic_algorithms_enabled() else choices
 
 
-_PRUNE = {"early_config_prune": _prune}
+_TUNED = {"key": ["D", "KEYS"], "prune_configs_by": {"early_config_prune": _prune}, "cache_results": True}
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def _place(row_tiles, column_tiles, M: tl.constexpr, N: tl.constexpr):
     return i, i * M + tl.arange(0, M), j, j * N + tl.arange(0, N)
 
 
-@triton.autotune(_CHOICES, key=["D", "KEYS"], prune_configs_by=_PRUNE)
+@triton.autotune(_CHOICES, **_TUNED)
 @triton.jit(do_not_specialize=_SIZES)
 def reduce(
     queries, candidates, row_ids, candidate_ids, row_ceiling, column_ceiling, scale, B, n, columns,
@@ -144,7 +144,7 @@ def reduce(
         tl.store(column_totals + row_tile * columns + at, sums, at < columns)
 
 
-@triton.autotune(_CHOICES, key=["D", "KEYS"], prune_configs_by=_PRUNE)
+@triton.autotune(_CHOICES, **_TUNED)
 @triton.jit(do_not_specialize=[*_SIZES, "first", "last"])
 def weigh(
     queries, candidates, row_ids, candidate_ids, row_ceiling, column_ceiling, scale, B, n, columns,

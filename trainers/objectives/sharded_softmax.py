@@ -48,7 +48,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from trainers.collectives import Group
-from trainers.objectives import kernels
+from trainers.objectives import kernel_pairs, kernels
 from trainers.objectives.hardest import only_hardest
 from trainers.objectives.keys import Keys
 from trainers.objectives.masks import HIDDEN, Mask
@@ -117,13 +117,13 @@ class Exchange:
         """Whether Triton kernels reduce the block, see kernels.py."""
         return kernels.usable(block.vectors, self.score, block.masks, self.wanted)
 
-    def pairs(self, block: Block, vectors: Tensor) -> tuple[kernels.Pairs, int]:
+    def pairs(self, block: Block, vectors: Tensor) -> tuple[kernel_pairs.Pairs, int]:
         """What the kernels are given of a block, and how many columns of it are wanted."""
         own = self.own
         own = slice(own.start, min(own.stop, own.start + len(vectors)))
         diagonal = own if block.diagonal else None
         given = self.queries, self.query_keys, vectors, block.keys, block.masks, self.temperature, diagonal
-        return kernels.pairs(*given), own.stop - own.start if block.columns else 0
+        return kernel_pairs.pairs(*given), own.stop - own.start if block.columns else 0
 
     def tiles(self, block: Block, vectors: Tensor) -> Iterator[Tile]:
         """`vectors` are the block's, inside and outside of autograd."""

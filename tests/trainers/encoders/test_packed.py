@@ -135,7 +135,7 @@ def test_a_layout_by_hand():
     assert layout.runs == [(1, 1), (2, 2)]
     assert layout.places.tolist() == [9, 0, 1, 6, 8]
     assert layout.positions.tolist() == [0, 0, 1, 0, 2]
-    assert layout.bounds().tolist() == [0, 1, 3, 5]
+    assert layout.bounds.tolist() == [0, 1, 3, 5]
 
 
 def test_a_chunk_without_tokens_runs_and_its_vectors_take_no_part(tmp_path):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainers.objectives import kernels
+from trainers.objectives.kernel_pairs import Pairs
 from trainers.objectives.keys import UNKNOWN
 from trainers.objectives.reductions import finite
 
@@ -37,7 +38,7 @@ class Case:
     seed: int = 0
     device: str = "cpu"
 
-    def blocks(self) -> tuple[kernels.Pairs, kernels.Pairs]:
+    def blocks(self) -> tuple[Pairs, Pairs]:
         """The fresh and the stored candidates."""
         generator = torch.Generator().manual_seed(self.seed)
         n = self.fresh + self.stored
@@ -72,11 +73,11 @@ class Case:
                 "column_ceiling": ceilings,
             }
             on_device = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in given.items()}
-            made.append(kernels.Pairs(**on_device, own=rows))
+            made.append(Pairs(**on_device, own=rows))
         return made[0], made[1]
 
 
-def dense(pairs: kernels.Pairs, queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+def dense(pairs: Pairs, queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [B, n] as rows and as columns see them, hidden pairs -inf, one pair of ids at a time."""
     logits = queries @ candidates.T / pairs.temperature
     hidden = torch.zeros_like(logits, dtype=torch.bool)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.trainers.objectives.kernel_cases import Case, check, check_chunk_by_chunk
 from trainers.objectives import kernels
+from trainers.objectives.kernel_pairs import Pairs, pairs
 from trainers.objectives.keys import Keys
 from trainers.objectives.masks import AboveCeiling, OtherClass, SameClass, SameId
 from trainers.objectives.reductions import Wanted
@@ -111,11 +112,11 @@ def test_masks_become_ids_and_ceilings():
 
     queries, candidates, mine, theirs = torch.zeros(2, 4), torch.zeros(3, 4), keys(0, 2), keys(5, 3)
     masks = SameId(document=False), SameClass("labels"), AboveCeiling()
-    made = kernels.pairs(queries, mine, candidates, theirs, masks, 0.1)
+    made = pairs(queries, mine, candidates, theirs, masks, 0.1)
     assert made.row_ids.tolist() == [[0, 1], [200, 201]]
     assert made.candidate_ids.tolist() == [[5, 6, 7], [205, 206, 207]]
     assert (made.row_ceiling.tolist(), made.column_ceiling.tolist()) == (mine.ceiling.tolist(), theirs.ceiling.tolist())
-    plain = kernels.pairs(queries, mine, candidates, theirs, (), 0.1)
+    plain = pairs(queries, mine, candidates, theirs, (), 0.1)
     assert plain.row_ids is plain.candidate_ids is plain.row_ceiling is plain.column_ceiling is None
 
 
@@ -129,8 +130,8 @@ def test_shapes_that_disagree_are_named():
         "row_ceiling has 5 entries": {"row_ceiling": torch.zeros(5)},
     }.items():
         with pytest.raises(ValueError, match=message):
-            kernels.Pairs(**{"queries": queries, "candidates": candidates, "temperature": 1.0, **given_})
+            Pairs(**{"queries": queries, "candidates": candidates, "temperature": 1.0, **given_})
     with pytest.raises(ValueError, match="values and 2 columns"):
-        kernels.forward_block(kernels.Pairs(queries, candidates, 1.0), columns=2, values=True)
+        kernels.forward_block(Pairs(queries, candidates, 1.0), columns=2, values=True)
     with pytest.raises(ValueError, match="6 columns of 5 candidates"):
-        kernels.forward_block(kernels.Pairs(queries, candidates, 1.0), columns=6)
+        kernels.forward_block(Pairs(queries, candidates, 1.0), columns=6)

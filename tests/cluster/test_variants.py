@@ -1,0 +1,84 @@
+"""Each way of training that a recipe can ask for, from the recipe to the scored export, on one worker without Ray."""
+
+import math
+
+import pytest
+import yaml
+
+from tests.e2e.conftest import mini_recipe, write_pairs
+
+HERE = {"cluster": {"workers": 1, "threads_per_worker": 1}, "engine": {"zero_stage": 2, "precision": "fp32"}}
+TOKENS = {"pooling": "tokens", "token_dim": 16, "token_dropout": 0.0}
+VARIANTS = {
+    "several losses": {
+        "objective": {"temperature": {"start": 0.1}},
+        "terms": [{"kind": "spread_out", "weight": {"start": 0.5, "end": 0.1}}, {"kind": "uniformity", "weight": 0.1}],
+        "matryoshka": {"dims": [32, 16]},
+    },
+    "layers": {"model": {"layers": [0, 1]}, "layers": {}, "queue": {"rows": 0}},
+    "masked LM": {"masked_lm": {"weight": 0.1}},
+    "late interaction": {"model": TOKENS, "objective": {"similarity": "max_sim", "temperature": 1.0}},
+    "late interaction without a queue": {
+        "model": TOKENS,
+        "objective": {"similarity": "max_sim", "temperature": 1.0},
+        "queue": {"rows": 0},
+    },
+    "two towers": {"model": {"towers": "separate"}},
+    "momentum on both sides": {
+        "objective": {"positive_encoding": "momentum", "batch_negatives": "none"},
+        "queue": {"rows": 64, "others": [{"name": "queries", "rows": 64}]},
+    },
+    "hardest of a queue that is full": {
+        "objective": {"hardest_share": 0.5, "only_same": ["tasks"]},
+        "queue": {"rows": 64, "start": "filled", "max_age_steps": 3},
+        "momentum": {"decay": {"start": 0.5, "end": 1.0, "shape": "cosine"}, "dropout": True, "export": True},
+    },
+    "sigmoid": {
+        "objective": {"kind": "sigmoid"},
+        "engine": {"zero_stage": 3, "precision": "fp32", "reduction": "per_chunk"},
+    },
+    "packed": {"model": {"packing": "on"}},
+}
+
+
+def merged(base: dict, more: dict) -> dict:
+    """`more` laid over `base`, section by section; a loss replaces a loss whole."""
+    out = dict(base)
+    for key, value in more.items():
+        nested = isinstance(value, dict) and isinstance(out.get(key), dict) and key != "objective"
+        out[key] = merged(out[key], value) if nested else value
+    return out
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs")
+
+
+def trained(recipe, home):
+    """A whole run in this process: (metrics by step, scores of the held-out split)."""
+    from cluster.config import load_recipe
+    from cluster.prepare import prepare
+    from cluster.scoring import score_split
+    from cluster.worker import Task, train_on_worker
+    from data_services.stream import LocalStream
+    from tests.e2e.commands import steps_in
+
+    ready = prepare(load_recipe(recipe), home, None)
+    task = Task(ready.recipe, ready.run, ready.plan.steps, ready.lineage())
+    by_field = ready.recipe.model.towers == "separate"
+    stream = LocalStream(ready.reader, 1, 0, ready.recipe.engine.budget_tokens, by_field)
+    assert train_on_worker(task, stream) == ready.plan.steps
+    scored = score_split(ready.recipe, ready.run, "heldout", ready.pools["heldout"])
+    return steps_in(ready.run.metrics), scored.rows
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_trains_exports_and_is_scored(gloo, pairs, tmp_path, variant):
+    base = mini_recipe(pairs) | {"name": "variant"}
+    base = merged(base, {"data": {"steps": 6}, "checkpoint": {"every_steps": 6}, **HERE})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(merged(base, VARIANTS[variant])))
+    ((steps, rows),) = gloo(1, trained, path, tmp_path / "home")
+    assert all(math.isfinite(step["loss"]) and step["grad_norm"] > 0 for step in steps[1:])
+    assert all(0 <= rows["trained"][metric] <= 1 for metric in rows["trained"])
