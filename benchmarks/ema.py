@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -52,7 +53,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for i, side in in_turns(SIDES, rounds):
         runs[side].append(child("benchmarks.ema", "run", setting | {"side": side}, threads=1))
         last = runs[side][-1]
-        print(f"  round {i + 1}, {side}: update {last['update_s'] * 1e3:.2f} ms of a step's {last['step_s'] * 1e3:.0f}")
+        times = f"update {last['update_s'] * 1e3:.2f} ms of a step's {last['step_s'] * 1e3:.0f}"
+        print(f"  round {i + 1}, {side}: {times}", flush=True)
     figures = summary(runs)
     for side in SIDES:
         print(
@@ -189,6 +191,4 @@ def held_bytes() -> int:
 
 
 if __name__ == "__main__":
-    import sys
-
     child_main({"run": run}) if sys.argv[1:2] == ["run"] else main()

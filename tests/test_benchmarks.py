@@ -9,7 +9,7 @@ from benchmarks import caching, common, negatives, negatives_sides, padding, sta
 from trainers.collectives import Group
 
 
-@pytest.mark.parametrize("name", ["step", "startup", "quality", "caching", "padding"])
+@pytest.mark.parametrize("name", ["step", "startup", "quality", "caching", "padding", "ema"])
 def test_help_tells_what_is_measured_without_importing_what_measures(name):
     code = (
         f"import runpy, sys; sys.argv[1:] = ['--help']\n"

@@ -95,9 +95,9 @@ def test_the_same_texts_give_the_same_files_in_another_process(trained, tmp_path
 
 
 def test_a_vocabulary_without_room_for_a_merge_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="a vocabulary of 259 tokens is too small; byte-level BPE needs 260"):
-        train_bpe(TEXTS, 259, tmp_path)
-    train_bpe(TEXTS, 260, tmp_path)
+    with pytest.raises(UsageError, match="a vocabulary of 260 tokens is too small; byte-level BPE needs 261"):
+        train_bpe(TEXTS, 260, tmp_path)
+    train_bpe(TEXTS, 261, tmp_path)
 
 
 def assert_same_as_sentence_transformer(folder: Path, max_tokens: int) -> None:

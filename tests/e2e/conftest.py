@@ -44,7 +44,7 @@ def mini_recipe(pairs: Path) -> dict:
         "queue": {"rows": 128},
         "momentum": {"decay": 0.9},
         "optimizer": {"lr": 0.01, "warmup_steps": 4},
-        "engine": {"zero_stage": 2, "precision": "bf16", "budget_tokens": 256, "caching": "on"},
+        "engine": {"zero_stage": 2, "precision": "auto", "budget_tokens": 256, "caching": "on"},
         "checkpoint": {"every_steps": 5, "keep": 2},
         "cluster": {"workers": 2, "threads_per_worker": 1},
     }

@@ -360,7 +360,7 @@ def exchange(
         query_keys=keys.gathered(group, sizes),
         blocks=tuple(blocks),
         score=score or InnerProduct(),
-        temperature=float(tau),
+        temperature=float(tau.detach()),
         wanted=wanted or Wanted(),
         tile=tile,
     )

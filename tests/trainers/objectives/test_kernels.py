@@ -11,11 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.trainers.objectives.kernel_cases import Case, check, check_chunk_by_chunk
+from tests.twins import of_worker, random_rows, random_shares
+from trainers.collectives import Group
 from trainers.objectives import kernels
 from trainers.objectives.kernel_pairs import Pairs, pairs
 from trainers.objectives.keys import Keys
 from trainers.objectives.masks import AboveCeiling, OtherClass, SameClass, SameId
 from trainers.objectives.reductions import Wanted
+from trainers.objectives.sharded_softmax import Block, exchange
 from trainers.objectives.similarity import InnerProduct, NegativeSquaredDistance
 
 
@@ -103,6 +106,29 @@ def _uses() -> list[bool]:
 def test_kernels_are_used_where_they_compute_the_same(interpreted):
     assert interpreted(_uses) == [True, True] + 6 * [False]
     assert not kernels.usable(torch.zeros(3, 4), InnerProduct(), (), Wanted()), "on a CPU without the interpreter"
+
+
+def _relative_errors() -> list[float]:
+    """Of the exchange in float32, which the kernels take, to itself in float64, which they don't."""
+    share, rows = random_shares(2, [(20, 41)], 24, distinct=30)[0], random_rows(3, 50, 24, distinct=30)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        mine = of_worker(share, {"documents": rows}, 0, 1, dtype)
+        stored = mine.queues["documents"]
+        temperature = torch.tensor(0.1, dtype=dtype, requires_grad=True)
+        fresh = Block(mine.documents, mine.document_keys, (SameId(),), diagonal=True, columns=True)
+        queue = Block(stored.vectors, stored.keys, (SameId(),), fresh=False)
+        assert kernels.usable(mine.documents, InnerProduct(), fresh.masks, Wanted()) is (dtype == torch.float32)
+        found = exchange(mine.queries, mine.query_keys, [fresh, queue], temperature=temperature, tile=16, group=Group())
+        row, column = found.rows.denominators, found.columns.denominators
+        (row.sum() + column.square().sum()).backward()
+        gradients = mine.queries.grad, mine.documents.grad, temperature.grad
+        results.append([row, column, found.rows.hardest, found.columns.hardest, found.parts, *gradients])
+    return [float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True)]
+
+
+def test_the_exchange_through_the_kernels_is_the_exchange(interpreted):
+    assert max(interpreted(_relative_errors)) < 1e-6
 
 
 def test_masks_become_ids_and_ceilings():
