@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trainers.objectives.sharded_softmax import Block, Exchange
 
 DIGIT_BITS = 8
+WITHOUT_DIGIT = (1 << (64 - DIGIT_BITS)) - 1  # an unsigned integer's other bits, once shifted as a signed one
 # (integers to select from [B, t], which of them count [B, t]), tile by tile
 Tiles = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
@@ -92,7 +93,7 @@ def kth_largest(tiles: Tiles, k: Tensor, bits: int, group: Group) -> tuple[Tenso
         histogram = prefix.new_zeros(len(prefix), 1 << DIGIT_BITS)
         for integers, counts in tiles():
             above = _unsigned_shift(integers ^ smallest, shift, bits)
-            same = counts & ((above >> DIGIT_BITS) == prefix[:, None])
+            same = counts & (((above >> DIGIT_BITS) & WITHOUT_DIGIT) == prefix[:, None])
             histogram.scatter_add_(1, above & 0xFF, same.long())
         histogram = group.all_reduce(histogram)
         # From the largest digit down, the first at which the running count reaches what is left.

@@ -1,5 +1,7 @@
 """A recipe's choices: what its model says unless the recipe does, and what doesn't go together."""
 
+import json
+
 import pytest
 
 from data_services.schema import UsageError
@@ -44,9 +46,16 @@ def test_choices_that_do_not_go_together_are_refused_by_name_and_leave_no_folder
 
 
 def test_queries_cannot_be_filled_up_without_a_token_to_do_it(tmp_path):
+    def without_mask(vocabulary, folder):
+        train_tokenizer(vocabulary, folder)
+        file = folder / "tokenizer_config.json"
+        settings = json.loads(file.read_text())
+        settings.pop("mask_token")
+        file.write_text(json.dumps(settings))
+
     config = ModelConfig(config=TINY, pooling="tokens", query_length=8)
     with pytest.raises(UsageError, match=r"model.query_length: the tokenizer has neither a mask token nor"):
-        prepare_model_folder(config, tmp_path / "m", train_tokenizer)
+        prepare_model_folder(config, tmp_path / "m", without_mask)
 
 
 def test_a_head_without_width_is_refused():
