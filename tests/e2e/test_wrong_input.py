@@ -59,7 +59,7 @@ def everything_in(home):
         ("optimizer.lrr=1", "unknown key optimizer.lrr; did you mean optimizer.lr?"),
         ("data.batch=many", "data.batch is 'many'"),
         ("data.batch=1", "data.batch (1) is smaller than cluster.workers (2)"),
-        ("objective.temperature=0", "objective.temperature is 0"),
+        ("objective.temperature=0", "objective.temperature: a temperature of 0"),
         ("engine.zero_stage=5", "engine.zero_stage is 5"),
     ],
 )
