@@ -164,9 +164,8 @@ def test_the_replicated_queue_is_the_same_everywhere_and_holds_the_newest_keys(g
     if name == "replicated":
         assert torch.equal(queue, other_queue)
     assert torch.equal(queue.T, expected)
-    first = torch.randn  # the queue that rank 0 began with
     torch.manual_seed(0)
-    stored = torch.nn.functional.normalize(first(12, 8), dim=1).double()
+    stored = negatives_sides.random_rows(12, 8).double()  # what rank 0 began with
     queries, documents, found, of_documents = steps[0]
     queries = queries.double().requires_grad_()
     logits = torch.cat([(queries * documents).sum(1, keepdim=True), queries @ stored.T], 1) / 0.05

@@ -258,8 +258,8 @@ def prepare(backbone: PreTrainedModel, config: ModelConfig) -> bool:
     """Whether `run` is to pack, by `model.packing`; if so the backbone takes packed texts only.
 
     auto  on with `model.attention: flash_attention_2` and an architecture that can, else off. On a CPU the loop takes
-          what it saves: length-sorted chunks of 128 pairs have 5 % of padding and are as fast packed (1.00 times, 0.89
-          to 1.03); of 8 pairs, with 19 %, 1.1 times as fast (benchmarks/padding.py)
+          what it saves: against length-sorted chunks of 128 pairs, with 5 % of padding, packed ones were 1.00 times as
+          fast (0.89 to 1.03), against those of 16 pairs, with 12 %, 1.03 times (0.99 to 1.08)
 
     UsageError where it is on and the architecture can't.
     """
