@@ -185,6 +185,10 @@ def encoder_of(recipe: Recipe, folder: Path) -> TextEncoder:
     encoder = import_object(named, "model.encoder")(recipe.model, folder)
     if not isinstance(encoder, TextEncoder):
         raise UsageError(f"model.encoder: {named} returned a {type(encoder).__name__}; it must return a TextEncoder")
+    if recipe.model.packing == "on" and not encoder.packed:
+        raise UsageError(f"model.packing: on, but {named} returned an encoder that pads; build it with build_encoder")
+    if recipe.model.adapter is not None and all("lora_" not in name for name, _ in encoder.named_parameters()):
+        raise UsageError(f"model.adapter: {named} returned an encoder without one; build it with build_encoder")
     names = [name for name, _ in encoder.named_parameters()]
     outside = next((name for name in names if not name.startswith((BACKBONE, READOUT))), None)
     if outside:

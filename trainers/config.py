@@ -303,9 +303,7 @@ class EngineConfig(Section):
     )
     offload: Literal["none", "cpu"] = Field("none", description="where ZeRO keeps optimizer state")
     budget_tokens: int = Field(8192, gt=0, description="padded tokens of one chunk, on one worker")
-    caching: Literal["auto", "on", "off"] = Field(
-        "auto", description="gradient caching: encode twice instead of keeping every chunk's graph"
-    )
+    caching: Switch = Field("auto", description="gradient caching: encode twice instead of keeping every chunk's graph")
     activation_bytes: int = Field(
         2_000_000_000, gt=0, description="auto keeps graphs while their estimate is below this, on one worker"
     )

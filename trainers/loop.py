@@ -82,7 +82,8 @@ def report(job: Job, batch: Batch, metrics: Mapping[str, float], clock: Clock) -
     """Sums the workers' counters, hands the step's metrics to the sink on rank 0; True where a stop was asked for."""
     texts = len(batch.queries) + len(batch.documents)
     stop = job.group.rank == 0 and job.stop_requested()
-    counts = [texts, batch.tokens, batch.padded_tokens, stop]
+    computed = batch.tokens if job.step.packed else batch.padded_tokens
+    counts = [texts, batch.tokens, computed, stop]
     sums = torch.tensor(counts, dtype=torch.float64, device=job.step.engine.device)
     texts, tokens, padded, stop = job.group.all_reduce(sums, "sum").tolist()
     seconds = clock.computed()

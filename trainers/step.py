@@ -93,6 +93,11 @@ class ContrastiveStep:
         self._remember(batch.step, fresh)
         return metrics | {"grad_norm": info.grad_norm, "lr": info.lr}
 
+    @property
+    def packed(self) -> bool:
+        """Whether no padding is computed."""
+        return self.engine.module.tower.packed
+
     def _encode(self, step: int, index: int, chunk: Chunk) -> Outputs:
         torch.manual_seed(key(self.seed, step, self.group.rank, index))
         return self.engine.forward(**chunk.inputs)

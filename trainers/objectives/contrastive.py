@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from trainers.collectives import Group
-from trainers.negative_queue import QueueRows
+from trainers.negative_queue import QueueRows, side_of
 from trainers.objectives.config import ContrastiveSection, Learned, value_at
-from trainers.objectives.embedded import Embedded, LossShare
+from trainers.objectives.embedded import Embedded, LossShare, wide
 from trainers.objectives.keys import Keys
 from trainers.objectives.masks import (
     AboveCeiling,
@@ -97,14 +97,14 @@ class Contrastive:
         """[b] each: similarity of every query and its positive, for the query's and for the positive's direction."""
         b = len(embedded.queries)
         keys = embedded.query_keys, embedded.document_keys[:b]
-        queries, positives = (_wide(x) for x in (embedded.queries, embedded.positives))
+        queries, positives = (wide(x) for x in (embedded.queries, embedded.positives))
         if self._section.positive_encoding == "online":
             pairs = self._score.of_pairs(queries, positives, *keys)
             return pairs, pairs
         momentum_queries, momentum_documents = momentum(embedded)
         return (
-            self._score.of_pairs(queries, _wide(momentum_documents[:b]), *keys),
-            self._score.of_pairs(_wide(momentum_queries), positives, *keys),
+            self._score.of_pairs(queries, wide(momentum_documents[:b]), *keys),
+            self._score.of_pairs(wide(momentum_queries), positives, *keys),
         )
 
     def _keys(self, embedded: Embedded, pairs: Tensor, temperature: float | Tensor) -> tuple[Keys, Keys]:
@@ -117,8 +117,9 @@ class Contrastive:
             return replace(queries, reference=mine), replace(documents, reference=theirs)
         positive = pairs.detach()
         if self._targets is not None:  # the hardest positive, wherever it is: the largest of the negated scores
-            block = Block(embedded.documents, documents, masks=(OnlyTargets(self._targets),), diagonal=True)
-            others = self._exchange(embedded.queries.detach(), queries, [replace_fresh(block)], -1.0, plain=True).rows
+            masks = (OnlyTargets(self._targets),)
+            block = Block(embedded.documents.detach(), documents, masks, fresh=False, diagonal=True)
+            others = self._exchange(embedded.queries.detach(), queries, [block], -1.0, plain=True).rows
             positive = torch.minimum(positive, -others.hardest)
         if rule.margin is not None:
             bound = positive - rule.margin
@@ -161,7 +162,7 @@ class Contrastive:
         blocks = [Block(vectors[kept], documents[kept], masks, fresh=online, diagonal=True, columns=columns)]
         if self._section.among_queries:
             blocks.append(Block(embedded.queries, queries, self._masks, diagonal=True))
-        blocks += [self._stored(rows) for name, rows in sorted(embedded.queues.items()) if not of_queries(name)]
+        blocks += [self._stored(rows) for name, rows in sorted(embedded.queues.items()) if side_of(name) == "documents"]
         return self._exchange(embedded.queries, queries, blocks, temperature)
 
     def _documents_move(self, embedded: Embedded) -> bool:
@@ -202,7 +203,7 @@ class Contrastive:
             blocks.append(Block(embedded.positives, keys, self._masks, diagonal=True))
         if self._section.batch_negatives == "none":
             blocks.append(Block(embedded.queries[:0], queries[:0], diagonal=True))
-        blocks += [self._stored(rows) for name, rows in sorted(embedded.queues.items()) if of_queries(name)]
+        blocks += [self._stored(rows) for name, rows in sorted(embedded.queues.items()) if side_of(name) == "queries"]
         return self._exchange(embedded.positives, keys, blocks, temperature) if blocks else None
 
     def _stored(self, rows: QueueRows) -> Block:
@@ -280,7 +281,7 @@ class Contrastive:
         hardness = (queued - denominator).exp()[compared].sum()
         distance = hardness.new_zeros(())
         if embedded.pooled:
-            distance = (_wide(embedded.queries) - _wide(embedded.positives)).square().sum()
+            distance = (wide(embedded.queries) - wide(embedded.positives)).square().sum()
         sums = [
             correct.new_tensor(len(pairs)),
             compared.sum(),
@@ -303,21 +304,11 @@ class Contrastive:
         return with_self - (own.square().sum(1) - 1).mul_(4).exp_().sum()
 
 
-def of_queries(queue: str) -> bool:
-    """Whether a queue holds queries, by its name: `queries`, or `queries` and a class."""
-    return queue.split("/")[0] == "queries"
-
-
 def momentum(embedded: Embedded) -> tuple[Tensor, Tensor]:
     """The momentum encoder's vectors of queries and documents."""
     if embedded.momentum_queries is None or embedded.momentum_documents is None:
         raise ValueError("the loss needs the momentum encoder's vectors: set momentum.decay, and give them to it")
     return embedded.momentum_queries, embedded.momentum_documents
-
-
-def replace_fresh(block: Block) -> Block:
-    """The block without gradient."""
-    return replace(block, vectors=block.vectors.detach(), fresh=False)
 
 
 def _masks(section: ContrastiveSection) -> tuple[Mask, ...]:
@@ -332,7 +323,3 @@ def _masks(section: ContrastiveSection) -> tuple[Mask, ...]:
     if (rule := section.false_negatives) is not None:
         masks.append(AboveCeiling() if rule.reference is None else SimilarReference(rule.reference))
     return tuple(masks)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

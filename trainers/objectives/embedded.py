@@ -150,3 +150,8 @@ def share_of(total: Tensor, group: Group) -> Tensor:
     """This worker's share, L/W, of a loss that every worker computed whole, with the gradient of the whole L: as
     `LossShare` has it. Only for an L that reached the embeddings through `gather_scalars`."""
     return _Share.apply(total, group.size)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In the type that losses are computed in: float32, or float64 as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -31,8 +31,8 @@ from trainers.objectives.config import (
     RankNetSection,
     value_at,
 )
-from trainers.objectives.embedded import Embedded, LossShare, gather_scalars, share_of
-from trainers.objectives.pairwise import own_similarities, wide
+from trainers.objectives.embedded import Embedded, LossShare, gather_scalars, share_of, wide
+from trainers.objectives.pairwise import own_similarities
 from trainers.objectives.terms import mean_over_workers, one_vector_a_text
 
 AnySection = TypeVar("AnySection", bound=ListwiseSection)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from trainers.collectives import Group
+from trainers.negative_queue import side_of
 from trainers.objectives.config import (
     AmongCandidatesSection,
     EnergyHingeSection,
@@ -24,13 +25,13 @@ from trainers.objectives.config import (
     TripletSection,
     value_at,
 )
-from trainers.objectives.contrastive import LOG_TEMPERATURE, of_queries
-from trainers.objectives.embedded import Embedded, LossShare
+from trainers.objectives.contrastive import LOG_TEMPERATURE
+from trainers.objectives.embedded import Embedded, LossShare, wide
 from trainers.objectives.keys import Keys
 from trainers.objectives.masks import HIDDEN, AboveCeiling, Mask, SameClass, SameId
 from trainers.objectives.reductions import Reduced, Wanted
 from trainers.objectives.sharded_softmax import Block, exchange
-from trainers.objectives.similarity import InnerProduct, MaxSim, NegativeSquaredDistance, Similarity
+from trainers.objectives.similarity import InnerProduct, MaxSim, NegativeDistance, NegativeSquaredDistance, Similarity
 from trainers.objectives.terms import Mean, mean_over_workers, one_vector_a_text
 
 BIAS = "bias"
@@ -247,37 +248,6 @@ class _AboveCeiling:
         return (logits > 0).to(logits.dtype)
 
 
-class NegativeDistance:
-    """s = -|q - k|; where both are equal its gradient is taken for 0."""
-
-    linear, homogeneous = False, False
-    _squared = NegativeSquaredDistance()
-
-    def scores(self, queries: Tensor, candidates: Tensor, query_keys: Keys, candidate_keys: Keys) -> Tensor:
-        squared = self._squared.scores(queries, candidates, query_keys, candidate_keys)
-        return squared.neg_().clamp_(min=0).sqrt_().neg_()
-
-    def of_pairs(self, queries: Tensor, candidates: Tensor, query_keys: Keys, candidate_keys: Keys) -> Tensor:
-        return -torch.linalg.vector_norm(queries - candidates, dim=1)
-
-    def gradients(
-        self,
-        upstream: Tensor,
-        scale: float,
-        queries: Tensor,
-        candidates: Tensor,
-        query_keys: Keys,
-        candidate_keys: Keys,
-        into: Tensor,
-        *,
-        of_candidates: bool,
-    ) -> Tensor | None:
-        distances = self.scores(queries, candidates, query_keys, candidate_keys).neg_()
-        of_squared = torch.where(distances > 0, upstream / (2 * distances), 0)
-        keys = query_keys, candidate_keys
-        return self._squared.gradients(of_squared, scale, queries, candidates, *keys, into, of_candidates=of_candidates)
-
-
 def among_candidates(
     embedded: Embedded,
     section: AmongCandidatesSection,
@@ -294,7 +264,7 @@ def among_candidates(
         masks = SameClass("labels"), *masks
     blocks = [Block(embedded.documents, embedded.document_keys, masks, diagonal=True)]
     if section.queue:
-        stored = (rows for name, rows in sorted(embedded.queues.items()) if not of_queries(name))
+        stored = (rows for name, rows in sorted(embedded.queues.items()) if side_of(name) == "documents")
         blocks += [Block(rows.vectors, rows.keys, masks, fresh=False) for rows in stored]
     return exchange(
         embedded.queries,
@@ -324,8 +294,3 @@ def own_similarities(embedded: Embedded, score: Similarity | None = None) -> Ten
     queries, documents, owners = wide(embedded.queries), wide(embedded.documents), embedded.owners
     score = score or similarity_of(embedded)
     return score.of_pairs(queries[owners], documents, embedded.query_keys[owners], embedded.document_keys)
-
-
-def wide(x: Tensor) -> Tensor:
-    """In the type that losses are computed in: float32, or float64 as it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -110,6 +110,37 @@ class NegativeSquaredDistance:
         return (upstream.T @ queries).sub_(candidates * upstream.sum(0)[:, None]).mul_(2 * scale)
 
 
+class NegativeDistance:
+    """s = -|q - k|; where both are equal its gradient is taken for 0."""
+
+    linear, homogeneous = False, False
+    _squared = NegativeSquaredDistance()
+
+    def scores(self, queries: Tensor, candidates: Tensor, query_keys: Keys, candidate_keys: Keys) -> Tensor:
+        squared = self._squared.scores(queries, candidates, query_keys, candidate_keys)
+        return squared.neg_().clamp_(min=0).sqrt_().neg_()
+
+    def of_pairs(self, queries: Tensor, candidates: Tensor, query_keys: Keys, candidate_keys: Keys) -> Tensor:
+        return -torch.linalg.vector_norm(queries - candidates, dim=1)
+
+    def gradients(
+        self,
+        upstream: Tensor,
+        scale: float,
+        queries: Tensor,
+        candidates: Tensor,
+        query_keys: Keys,
+        candidate_keys: Keys,
+        into: Tensor,
+        *,
+        of_candidates: bool,
+    ) -> Tensor | None:
+        distances = self.scores(queries, candidates, query_keys, candidate_keys).neg_()
+        of_squared = torch.where(distances > 0, upstream / (2 * distances), 0)
+        keys = query_keys, candidate_keys
+        return self._squared.gradients(of_squared, scale, queries, candidates, *keys, into, of_candidates=of_candidates)
+
+
 class MaxSim:
     """s = sum over the query's tokens of the largest inner product with a token of the candidate.
 
