@@ -19,24 +19,11 @@ from data_services.stream import DataConfig
 from evaluation.gates import GateConfig
 from evaluation.metrics import metric_names
 from evaluation.retrieval import EvaluationConfig
-from trainers.config import (
-    CheckpointConfig,
-    EngineConfig,
-    ModelConfig,
-    MomentumConfig,
-    OptimizerConfig,
-    QueueConfig,
-)
-from trainers.objectives.config import (
-    AnyTerm,
-    ContrastiveSection,
-    GradedWeights,
-    Layers,
-    MainTerm,
-    MaskedLM,
-    Matryoshka,
-    Term,
-)
+from trainers.config import CheckpointConfig, EngineConfig, ModelConfig, MomentumConfig, OptimizerConfig, QueueConfig
+from trainers.objectives.config import AnyTerm, MainTerm
+from trainers.objectives.sections.contrastive import ContrastiveSection
+from trainers.objectives.sections.numbers import Term
+from trainers.objectives.sections.wrappers import GradedWeights, Layers, MaskedLM, Matryoshka
 
 # The column of a source for what a loss needs of each pair.
 CLASS_OF = {"labels": "label", "tasks": "task", "languages": "language", "modalities": "modality"}

@@ -21,7 +21,7 @@ import pytest
 from pydantic import BaseModel
 
 from cluster.config import Recipe
-from trainers.objectives.config import Learned, Schedule
+from trainers.objectives.sections.numbers import Learned, Schedule
 
 TREE = Path(__file__).parents[1]
 DOCS = TREE / "docs"
@@ -292,9 +292,10 @@ def test_the_objective_example_is_its_loss_and_gradient(example):
     from data_services.imports import import_object
     from tests.twins import random_shares
     from trainers.collectives import Group
-    from trainers.objectives.config import ContrastiveSection, CustomSection
+    from trainers.objectives.config import CustomSection
     from trainers.objectives.contrastive import Contrastive
     from trainers.objectives.embedded import LossShare
+    from trainers.objectives.sections.contrastive import ContrastiveSection
 
     path = f"{example('my_objectives.py')}:Aligned"
     group, share = Group(), random_shares(0, [(6, 8)], 8)[0]
@@ -353,10 +354,10 @@ def test_the_example_in_engine_md_is_what_the_loss_gives():
     import torch
 
     from trainers.collectives import Group
-    from trainers.objectives.config import ContrastiveSection
     from trainers.objectives.contrastive import Contrastive
     from trainers.objectives.embedded import Embedded
     from trainers.objectives.keys import Keys
+    from trainers.objectives.sections.contrastive import ContrastiveSection
 
     queries, documents = (torch.eye(2).requires_grad_() for _ in range(2))
     keys = Keys(torch.tensor([0, 1]), torch.tensor([2, 3]))
@@ -389,7 +390,8 @@ def _metrics_of_a_step() -> dict[str, float]:
     from trainers.config import CheckpointConfig, QueueConfig
     from trainers.negative_queue import Queues
     from trainers.objectives.compose import Sum
-    from trainers.objectives.config import ContrastiveSection, Schedule
+    from trainers.objectives.sections.contrastive import ContrastiveSection
+    from trainers.objectives.sections.numbers import Schedule
     from trainers.step import ContrastiveStep, Memory
 
     group, ids = Group(), np.arange(2)
