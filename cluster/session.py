@@ -26,6 +26,8 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
+    # Idle workers started ahead have no runtime environment, so none of ours could take one of them.
+    "RAY_prestart_worker_first_driver": "0",
 }
 
 
