@@ -14,17 +14,15 @@ from pydantic import ValidationError
 
 from data_services.assemble import SOURCE_SHIFT
 from data_services.collate import from_arrow, share_batch, to_arrow
-from data_services.order import Plan, SourceShape
+from data_services.order import Plan, RowGroups, SourceShape
+from data_services.ray_feed import Units, ray_dataset, worker_batches
 from data_services.schema import UNKNOWN, Batch, Column, Ragged, RunError, text_id
 from data_services.store import SCHEMA
 from data_services.stream import (
     BatchReader,
     DataConfig,
     LocalStream,
-    Units,
     plan_of,
-    ray_dataset,
-    worker_batches,
 )
 
 BUDGET = 64
@@ -82,7 +80,7 @@ A, B = frozenset({Column.POSITIVE_SCORES, Column.LABEL, Column.TASK}), frozenset
 
 
 def reader(batch: int = 10, steps: int = 24, broken: int = -1, columns=(A, B), positives: int = 2) -> BatchReader:
-    shapes = [SourceShape("a", 60, (20, 20, 20), "fa"), SourceShape("b", 45, (15, 15, 15), "fb")]
+    shapes = [SourceShape("a", 60, RowGroups.of([20] * 3), "fa"), SourceShape("b", 45, RowGroups.of([15] * 3), "fb")]
     plan = Plan(5, batch, shapes, steps=steps, homogeneous=False, window_groups=2)
     sources = [FakeSource("a", 60, columns[0], broken), FakeSource("b", 45, columns[1])]
     return BatchReader(plan, sources, Characters(), negatives=2, positives=positives)
@@ -211,7 +209,7 @@ def text_of(tokens: np.ndarray) -> str:
 
 def test_a_column_is_there_in_every_batch_or_in_none():
     """Also in a batch from a source that lacks it: what a queue keeps of its rows doesn't change on the way."""
-    shapes = [SourceShape(name, 40, (20, 20), name) for name in ("a", "b")]
+    shapes = [SourceShape(name, 40, RowGroups.of([20, 20]), name) for name in ("a", "b")]
     plan = Plan(5, 10, shapes, steps=8, homogeneous=True, window_groups=2)
     read = BatchReader(plan, [FakeSource("a", 40, A), FakeSource("b", 40)], Characters())
     batches = [read(t) for t in range(8)]
