@@ -204,11 +204,14 @@ class _Exchange:
         return -tries
 
     def _fits(self, row: int, at: int, leaving: int) -> bool:
-        """Whether none of the row's ids stands too near to a place, but for the place it leaves."""
+        """Whether none of the row's ids stands too near to a place once it stands there.
+
+        The place it leaves doesn't count, nor one at that place itself: the row that stands there goes away.
+        """
         for code in self._codes_of[row]:
             places = self._places_of[code]
             near = places[bisect_right(places, at - self._spacing) : bisect_left(places, at + self._spacing)]
-            if near and near != [leaving]:
+            if near and near != [leaving] and near != [at]:
                 return False
         return True
 
