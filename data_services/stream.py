@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -12,8 +13,9 @@ from pydantic import Field, model_validator
 
 from data_services.assemble import SOURCE_SHIFT, GlobalBatch, tokenise
 from data_services.collate import share_batch
+from data_services.faults import BadRow, BadRows, patiently
 from data_services.order import Plan, RowGroups, SourceShape, Stage
-from data_services.schema import Batch, Column, Section, Tokenize, text_id
+from data_services.schema import Batch, Column, RunError, Section, Tokenize, Undecodable, text_id
 from data_services.sources import SourceConfig
 from data_services.store import StoredSource
 
@@ -94,6 +96,9 @@ class BatchReader:
     """Global batch t, tokenised: a pure function of t. `sources` are in the order of `plan.sources`.
 
     negatives, positives  of a record, at most, where a stage of the plan doesn't say; see `assemble.tokenise`
+    bad_rows              takes the rows that can't be decoded. They shorten their batch; no other takes their place
+
+    Reading that fails is tried again (`faults.patiently`), then RunError; RunError also where no row is left.
     """
 
     plan: Plan
@@ -101,25 +106,52 @@ class BatchReader:
     tokenize: Tokenize
     negatives: int = 0
     positives: int = 1
+    bad_rows: BadRows = field(default_factory=BadRows)
 
     def __call__(self, t: int) -> GlobalBatch:
+        table, keys = self.records(t)
+        try:
+            return self._tokenise(t, table, keys)
+        except Undecodable:
+            good = [i for i in range(len(keys)) if self._decodable(t, table.slice(i, 1), keys[i : i + 1])]
+        if not good:
+            where = f"; see {self.bad_rows.folder}" if self.bad_rows.folder else ""
+            raise RunError(f"none of the {len(keys)} rows of step {t} can be decoded{where}")
+        return self._tokenise(t, table.take(good), keys[good])
+
+    def records(self, t: int) -> tuple[pa.Table, np.ndarray]:
+        """(the records of global batch t, their row keys [B]), in the plan's order."""
         import pyarrow as pa
 
-        planned, negatives = self.plan.rows(t), self.plan.negatives(t, self.negatives)
+        planned = patiently(partial(self.plan.rows, t), f"the ids of step {t}")
         parts, places = [], []
         for source in np.unique(planned[:, 0]):
             where = np.flatnonzero(planned[:, 0] == source)
-            parts.append(self._read(source, planned[where, 1]))
+            rows, name = planned[where, 1], self.plan.sources[source].name
+            parts.append(patiently(partial(self._read, source, rows), f"source {name}"))
             places.append(where)
         table = pa.concat_tables(parts).take(np.argsort(np.concatenate(places)))
-        keys = planned[:, 0] << SOURCE_SHIFT | planned[:, 1]
-        return tokenise(table, keys, self.tokenize, t, self.plan.seed, negatives, self.positives)
+        return table, planned[:, 0] << SOURCE_SHIFT | planned[:, 1]
 
     @property
     def columns(self) -> list[str]:
         """What every batch is made from: the optional columns that any source has, null where another hasn't."""
         known = {Column.TASK}.union(*(source.columns for source in self.sources))
-        return [*Column.NEEDED, *(name for name in Column.OPTIONAL if name in known)]
+        return [Column.ID, *Column.NEEDED, *(name for name in Column.OPTIONAL if name in known)]
+
+    def _tokenise(self, t: int, table: pa.Table, keys: np.ndarray) -> GlobalBatch:
+        negatives = self.plan.negatives(t, self.negatives)
+        return tokenise(table, keys, self.tokenize, t, self.plan.seed, negatives, self.positives)
+
+    def _decodable(self, t: int, record: pa.Table, key: np.ndarray) -> bool:
+        """Whether the record can be tokenised; one that can't is put aside."""
+        try:
+            self._tokenise(t, record, key)
+        except Undecodable as error:
+            name, row = self.plan.sources[int(key[0]) >> SOURCE_SHIFT].name, int(key[0]) & (1 << SOURCE_SHIFT) - 1
+            self.bad_rows.add(BadRow(name, row, record.column(Column.ID)[0].as_py() or "", t, str(error)))
+            return False
+        return True
 
     def _read(self, source: int, rows: np.ndarray) -> pa.Table:
         import pyarrow as pa
