@@ -112,7 +112,7 @@ class Recipe(Section):
         for i, term in enumerate(self.losses):
             where = f"terms.{i - 1}" if i else "objective"
             for need in sorted(term.needs):
-                columns = {"scores": ["positive_scores"] + ["negative_scores"] * (self.data.negatives > 0)}
+                columns = {"scores": ["positive_scores"] + ["negative_scores"] * (self.data.most_negatives > 0)}
                 for column in columns.get(need, [CLASS_OF[need]] if need in CLASS_OF else []):
                     if column not in there:
                         raise ValueError(

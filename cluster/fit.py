@@ -100,7 +100,7 @@ def ray_trainer(ready: Prepared) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from data_services.stream import ray_dataset, split_config
+    from data_services.ray_feed import ray_dataset, split_config
 
     recipe, run = ready.recipe, ready.run
     cluster = recipe.cluster
@@ -149,7 +149,7 @@ def ray_worker(config: Mapping[str, Any]) -> None:
     """The function Ray Train runs on each worker."""
     import ray.train
 
-    from data_services.stream import worker_batches
+    from data_services.ray_feed import worker_batches
 
     task: Task = config["task"]
     rank = ray.train.get_context().get_world_rank()

@@ -87,6 +87,9 @@ def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | 
             tell({"kind": "phase", "text": f"run {ready.run.run_id}: {ready.plan.steps} steps"})
             with closing_run(tracker):
                 first_step = follow(tracker)
+                if bad := ready.bad_rows.read():
+                    told = f"{len(bad)} rows could not be decoded and were left out, the first: {bad[0].reason}"
+                    tell({"kind": "note", "text": f"{told}; see {ready.run.quarantine}"})
                 tell({"kind": "phase", "text": "evaluating"})
                 again = f"stopped after training; go on with: gyre train RECIPE --resume {ready.run.run_id}"
                 with stopped_by_signal(again):

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 from pydantic import Field, model_validator
 
@@ -29,6 +29,9 @@ from data_services.store import CODE_VERSION, StoredSource, store
 
 _BUILTIN = "builtin:"
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+Positive = Annotated[float, Field(gt=0)]
+FromStep = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0)]
 _CLASS = "^=?[^=]"  # a field, or = and a name
 _SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 # Names that make a file or a folder one split of a data set.
@@ -46,7 +49,15 @@ class SourceConfig(Section):
     query: str = Field("query", min_length=1, description="field of the query text")
     positive: str = Field("positive", min_length=1, description="field that holds the positive text, or a list")
     negatives: str | None = Field(None, min_length=1, description="field that holds hard negatives, text or list")
-    weight: float | None = Field(None, gt=0, description="share of the mixture; none: by the number of rows")
+    weight: Positive | list[tuple[FromStep, Share]] | None = Field(
+        None,
+        description="share of the mixture, or [from step, share] for each step at which it changes, from 0 on; "
+        "none: by the number of rows",
+    )
+    max_epochs: float | None = Field(
+        None, gt=0, description="passes over this source in the whole run, at most; the others then take its share"
+    )
+    max_rows: int | None = Field(None, gt=0, description="rows of this source in the whole run, at most")
     positive_scores: str | None = Field(
         None, min_length=1, description="field of the positives' scores, one for each: a teacher's, or graded relevance"
     )
@@ -64,6 +75,29 @@ class SourceConfig(Section):
         if self.negative_scores is not None and self.negatives is None:
             raise ValueError(f"negative_scores ({self.negative_scores}) needs `negatives`, the field of their texts")
         return self
+
+    @model_validator(mode="after")
+    def _weights_ascend(self) -> SourceConfig:
+        steps = self.weight_steps
+        if isinstance(self.weight, list) and (steps[:1] != [0] or sorted(set(steps)) != steps):
+            raise ValueError(f"weight changes at steps {steps}: the first is 0, each later one after the last")
+        return self
+
+    @property
+    def weight_steps(self) -> list[int]:
+        """The steps at which its weight changes, 0 among them; none where it has one weight or none."""
+        return [step for step, _ in self.weight] if isinstance(self.weight, list) else []
+
+    def weight_at(self, step: int) -> float | None:
+        """Its share of the mixture from a step on."""
+        if not isinstance(self.weight, list):
+            return self.weight
+        return [share for start, share in self.weight if start <= step][-1]
+
+    def limit(self, rows: int) -> int | None:
+        """Rows of it in the whole run, at most, where it has so many."""
+        by_epochs = None if self.max_epochs is None else int(self.max_epochs * rows + 1e-6)
+        return min((limit for limit in (by_epochs, self.max_rows) if limit is not None), default=None)
 
     @property
     def fields(self) -> Fields:
