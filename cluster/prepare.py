@@ -51,7 +51,8 @@ class Prepared:
         from data_services.stream import BatchReader
 
         data = self.recipe.data
-        return BatchReader(self.plan, self.sources, self.tokenize, data.negatives, data.positives)
+        views = [source.views for source in data.sources]
+        return BatchReader(self.plan, self.sources, self.tokenize, data.negatives, data.positives, views)
 
     def lineage(self) -> dict[str, Any]:
         """What a checkpoint says of its origin; the tracker's run is in the run's folder."""

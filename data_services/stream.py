@@ -25,6 +25,7 @@ from data_services.order import Plan, SourceShape
 from data_services.schema import Batch, Column, RunError, Section, Tokenize, text_id
 from data_services.sources import SourceConfig
 from data_services.store import StoredSource
+from data_services.views.config import Views
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -75,7 +76,8 @@ class Rows(Protocol):
 class BatchReader:
     """Global batch t, tokenised: a pure function of t. `sources` are in the order of `plan.sources`.
 
-    negatives, positives  of a record, at most; see `collate.tokenise`
+    negatives, positives  of a record, at most; see `assemble.tokenise`
+    views                 of the sources, in their order; none: every text as it is
     """
 
     plan: Plan
@@ -83,6 +85,7 @@ class BatchReader:
     tokenize: Tokenize
     negatives: int = 0
     positives: int = 1
+    views: Sequence[Views | None] = ()
 
     def __call__(self, t: int) -> GlobalBatch:
         import pyarrow as pa
@@ -95,7 +98,7 @@ class BatchReader:
             places.append(where)
         table = pa.concat_tables(parts).take(np.argsort(np.concatenate(places)))
         keys = planned[:, 0] << SOURCE_SHIFT | planned[:, 1]
-        return tokenise(table, keys, self.tokenize, t, self.plan.seed, self.negatives, self.positives)
+        return tokenise(table, keys, self.tokenize, t, self.plan.seed, self.negatives, self.positives, self.views)
 
     @property
     def columns(self) -> list[str]:
