@@ -90,7 +90,13 @@ class Recipe(Section):
                 f"({self.data.steps}); lower it"
             )
         self._check_losses()
-        gate, evaluation = self.registry.gate, self.evaluation
+        gate, evaluation, first = self.registry.gate, self.evaluation, self.data.sources[0]
+        if first.query == first.positive and not evaluation.pool and (evaluation.validation or evaluation.heldout):
+            raise ValueError(
+                "data.sources.0 has texts without queries, which can't be scored by retrieval: name a source with "
+                "fields `query` and `positive` in evaluation.pool, or set evaluation.validation and "
+                "evaluation.heldout to null"
+            )
         if gate is not None and (gate.over_bm25 is not None or gate.minimum is not None):
             measured = metric_names(evaluation.k)
             if not evaluation.validation:
@@ -210,6 +216,8 @@ def _sentence(key: str, problem: Any) -> str:
     if kind == "union_tag_invalid":
         expected = problem["ctx"]["expected_tags"].replace("'", "")
         return f"{key}.kind is {problem['ctx']['tag']!r}: it should be one of {expected}"
+    if kind == "union_tag_not_found":
+        return f"{key}.kind is missing{_described(key)}"
     if kind == "missing":
         return f"{key} is missing{_described(key)}"
     if kind == "value_error":

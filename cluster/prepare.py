@@ -52,7 +52,8 @@ class Prepared:
         from data_services.stream import BatchReader
 
         data = self.recipe.data
-        return BatchReader(self.plan, self.sources, self.tokenize, data.negatives, data.positives, self.bad_rows)
+        views = [source.views for source in data.sources]
+        return BatchReader(self.plan, self.sources, self.tokenize, data.negatives, data.positives, self.bad_rows, views)
 
     @property
     def bad_rows(self) -> BadRows:

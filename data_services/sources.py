@@ -26,6 +26,7 @@ from data_services.imports import import_object
 from data_services.records import Fields, Malformed, Row, as_row, jsonl_rows, parquet_rows, records
 from data_services.schema import Column, Section, UsageError
 from data_services.store import CODE_VERSION, StoredSource, store
+from data_services.views.config import Views
 
 _BUILTIN = "builtin:"
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -69,11 +70,19 @@ class SourceConfig(Section):
     )
     language: str | None = Field(None, pattern=_CLASS, description="field of the row's language, or =NAME for all rows")
     modality: str | None = Field(None, pattern=_CLASS, description="field of the row's modality, or =NAME for all rows")
+    views: Views | None = Field(None, description="what is shown of the texts, anew at every step; none: all")
 
     @model_validator(mode="after")
-    def _scores_have_texts(self) -> SourceConfig:
+    def _fields_agree(self) -> SourceConfig:
         if self.negative_scores is not None and self.negatives is None:
             raise ValueError(f"negative_scores ({self.negative_scores}) needs `negatives`, the field of their texts")
+        if self.views and self.views.negatives and self.negatives is None:
+            raise ValueError("views.negatives needs `negatives`, the field of their texts")
+        if self.views and self.views.pair and self.query != self.positive:
+            raise ValueError(
+                f"views.pair takes query and positive from one text, but query is {self.query!r} and positive is "
+                f"{self.positive!r}; name one field as both"
+            )
         return self
 
     @model_validator(mode="after")
@@ -110,7 +119,10 @@ class SourceConfig(Section):
         return self.fields.columns
 
     def texts_alone(self, path: str, split: str) -> SourceConfig:
-        """Queries and positives of the same fields at another path: what a model is scored on."""
+        """Queries and positives at another path: what a model is scored on. Fields of the same names; where this
+        source has texts without queries, `query` and `positive`."""
+        if self.query == self.positive:
+            return SourceConfig(path=path, split=split)
         return SourceConfig(path=path, split=split, query=self.query, positive=self.positive)
 
 

@@ -18,6 +18,7 @@ from data_services.order import Plan, RowGroups, SourceShape, Stage
 from data_services.schema import Batch, Column, RunError, Section, Tokenize, Undecodable, text_id
 from data_services.sources import SourceConfig
 from data_services.store import StoredSource
+from data_services.views.config import Views
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -97,6 +98,7 @@ class BatchReader:
 
     negatives, positives  of a record, at most, where a stage of the plan doesn't say; see `assemble.tokenise`
     bad_rows              takes the rows that can't be decoded. They shorten their batch; no other takes their place
+    views                 of the sources, in their order; none: every text as it is
 
     Reading that fails is tried again (`faults.patiently`), then RunError; RunError also where no row is left.
     """
@@ -107,6 +109,7 @@ class BatchReader:
     negatives: int = 0
     positives: int = 1
     bad_rows: BadRows = field(default_factory=BadRows)
+    views: Sequence[Views | None] = ()
 
     def __call__(self, t: int) -> GlobalBatch:
         table, keys = self.records(t)
@@ -141,7 +144,7 @@ class BatchReader:
 
     def _tokenise(self, t: int, table: pa.Table, keys: np.ndarray) -> GlobalBatch:
         negatives = self.plan.negatives(t, self.negatives)
-        return tokenise(table, keys, self.tokenize, t, self.plan.seed, negatives, self.positives)
+        return tokenise(table, keys, self.tokenize, t, self.plan.seed, negatives, self.positives, self.views)
 
     def _decodable(self, t: int, record: pa.Table, key: np.ndarray) -> bool:
         """Whether the record can be tokenised; one that can't is put aside."""

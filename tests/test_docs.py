@@ -67,7 +67,8 @@ def sections(section: type[BaseModel] = Recipe, path: str = "", seen: set[type] 
 def _heading(section: type[BaseModel], path: str) -> str:
     """The path, and the kind where the place takes one of several."""
     kind = section.model_fields.get("kind")
-    of_kind = f", kind: {kind.default}" if kind is not None and path == "objective" else ""
+    several = path.startswith(("objective", "data.sources"))
+    of_kind = f", kind: {kind.default}" if kind is not None and several else ""
     return (path.replace(".0", "") or TOP) + of_kind
 
 
