@@ -114,9 +114,9 @@ def _alternatives(annotation: Any) -> list[str]:
         return [" or ".join(f"`{value}`" for value in inner)]
     if origin is list or (origin is tuple and inner[-1] is Ellipsis):
         (word,) = _alternatives(inner[0])
-        return [
-            "list of sections" if word == "section" else f"list of {word}s" if "`" not in word else f"list of {word}"
-        ]
+        return [f"list of {word}" if "`" in word or word.endswith("]") else f"list of {word}s"]
+    if origin is tuple and len(set(inner)) > 1:
+        return [f"[{', '.join(_alternatives(x)[0] for x in inner)}]"]
     if origin is tuple:
         return [f"{len(inner)} {_alternatives(inner[0])[0]}s"]
     if origin is dict:
