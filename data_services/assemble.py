@@ -18,7 +18,7 @@ class GlobalBatch(Pairs):
     """A whole global batch, tokenised: b is B, and d counts the documents of all workers."""
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """[n] uint64 -> [n] uint64, the finaliser of splitmix64 (Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -27,8 +27,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def choose_positive(counts: np.ndarray, rows: np.ndarray, step: int, seed: int) -> np.ndarray:
     """[B] which of its `counts` [B] positives each row shows: a keyed hash of (seed, step, row)."""
-    key = _mix(np.array([seed], np.uint64) + np.uint64(0x9E3779B97F4A7C15)) + np.uint64(step)
-    return (_mix(rows.astype(np.uint64) + _mix(key)) % counts.astype(np.uint64)).astype(np.int64)
+    key = mix(np.array([seed], np.uint64) + np.uint64(0x9E3779B97F4A7C15)) + np.uint64(step)
+    return (mix(rows.astype(np.uint64) + mix(key)) % counts.astype(np.uint64)).astype(np.int64)
 
 
 def choose_documents(
