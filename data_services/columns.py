@@ -36,6 +36,7 @@ SCHEMA = pa.schema(
     ]
 )
 _IDS = {Column.QUERY_ID, Column.POSITIVE_IDS, Column.NEGATIVE_IDS}
+_TEXTS = {Column.QUERY, Column.POSITIVES, Column.NEGATIVES}  # which their ids stand for
 RECORD_SCHEMA = pa.schema([field for field in SCHEMA if field.name not in _IDS])
 _LARGEST_FLOAT32 = 3.4028234e38
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -308,11 +309,14 @@ def _bits(column: pa.Array) -> np.ndarray:
     return values.view(np.uint32).astype(np.uint64) if values.dtype == np.float32 else values.view(np.uint64)
 
 
-def row_hashes(stored: pa.Table) -> np.ndarray:
-    """[n] uint64 of each row of a stored table, over all its columns: what a source's fingerprint is made of."""
+def row_hashes(stored: pa.Table, named: bool) -> np.ndarray:
+    """[n] uint64 of each row of a stored table, over all its columns: what a source's fingerprint is made of.
+
+    named  whether its rows brought ids; those that `with_ids` gave say nothing new
+    """
     total = np.zeros(len(stored), np.uint64)
     for field in SCHEMA:
-        if field.name in (Column.QUERY, Column.POSITIVES, Column.NEGATIVES):  # by their ids
+        if field.name in _TEXTS or (field.name == Column.ID and not named):
             continue
         column = stored[field.name].combine_chunks()
         if isinstance(column, pa.ChunkedArray):

@@ -84,7 +84,7 @@ def _convert(part: Part, want: Want, source: str, folder: Path) -> None:
     rows_in = 0
     spans: Counter[str] = Counter()
     present: set[str] = set()
-    with _Rows(folder) as rows, _Quarantine(folder) as quarantine:
+    with _Rows(folder, want.fields.id is not None) as rows, _Quarantine(folder) as quarantine:
         for block in part.blocks(want):
             rows_in += block.rows_in
             spans[block.name] += block.span
@@ -111,10 +111,10 @@ def _records(block: Block, want: Want, quarantine: _Quarantine) -> pa.Table:
 
 
 class _Rows:
-    """Stored rows into files of row groups, with their hashes."""
+    """Stored rows into files of row groups, with their hashes. named: whether they bring ids."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, named: bool) -> None:
+        self._folder, self._named = folder, named
         self.files: list[str] = []
         self.any = False
         self._waiting: list[pa.Table] = []
@@ -137,7 +137,7 @@ class _Rows:
             return
         self.any = True
         stored = with_ids(records)
-        self._hashes.write(row_hashes(stored).astype("<u8").tobytes())
+        self._hashes.write(row_hashes(stored, self._named).astype("<u8").tobytes())
         self._waiting.append(stored)
         self._waiting_rows += len(stored)
         if self._waiting_rows >= GROUP_ROWS:

@@ -237,34 +237,45 @@ def _remember(slot: Path, stamp: Any, folder: Path) -> None:
 @contextlib.contextmanager
 def _alone(slot: Path, name: str) -> Iterator[bool]:
     """Waits until no other process converts into the slot. False where the file system knows no locks."""
+    handle = _open_slot(slot)
+    try:
+        locked = _lock(handle, name)
+        while locked and not _is(slot, handle):  # it was removed while this one waited
+            os.close(handle)
+            handle = _open_slot(slot)
+            locked = _lock(handle, name)
+        yield locked
+    finally:
+        os.close(handle)
+
+
+def _open_slot(slot: Path) -> int:
     while True:
         slot.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(slot, os.O_RDONLY)
-        except FileNotFoundError:
-            continue
-        try:
-            try:
-                _lock(handle, name)
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
-                    raise
-                yield False
-                return
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(slot).st_ino == os.fstat(handle).st_ino:  # else the slot was removed meanwhile
-                    yield True
-                    return
-        finally:
-            os.close(handle)
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(slot, os.O_RDONLY)
 
 
-def _lock(handle: int, name: str) -> None:
+def _is(slot: Path, handle: int) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.info("source %s is being converted by another process: waiting for it", name)
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        return os.stat(slot).st_ino == os.fstat(handle).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _lock(handle: int, name: str) -> bool:
+    """Whether the folder is locked now; False where its file system knows no locks."""
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("source %s is being converted by another process: waiting for it", name)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+            return False
+        raise
+    return True
 
 
 def _sweep_parts(folder: Path, files: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -17,13 +17,14 @@ from data_services.readers.blocks import BLOCK_ROWS, Block, Want
 from data_services.records import Fields, Malformed, Row, check_fields
 from data_services.schema import Column, UsageError
 
+_Line = tuple[int, list[str] | str]  # (line, cells or what is wrong with them)
 _WHOLE = re.compile(r"-?\d{1,18}")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are no UTF-8
 _SHOWN_CHARACTERS = 2_000
 
 
 def blocks(file: File, want: Want) -> Iterator[Block]:
-    """Rows numbered by the line they begin at. An empty cell of a field that a row may lack is a missing one."""
+    """Rows, numbered by the line they begin at."""
     with reading(file):
         lines = _read(file, want.max_bytes)
         header = next(lines, (1, []))[1]
@@ -31,8 +32,8 @@ def blocks(file: File, want: Want) -> Iterator[Block]:
             raise UsageError(f"source file {file.uri} has no header that can be read: {header}")
         check_fields(header, want.fields, file.uri)
         while some := list(islice(lines, BLOCK_ROWS)):
-            rows = [_row(number, cells, header, want.fields) for number, cells in some]
-            yield Block(file.name, len(rows), _table(rows, want.fields), partial(iter, rows), frozenset(header))
+            rows = partial(_rows, some, header, want.fields)
+            yield Block(file.name, len(some), _table(some, header, want.fields), rows, frozenset(header))
 
 
 def header_of(file: File, max_bytes: int) -> list[str]:
@@ -41,7 +42,7 @@ def header_of(file: File, max_bytes: int) -> list[str]:
         return [] if isinstance(header, str) else header
 
 
-def _read(file: File, max_bytes: int) -> Iterator[tuple[int, list[str] | str]]:
+def _read(file: File, max_bytes: int) -> Iterator[_Line]:
     """(line, cells) of each row, or (line, what is wrong with it); the header first."""
     csv.field_size_limit(max(csv.field_size_limit(), max_bytes))
     text = io.TextIOWrapper(file.stream(), encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -60,38 +61,45 @@ def _read(file: File, max_bytes: int) -> Iterator[tuple[int, list[str] | str]]:
             yield line, cells
 
 
-def _row(number: int, cells: list[str] | str, header: list[str], fields: Fields) -> Row | Malformed:
-    if isinstance(cells, str):
-        return Malformed(number, cells, "")
-    shown = "\t".join(cells)
-    if _NOT_UTF8.search(shown):
-        return Malformed(number, "not UTF-8", shown.encode(errors="surrogateescape").decode(errors="replace"))
-    if len(cells) != len(header):
-        return Malformed(number, f"not {len(header)} cells, as the header has", shown[:_SHOWN_CHARACTERS])
-    row = dict(zip(header, cells, strict=True))
-    return Row(number, {field: _value(row[field], field, fields) for field in fields.named})
+def _rows(some: list[_Line], header: list[str], fields: Fields) -> Iterator[Row | Malformed]:
+    for number, cells in some:
+        if isinstance(cells, str):
+            yield Malformed(number, cells, "")
+            continue
+        shown = "\t".join(cells)
+        if _NOT_UTF8.search(shown):
+            yield Malformed(number, "not UTF-8", shown.encode(errors="surrogateescape").decode(errors="replace"))
+        elif len(cells) != len(header):
+            yield Malformed(number, f"not {len(header)} cells, as the header has", shown[:_SHOWN_CHARACTERS])
+        else:
+            row = dict(zip(header, cells, strict=True))
+            yield Row(number, {field: _values([row[field]], field, fields)[0] for field in fields.named})
 
 
-def _value(cell: str, field: str, fields: Fields) -> Any:
-    """A cell as the value that its field needs."""
+def _values(cells: Sequence[str], field: str, fields: Fields) -> list[Any]:
+    """Cells of a column as the values that its field needs; an empty one is missing where a row may lack it."""
     if field in (fields.query, fields.positive, fields.id):
-        return cell
-    if not cell:
-        return None
+        return list(cells)
     if field in (fields.weight, fields.positive_scores, fields.negative_scores, fields.relations):
-        try:
-            return float(cell)
-        except ValueError:
-            return cell
-    if field in [getattr(fields, name) for name in Column.CLASSES] and _WHOLE.fullmatch(cell):
-        return int(cell)
-    return cell
+        return [_number(cell) if cell else None for cell in cells]
+    if field in [getattr(fields, name) for name in Column.CLASSES]:
+        return [(int(cell) if _WHOLE.fullmatch(cell) else cell) if cell else None for cell in cells]
+    return [cell or None for cell in cells]
 
 
-def _table(rows: list[Row | Malformed], fields: Fields) -> pa.Table | None:
-    if not all(isinstance(row, Row) for row in rows):
-        return None
+def _number(cell: str) -> float | str:
     try:
-        return pa.table({name: [row.fields[name] for row in rows if isinstance(row, Row)] for name in fields.named})
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+def _table(some: list[_Line], header: list[str], fields: Fields) -> pa.Table | None:
+    rows = [cells for _, cells in some if isinstance(cells, list) and len(cells) == len(header)]
+    if len(rows) < len(some) or _NOT_UTF8.search("".join(map("".join, rows))):
+        return None
+    columns = dict(zip(header, zip(*rows, strict=True), strict=True))
+    try:
+        return pa.table({field: _values(columns[field], field, fields) for field in fields.named})
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         return None

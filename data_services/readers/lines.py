@@ -73,8 +73,12 @@ def _whole_lines(read: Callable[[int], bytes], max_bytes: int) -> Iterator[bytes
             continue
         rest += data
         if len(rest) > max_bytes:
-            long, rest = _pass_over(read, rest)
+            long, after = _pass_over(read, rest)
             yield long
+            cut = after.rfind(b"\n") + 1
+            rest = after[cut:]
+            if cut:
+                yield after[:cut]
     if rest:
         yield rest
 
