@@ -11,16 +11,13 @@ that the plain loss encodes, and with one mini-batch of all, where both pad alik
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from benchmarks.common import child, in_turns, machine, machine_line, options, ratios, shown, spread, write
+from benchmarks.common import against_trainer, child, in_turns, ratios, shown, spread
 from benchmarks.step_runs import Length, Peer
 
 RATIOS = {
@@ -32,23 +29,10 @@ GOAL = 1.4
 
 
 def main() -> None:
-    parser = options(__doc__ or "")
-    parser.add_argument("--batch", type=int, default=128, help="pairs of a step")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each side")
-    parser.add_argument("--steps", type=int, default=12, help="timed steps of a run, after 3 that warm up")
-    args = parser.parse_args()
-    missing = [name for name in ("sentence_transformers", "datasets", "accelerate") if find_spec(name) is None]
-    if missing:
-        sys.exit(f"the peer's trainer needs {', '.join(missing)}: pip install 'sentence-transformers[train]'")
-    about = machine()
-    print(machine_line(about))
-    with tempfile.TemporaryDirectory(prefix="gyre-benchmark-") as home:
-        figures = measure(args, home)
-    write(args.json, figures | {"machine": about})
+    against_trainer(__doc__ or "", measure)
 
 
-def measure(args: argparse.Namespace, home: str) -> dict[str, Any]:
+def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
     """All runs, then the figures; prints them as they come."""
     from trainers.device import fast_bf16
 
@@ -56,7 +40,7 @@ def measure(args: argparse.Namespace, home: str) -> dict[str, Any]:
     precision = "bf16" if fast_bf16("cpu") else "fp32"
 
     def run(kind: str, **more: Any) -> dict[str, Any]:
-        given = {"home": home, "batch": args.batch, "length": asdict(length)} | more
+        given = {"home": str(home), "batch": args.batch, "length": asdict(length)} | more
         return child("benchmarks.step_runs", kind, given, args.threads)
 
     def peer(mini_batch: int | None) -> dict[str, Any]:

@@ -13,7 +13,9 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,24 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--quick", action="store_true", help="few and short runs: whether it works, not a measurement")
     return parser
+
+
+def against_trainer(description: str, measure: Callable[[argparse.Namespace, Path], dict[str, Any]]) -> None:
+    """The command of a benchmark whose peer is Sentence Transformers' trainer; `measure(options, folder)` prints."""
+    parser = options(description)
+    parser.add_argument("--batch", type=int, default=128, help="pairs of a step")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each side")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps of a run, after 3 that warm up")
+    args = parser.parse_args()
+    missing = [name for name in ("sentence_transformers", "datasets", "accelerate") if find_spec(name) is None]
+    if missing:
+        sys.exit(f"the peer's trainer needs {', '.join(missing)}: pip install -e '.[bench]'")
+    about = machine()
+    print(machine_line(about))
+    with tempfile.TemporaryDirectory(prefix="gyre-benchmark-") as home:
+        figures = measure(args, Path(home))
+    write(args.json, figures | {"machine": about})
 
 
 def in_turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:

@@ -22,10 +22,10 @@ from torch.nn.functional import cross_entropy, normalize
 from benchmarks.common import child_main
 from benchmarks.negatives_sides import _GatherWithGradient, _most_allocated
 from trainers.collectives import Group
-from trainers.objectives.config import ContrastiveSection
 from trainers.objectives.contrastive import Contrastive
 from trainers.objectives.embedded import Embedded
 from trainers.objectives.keys import UNKNOWN, Keys
+from trainers.objectives.sections.contrastive import ContrastiveSection
 
 TEMPERATURE = 1.0
 

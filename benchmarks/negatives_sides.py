@@ -41,10 +41,10 @@ from benchmarks.negatives import Setting
 from trainers.collectives import Group
 from trainers.config import QueueConfig
 from trainers.negative_queue import Queues
-from trainers.objectives.config import ContrastiveSection
 from trainers.objectives.contrastive import Contrastive
 from trainers.objectives.embedded import Embedded
 from trainers.objectives.keys import Keys
+from trainers.objectives.sections.contrastive import ContrastiveSection
 
 TEMPERATURE = 0.05
 

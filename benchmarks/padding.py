@@ -136,7 +136,7 @@ def tower_and_batches(
     from trainers.encoders.text import build_encoder
 
     sizes = {"dropout": 0, "lexical_init": False} | TOWERS[tower]
-    changes = {f"model.config.{key}": value for key, value in sizes.items()}
+    changes: dict[str, Any] = {f"model.config.{key}": value for key, value in sizes.items()}
     changes |= {"model.token_dropout": 0, "model.packing": "on" if packing else "off", "data.batch": batch}
     recipe = load_recipe(QUICKSTART, [f"{key}={value}" for key, value in changes.items()])
     sources, folder = [open_source(s, home) for s in recipe.data.sources], home / tower

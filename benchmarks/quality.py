@@ -39,12 +39,8 @@ def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
         runs.append(run(seed, home, ["data.epochs=null", "data.steps=30"] if args.quick else []))
         print(f"  seed {seed}: {line(runs[-1])}", flush=True)
     over = [of["metrics"]["trained"][METRIC] - of["metrics"]["bm25"][METRIC] for of in runs]
-    figures = {
-        "over_bm25": {"mean": statistics.mean(over), "deviation": statistics.stdev(over) if len(over) > 1 else 0.0},
-        "each": over,
-        "runs": runs,
-    }
-    mean, deviation = figures["over_bm25"].values()
+    mean, deviation = statistics.mean(over), statistics.stdev(over) if len(over) > 1 else 0.0
+    figures = {"over_bm25": {"mean": mean, "deviation": deviation}, "each": over, "runs": runs}
     print(f"trained less BM25, {METRIC}, {len(over)} seeds: {mean:.3f} ± {deviation:.3f}")
     return figures
 
@@ -52,7 +48,7 @@ def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
 def run(seed: int, home: Path, overrides: list[str]) -> dict[str, Any]:
     """One training run's result; exits with the end of what it said where it fails."""
     file = home / f"seed-{seed}.json"
-    command = [GYRE, "train", QUICKSTART, f"seed={seed}", *overrides, "--json", file]
+    command = [str(GYRE), "train", str(QUICKSTART), f"seed={seed}", *overrides, "--json", str(file)]
     done = subprocess.run(command, env=os.environ | {"GYRE_HOME": str(home)}, capture_output=True, text=True)
     if done.returncode:
         sys.exit("\n".join(done.stderr.strip().splitlines()[-5:]))

@@ -200,7 +200,7 @@ def cluster(cpus: int) -> Iterator[dict[str, str]]:
     ]
     with tempfile.TemporaryFile("w+") as log:
         head = subprocess.Popen(
-            command, cwd=REPOSITORY, env=os.environ | env, stdout=log, stderr=log, start_new_session=True
+            [*map(str, command)], cwd=REPOSITORY, env=os.environ | env, stdout=log, stderr=log, start_new_session=True
         )
         try:
             _wait_for(port, head, log)

@@ -14,17 +14,13 @@ says what they cost.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import child, in_turns, machine, machine_line, options, ratios, shown, spread, write
+from benchmarks.common import against_trainer, child, in_turns, ratios, shown, spread
 from benchmarks.step_runs import Length, Peer
 
 DEFAULT = Peer()
@@ -39,20 +35,7 @@ def tuned(precision: str, quick: bool) -> list[Peer]:
 
 
 def main() -> None:
-    parser = options(__doc__ or "")
-    parser.add_argument("--batch", type=int, default=128, help="pairs of a step")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each side")
-    parser.add_argument("--steps", type=int, default=12, help="timed steps of a run, after 3 that warm up")
-    args = parser.parse_args()
-    missing = [name for name in ("sentence_transformers", "datasets", "accelerate") if find_spec(name) is None]
-    if missing:
-        sys.exit(f"the peer's trainer needs {', '.join(missing)}: pip install 'sentence-transformers[train]'")
-    about = machine()
-    print(machine_line(about))
-    with tempfile.TemporaryDirectory(prefix="gyre-benchmark-") as home:
-        figures = measure(args, Path(home))
-    write(args.json, figures | {"machine": about})
+    against_trainer(__doc__ or "", measure)
 
 
 def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:

@@ -154,28 +154,28 @@ def ours(home: str, batch: int, length: dict[str, int], memory: bool = False, ca
 
     steps, watch, group = Length(**length), Stopwatch(), Group()
     task, reader = our_task(Path(home), batch, steps, QUEUE_ROWS if memory else 0, caching)
-    step = build_step(task, group, {})
+    contrast = build_step(task, group, {})
     newest: list[Batch] = []
     if memory:
-        fill_queue(step)
-        watch_memory(step, watch)
+        fill_queue(contrast)
+        watch_memory(contrast, watch)
 
     def stream(start: int) -> Any:
         for made in LocalStream(reader, 1, 0, task.recipe.engine.budget_tokens)(start):
             newest[:] = [made]
             yield made
 
-    def sink(at: int, metrics: Any) -> None:
+    def sink(step: int, metrics: Any) -> None:
         watch.step_done()
         if memory:
             with watch.paused():
-                score_queue(step, newest[0], watch)
-        if at + 1 == steps.warm_up:
+                score_queue(contrast, newest[0], watch)
+        if step + 1 == steps.warm_up:
             watch.seconds.clear()
 
     loop.run(
         loop.Job(
-            step=step,
+            step=contrast,
             batches=stream,
             start=0,
             stop=task.steps,
@@ -184,11 +184,11 @@ def ours(home: str, batch: int, length: dict[str, int], memory: bool = False, ca
             group=group,
             sink=sink,
             stop_requested=lambda: False,
-            flops_per_token=step.engine.module.tower.flops_per_token,
+            flops_per_token=contrast.engine.module.tower.flops_per_token,
             peak_flops=1.0,
         )
     )
-    result = watch.result(batch, steps) | {"cached": step.cached}
+    result = watch.result(batch, steps) | {"cached": contrast.cached}
     if memory:
         result["shares"] = shares(watch.seconds, result["seconds"])
     return result
@@ -280,6 +280,7 @@ def peer(home: str, batch: int, length: dict[str, int], peer: dict[str, Any]) ->
 
     attention = {"attn_implementation": settings.attention}
     model = SentenceTransformer(str(Path(home) / "exported"), device="cpu", model_kwargs=attention)
+    loss: Any
     if settings.mini_batch:
         loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=settings.mini_batch)
     else:

@@ -19,24 +19,11 @@ from data_services.stream import DataConfig
 from evaluation.gates import GateConfig
 from evaluation.metrics import metric_names
 from evaluation.retrieval import EvaluationConfig
-from trainers.config import (
-    CheckpointConfig,
-    EngineConfig,
-    ModelConfig,
-    MomentumConfig,
-    OptimizerConfig,
-    QueueConfig,
-)
-from trainers.objectives.config import (
-    AnyTerm,
-    ContrastiveSection,
-    GradedWeights,
-    Layers,
-    MainTerm,
-    MaskedLM,
-    Matryoshka,
-    Term,
-)
+from trainers.config import CheckpointConfig, EngineConfig, ModelConfig, MomentumConfig, OptimizerConfig, QueueConfig
+from trainers.objectives.config import AnyTerm, MainTerm
+from trainers.objectives.sections.contrastive import ContrastiveSection
+from trainers.objectives.sections.numbers import Term
+from trainers.objectives.sections.wrappers import GradedWeights, Layers, MaskedLM, Matryoshka
 
 # The column of a source for what a loss needs of each pair.
 CLASS_OF = {"labels": "label", "tasks": "task", "languages": "language", "modalities": "modality"}
@@ -103,7 +90,13 @@ class Recipe(Section):
                 f"({self.data.steps}); lower it"
             )
         self._check_losses()
-        gate, evaluation = self.registry.gate, self.evaluation
+        gate, evaluation, first = self.registry.gate, self.evaluation, self.data.sources[0]
+        if first.one_text and not evaluation.pool and (evaluation.validation or evaluation.heldout):
+            raise ValueError(
+                "data.sources.0 has texts without queries, which can't be scored by retrieval: name a source with "
+                "fields `query` and `positive` in evaluation.pool, or set evaluation.validation and "
+                "evaluation.heldout to null"
+            )
         if gate is not None and (gate.over_bm25 is not None or gate.minimum is not None):
             measured = metric_names(evaluation.k)
             if not evaluation.validation:
@@ -125,7 +118,7 @@ class Recipe(Section):
         for i, term in enumerate(self.losses):
             where = f"terms.{i - 1}" if i else "objective"
             for need in sorted(term.needs):
-                columns = {"scores": ["positive_scores"] + ["negative_scores"] * (self.data.negatives > 0)}
+                columns = {"scores": ["positive_scores"] + ["negative_scores"] * (self.data.most_negatives > 0)}
                 for column in columns.get(need, [CLASS_OF[need]] if need in CLASS_OF else []):
                     if column not in there:
                         raise ValueError(
@@ -223,6 +216,8 @@ def _sentence(key: str, problem: Any) -> str:
     if kind == "union_tag_invalid":
         expected = problem["ctx"]["expected_tags"].replace("'", "")
         return f"{key}.kind is {problem['ctx']['tag']!r}: it should be one of {expected}"
+    if kind == "union_tag_not_found":
+        return f"{key}.kind is missing{_described(key)}"
     if kind == "missing":
         return f"{key} is missing{_described(key)}"
     if kind == "value_error":

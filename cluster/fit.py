@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[dict[str, Any]], None]
 POLL_S = 0.3
+# What the signals that ask a run to stop do to any other program.
+AT_ONCE: Mapping[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 # Errors that a restart of the workers would meet again. A lost peer or node raises others.
 WOULD_FAIL_AGAIN = (
     ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RunError, TypeError, ValueError
@@ -98,7 +100,7 @@ def ray_trainer(ready: Prepared) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from data_services.stream import ray_dataset, split_config
+    from data_services.ray_feed import ray_dataset, split_config
 
     recipe, run = ready.recipe, ready.run
     cluster = recipe.cluster
@@ -147,7 +149,7 @@ def ray_worker(config: Mapping[str, Any]) -> None:
     """The function Ray Train runs on each worker."""
     import ray.train
 
-    from data_services.stream import worker_batches
+    from data_services.ray_feed import worker_batches
 
     task: Task = config["task"]
     rank = ray.train.get_context().get_world_rank()
@@ -190,17 +192,33 @@ def stop_on_signal(run: RunPaths, tell: Progress) -> Iterator[list[int]]:
         received.append(number)
         run.stop_request.touch()
         tell({"kind": "note", "text": f"{signal.Signals(number).name}: checkpoint, then stop (again to stop at once)"})
-        signal.signal(number, previous[signal.Signals(number)])
+        signal.signal(number, AT_ONCE[number])
 
-    if threading.current_thread() is not threading.main_thread():
+    with handling_signals(request):
         yield received
-        return
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+@contextmanager
+def stopped_by_signal(sentence: str) -> Iterator[None]:
+    """SIGINT and SIGTERM end the body at once as `Stopped(sentence)`; in the main thread only."""
+
+    def stop(number: int, _frame: Any) -> None:
+        raise Stopped(f"{signal.Signals(number).name}: {sentence}")
+
+    with handling_signals(stop):
+        yield
+
+
+@contextmanager
+def handling_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `handler` meanwhile. In another thread than the main one nothing is changed."""
+    main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handler) for number in AT_ONCE if main}
     try:
-        yield received
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 class Follower:

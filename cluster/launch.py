@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
-from cluster.fit import Progress, Stopped, training
+from cluster.fit import Progress, Stopped, stopped_by_signal, training
 from cluster.paths import find_run, run_home
 from cluster.prepare import Prepared, check_resumable, data_fingerprint, prepare
 from cluster.scoring import score_everywhere
@@ -77,7 +77,8 @@ def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | 
     if earlier:
         check_resumable(earlier, recipe)
     tell({"kind": "phase", "text": "connecting to Ray"})
-    with imported_meanwhile(*IMPORTED_AHEAD) as wait_for_imports, connect(recipe.cluster, root):
+    before = stopped_by_signal("stopped before training began; the same command begins it")
+    with before, imported_meanwhile(*IMPORTED_AHEAD) as wait_for_imports, connect(recipe.cluster, root):
         wait_for_imports()
         tell({"kind": "phase", "text": "preparing data and model"})
         ready = prepare(recipe, root, earlier)
@@ -86,8 +87,13 @@ def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | 
             tell({"kind": "phase", "text": f"run {ready.run.run_id}: {ready.plan.steps} steps"})
             with closing_run(tracker):
                 first_step = follow(tracker)
+                if bad := ready.bad_rows.read():
+                    told = f"{len(bad)} rows could not be decoded and were left out, the first: {bad[0].reason}"
+                    tell({"kind": "note", "text": f"{told}; see {ready.run.quarantine}"})
                 tell({"kind": "phase", "text": "evaluating"})
-                result = conclude(ready, tracker, tell, began, first_step)
+                again = f"stopped after training; go on with: gyre train RECIPE --resume {ready.run.run_id}"
+                with stopped_by_signal(again):
+                    result = conclude(ready, tracker, tell, began, first_step)
     return result
 
 

@@ -46,6 +46,7 @@ class RunPaths:
     startup      when rank 0 entered training and when its model and engine stood, seconds since 1970, and what
                  the run chose: cached, precision, reduction (JSON)
     failure      a worker's last sentence, where it failed in a way that a restart would repeat
+    quarantine   rows that could not be decoded while training, a JSON file each
     stop_request created to ask the workers to checkpoint and stop
     """
 
@@ -90,6 +91,10 @@ class RunPaths:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.root / "quarantine"
 
     @property
     def stop_request(self) -> Path:

@@ -17,9 +17,10 @@ from pydantic import ValidationError
 from cluster.config import Recipe, differences
 from cluster.paths import RunPaths
 from data_services.schema import Column, UsageError
-from trainers.checkpoint import write_json
+from trainers.checkpoint import latest, write_json
 
 if TYPE_CHECKING:
+    from data_services.faults import BadRows
     from data_services.order import Plan
     from data_services.store import StoredSource
     from data_services.stream import BatchReader
@@ -51,7 +52,15 @@ class Prepared:
         from data_services.stream import BatchReader
 
         data = self.recipe.data
-        return BatchReader(self.plan, self.sources, self.tokenize, data.negatives, data.positives)
+        views = [source.views for source in data.sources]
+        return BatchReader(self.plan, self.sources, self.tokenize, data.negatives, data.positives, self.bad_rows, views)
+
+    @property
+    def bad_rows(self) -> BadRows:
+        """The rows that training had to do without."""
+        from data_services.faults import BadRows
+
+        return BadRows(self.run.quarantine)
 
     def lineage(self) -> dict[str, Any]:
         """What a checkpoint says of its origin; the tracker's run is in the run's folder."""
@@ -95,6 +104,7 @@ def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None) -> Prepared:
         )
     if earlier:
         check_data(earlier, sources)
+        check_plan(earlier, plan)
         return Prepared(recipe, root, earlier, sources, pools, plan, tokenizer_of(earlier.model))
     stamp = time.strftime("%Y%m%d-%H%M%S")
     run = RunPaths(root / f"{recipe.name}-{stamp}-{secrets.token_hex(2)}")
@@ -160,6 +170,19 @@ def check_data(run: RunPaths, sources: tuple[StoredSource, ...]) -> None:
     if changed:
         raise UsageError(
             f"run {run.run_id} was made with other data: {', '.join(changed)} changed since. Bring the data back, or "
+            "start a new run"
+        )
+
+
+def check_plan(run: RunPaths, plan: Plan) -> None:
+    """Raises UsageError where the newest checkpoint's batches came in another order than the plan's."""
+    from data_services.order import Plan
+
+    newest = latest(run.checkpoints)
+    changed = Plan.from_state(newest.state["lineage"]["plan"]).differences(plan) if newest else []
+    if changed:
+        raise UsageError(
+            f"run {run.run_id} was made with another order of batches: {'; '.join(changed)}. Bring back what was, or "
             "start a new run"
         )
 

@@ -26,6 +26,8 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
+    # Idle workers started ahead have no runtime environment, so none of ours could take one of them.
+    "RAY_prestart_worker_first_driver": "0",
 }
 
 
@@ -74,7 +76,7 @@ def connect(config: ClusterConfig, storage: Path, env: dict[str, str] | None = N
             _join(address, runtime_env)
     try:
         session = Session(address, ray.cluster_resources(), sum(n["Alive"] for n in ray.nodes()))
-        check_placement(config, [n["Resources"] for n in ray.nodes() if n["Alive"]])
+        check_placement(config, nodes_to_be(config.workers + 1))
         check_storage(storage)
         yield session
     finally:
@@ -142,15 +144,40 @@ def _check_machine(config: ClusterConfig) -> None:
         )
 
 
+def nodes_to_be(enough: int) -> list[dict[str, float]]:
+    """Resources of every node that is up, and of those that an autoscaler may add: `enough` of a kind without limit."""
+    import ray
+    from ray._private.state import state
+
+    up = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    config = state.get_cluster_config()  # what the autoscaler has told the cluster; None without one
+    groups = [(dict(g.resources), g.max_count) for g in config.node_group_configs] if config else []
+    return [*up, *nodes_to_come(up, groups, enough)]
+
+
+def nodes_to_come(
+    up: list[dict[str, float]], groups: list[tuple[dict[str, float], int]], enough: int
+) -> list[dict[str, float]]:
+    """groups: (resources of a node, most nodes, -1 for no limit) of each kind that an autoscaler adds."""
+    coming = []
+    for resources, most in groups:
+        alike = sum(all(node.get(kind, 0) == resources.get(kind, 0) for kind in ("CPU", "GPU")) for node in up)
+        coming += [resources] * (enough if most < 0 else min(enough, max(0, most - alike)))
+    return coming
+
+
 def check_placement(config: ClusterConfig, nodes: list[dict[str, float]]) -> None:
-    """Raises UsageError where the nodes, even empty, can't hold every worker and a CPU for data beside them."""
+    """Raises UsageError where the nodes, even empty, can't hold every worker and a CPU for data beside them.
+
+    nodes: resources of each that is up or may come.
+    """
     cpu, gpu = float(config.cpus_per_worker), float(config.gpus_per_worker)
     room = 0
     for node in nodes:
         fits = int(node.get("CPU", 0) // cpu)
         room += min(fits, int(node.get("GPU", 0) // gpu)) if gpu else fits
     cpus, gpus = (sum(n.get(kind, 0) for n in nodes) for kind in ("CPU", "GPU"))
-    there = f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} node{'s' * (len(nodes) != 1)}"
+    there = f"the cluster can have {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} node{'s' * (len(nodes) != 1)}"
     each = f"{cpu:g} CPU" + (f" and {gpu:g} GPU" if gpu else "")
     if room < config.workers:
         raise UsageError(

@@ -118,7 +118,7 @@ def build_step(task: Task, group: Group, kept: Mapping[str, Any]) -> Contrastive
         memory = Memory(MomentumEncoder(engine, recipe.momentum), queues)
     cached = kept.get("cached")
     if cached is None:
-        texts = recipe.data.batch * (1 + recipe.data.positives + recipe.data.negatives) / group.size
+        texts = recipe.data.batch * (1 + recipe.data.positives + recipe.data.most_negatives) / group.size
         settings, length = recipe.engine, model.tower.spec.max_tokens
         cached = choose_caching(engine, settings.caching, texts, length, settings.activation_bytes)
     agreement = int(recipe.fingerprint()[:15], 16)

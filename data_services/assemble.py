@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_services.draws import row_keys
 from data_services.schema import UNKNOWN, Column, Pairs, Tokenize
+from data_services.views.config import Shown, Views
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -18,17 +21,9 @@ class GlobalBatch(Pairs):
     """A whole global batch, tokenised: b is B, and d counts the documents of all workers."""
 
 
-def mix(x: np.ndarray) -> np.ndarray:
-    """[n] uint64 -> [n] uint64, the finaliser of splitmix64 (Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def choose_positive(counts: np.ndarray, rows: np.ndarray, step: int, seed: int) -> np.ndarray:
     """[B] which of its `counts` [B] positives each row shows: a keyed hash of (seed, step, row)."""
-    key = mix(np.array([seed], np.uint64) + np.uint64(0x9E3779B97F4A7C15)) + np.uint64(step)
-    return (mix(rows.astype(np.uint64) + mix(key)) % counts.astype(np.uint64)).astype(np.int64)
+    return (row_keys(rows, step, seed) % counts.astype(np.uint64)).astype(np.int64)
 
 
 def choose_documents(
@@ -68,11 +63,13 @@ def tokenise(
     seed: int,
     negatives: int = 0,
     positives: int = 1,
+    views: Sequence[Views | None] = (),
 ) -> GlobalBatch:
     """The records of a global batch (`schema.Column`, [B] in the plan's order) as token lists.
 
     rows [B] int64 row keys; negatives, positives: at most so many of each record (`choose_documents`), the first
-    positive by `choose_positive`. What the table lacks of `Column.OPTIONAL` is None in the batch.
+    positive by `choose_positive`. views: of each source; none: every text as it is. What the table lacks of
+    `Column.OPTIONAL` is None in the batch.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -91,14 +88,24 @@ def tokenise(
     tasks = known(Column.TASK, UNKNOWN)
     of_queries = np.full(len(rows), UNKNOWN) if tasks is None else tasks
     of_documents = of_queries[owners]
-    return GlobalBatch(
-        step=step,
-        queries=tokenize(table.column(Column.QUERY).to_pylist(), "query", of_queries.tolist()),
-        documents=tokenize(both(Column.POSITIVES, Column.NEGATIVES).to_pylist(), "document", of_documents.tolist()),
-        query_ids=table.column(Column.QUERY_ID).to_numpy(),
+    shown = Shown(
+        queries=table.column(Column.QUERY).to_pylist(),
+        documents=both(Column.POSITIVES, Column.NEGATIVES).to_pylist(),
+        keys=row_keys(rows, step, seed),
         document_ids=both(Column.POSITIVE_IDS, Column.NEGATIVE_IDS).to_numpy(),
         owners=owners,
         relations=np.where(places < right.sum(), 1, -1).astype(np.int8),
+    )
+    if any(views):
+        shown = shown.viewed(views, rows >> SOURCE_SHIFT)
+    return GlobalBatch(
+        step=step,
+        queries=tokenize(shown.queries, "query", of_queries.tolist()),
+        documents=tokenize(shown.documents, "document", of_documents.tolist()),
+        query_ids=table.column(Column.QUERY_ID).to_numpy(),
+        document_ids=shown.document_ids,
+        owners=owners,
+        relations=shown.relations,
         rows=rows,
         prompt_tokens=np.concatenate(
             [_prompt_tokens(tokenize, "query", of_queries), _prompt_tokens(tokenize, "document", of_documents)]

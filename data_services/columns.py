@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_services.assemble import mix
+from data_services.draws import mix
 from data_services.records import Fields, Record
 from data_services.schema import UNKNOWN, Column, class_id
 

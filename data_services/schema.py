@@ -38,6 +38,13 @@ class Refused(RuntimeError):
     """A gate said no: one sentence that says which and by how much (exit 3)."""
 
 
+class Undecodable(ValueError):
+    """A text, or other field, that can't be decoded or tokenised, the same on every try: one sentence that says why.
+
+    Raised by a `Tokenize`. The row goes to the run's quarantine and its batch is one row shorter.
+    """
+
+
 class Column:
     """Column names of a stored record (Parquet). Every source is brought to these.
 
@@ -212,7 +219,10 @@ class Tokenize(Protocol):
     """Texts of one field ("query" or "document") to token lists: prompt, truncation and special tokens in."""
 
     def __call__(self, texts: Sequence[str], field: str, tasks: Sequence[int] | None = None) -> Ragged:
-        """tasks: the class of each text, where a task may have a prompt of its own."""
+        """tasks: the class of each text, where a task may have a prompt of its own.
+
+        Raises Undecodable where one of the texts can't be tokenised; it is then called with fewer.
+        """
         ...
 
     def prompt_tokens(self, field: str, task: int | None = None) -> int:

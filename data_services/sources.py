@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 from pydantic import Field, model_validator
 
@@ -28,7 +28,11 @@ from data_services.origins import origin_of
 from data_services.records import Fields
 from data_services.schema import Column, Section, UsageError
 from data_services.store import Report, StoredSource, store
+from data_services.views.config import Views
 
+Positive = Annotated[float, Field(gt=0)]
+FromStep = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0)]
 _CLASS = "^=?[^=]"  # a field, or = and a name
 
 
@@ -64,7 +68,15 @@ class SourceConfig(Section):
         min_length=1,
         description="documents, by `_id`, `docid` or `id`, that `positive` and `negatives` name by id",
     )
-    weight: float | None = Field(None, gt=0, description="share of the mixture; none: by the number of rows")
+    weight: Positive | list[tuple[FromStep, Share]] | None = Field(
+        None,
+        description="share of the mixture, or [from step, share] for each step at which it changes, from 0 on; "
+        "none: by the number of rows",
+    )
+    max_epochs: float | None = Field(
+        None, gt=0, description="passes over this source in the whole run, at most; the others then take its share"
+    )
+    max_rows: int | None = Field(None, gt=0, description="rows of this source in the whole run, at most")
     positive_scores: str | None = Field(
         None, min_length=1, description="field of the positives' scores, one for each: a teacher's, or graded relevance"
     )
@@ -76,6 +88,7 @@ class SourceConfig(Section):
     )
     language: str | None = Field(None, pattern=_CLASS, description="field of the row's language, or =NAME for all rows")
     modality: str | None = Field(None, pattern=_CLASS, description="field of the row's modality, or =NAME for all rows")
+    views: Views | None = Field(None, description="what is shown of the texts, anew at every step; none: all")
     max_bytes: int = Field(
         16 << 20, gt=0, description="bytes of a row's texts, or of its line; longer rows are left out"
     )
@@ -84,12 +97,47 @@ class SourceConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _keys_fit(self) -> SourceConfig:
+    def _fields_agree(self) -> SourceConfig:
         if self.negative_scores is not None and self.negatives is None and self.format is None:
             raise ValueError(f"negative_scores ({self.negative_scores}) needs `negatives`, the field of their texts")
+        if self.views and self.views.negatives and self.negatives is None and self.format is None:
+            raise ValueError("views.negatives needs `negatives`, the field of their texts")
+        if self.views and self.views.pair and not self.one_text:
+            raise ValueError(
+                f"views.pair takes query and positive from one text, but query is {self.query or 'query'!r} and "
+                f"positive is {self.positive or 'positive'!r}; name one field as both"
+            )
         if self.relations is not None and (self.positive_scores or self.negative_scores):
             raise ValueError("relations and scores exclude each other: which score is whose would be lost")
         return self
+
+    @model_validator(mode="after")
+    def _weights_ascend(self) -> SourceConfig:
+        steps = self.weight_steps
+        if isinstance(self.weight, list) and (steps[:1] != [0] or sorted(set(steps)) != steps):
+            raise ValueError(f"weight changes at steps {steps}: the first is 0, each later one after the last")
+        return self
+
+    @property
+    def weight_steps(self) -> list[int]:
+        """The steps at which its weight changes, 0 among them; none where it has one weight or none."""
+        return [step for step, _ in self.weight] if isinstance(self.weight, list) else []
+
+    def weight_at(self, step: int) -> float | None:
+        """Its share of the mixture from a step on."""
+        if not isinstance(self.weight, list):
+            return self.weight
+        return [share for start, share in self.weight if start <= step][-1]
+
+    def limit(self, rows: int) -> int | None:
+        """Rows of it in the whole run, at most, where it has so many."""
+        by_epochs = None if self.max_epochs is None else int(self.max_epochs * rows + 1e-6)
+        return min((limit for limit in (by_epochs, self.max_rows) if limit is not None), default=None)
+
+    @property
+    def one_text(self) -> bool:
+        """Whether its rows are texts without queries: one field is both."""
+        return self.query is not None and self.query == self.positive
 
     @property
     def columns(self) -> frozenset[str]:
@@ -105,7 +153,10 @@ class SourceConfig(Section):
         return layout._replace(**{name: value for name, value in given.items() if value is not None})
 
     def texts_alone(self, path: str | list[str], split: str) -> SourceConfig:
-        """Queries and positives of the same fields at another path: what a model is scored on."""
+        """Queries and positives at another path: what a model is scored on. Fields of the same names; where this
+        source has texts without queries, as its layout has them."""
+        if self.one_text:
+            return SourceConfig(path=path, split=split)
         kept = ("format", "query", "positive", "corpus", "max_bytes", "quarantine_share")
         return SourceConfig(path=path, split=split, **{name: getattr(self, name) for name in kept})
 

@@ -32,16 +32,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_services.columns import SCHEMA
 from data_services.convert import assemble
 from data_services.parallel import convert_parts
 from data_services.readers.blocks import Part, Want
-from data_services.schema import RunError, UsageError
+from data_services.schema import Column, RunError, UsageError
 
 log = logging.getLogger(__name__)
 
+_IDS = (Column.QUERY_ID, Column.POSITIVE_IDS)
 _CACHE_BYTES = 256 << 20
 _UNFINISHED = ".unfinished"
 
@@ -92,6 +94,32 @@ class StoredSource:
             start = ends[group] - self.row_groups[group]
             parts.append(self._group(int(group)).take(rows[groups == group] - start))
         return pa.concat_tables(parts).combine_chunks().take(np.argsort(order, kind="stable"))
+
+    def ids(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(query_ids [n], positive_ids [p] of all rows end to end, positives [n] of each row) of those row groups.
+
+        Their rows in the order of `groups` and within each as stored. Reads these two columns alone.
+        """
+        ends = np.cumsum(self.groups_per_file)
+        files = np.searchsorted(ends, groups, side="right")
+        order = np.argsort(files, kind="stable")
+        parts = []
+        for file in np.unique(files):
+            path, its = (
+                self.files[file],
+                groups[order][files[order] == file] - (ends[file] - self.groups_per_file[file]),
+            )
+            reader = pq.ParquetFile(path, metadata=_metadata(path))
+            parts.append(reader.read_row_groups(its.tolist(), list(_IDS), use_threads=False))
+        table = pa.concat_tables(parts).combine_chunks()
+        if len(parts) > 1:  # back to the order asked for
+            sizes = np.fromiter((self.row_groups[group] for group in groups), np.int64)
+            starts = np.empty_like(sizes)
+            starts[order] = np.cumsum(sizes[order]) - sizes[order]
+            table = table.take(np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum()))
+        queries, positives = (table.column(name).combine_chunks() for name in _IDS)
+        lengths = pc.list_value_length(positives).to_numpy(zero_copy_only=False)
+        return queries.to_numpy(), positives.flatten().to_numpy(), lengths.astype(np.int64)
 
     def table(self) -> pa.Table:
         """Every row, in order."""

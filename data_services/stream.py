@@ -1,38 +1,40 @@
-"""Batches to workers: the plan executed by Ray Data on any CPU of the cluster, or in the process without Ray.
-
-A Ray Data task takes a *unit*, a few consecutive steps. It reads and tokenises each global batch once, deals it to
-the workers, and yields one block of one row per worker. With `preserve_order`, `streaming_split(equal=False)`
-hands blocks of one row out in turn, so worker r receives row r of every step whatever the consumers' speed, and
-checks that it did.
-"""
+"""Which pairs, in which order, and how a global batch is read; `ray_feed` does it on a cluster."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import pickle
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from data_services.assemble import SOURCE_SHIFT, GlobalBatch, tokenise
-from data_services.collate import from_arrow, share_batch, to_arrow
-from data_services.order import Plan, SourceShape
-from data_services.schema import Batch, Column, RunError, Section, Tokenize, text_id
+from data_services.collate import share_batch
+from data_services.faults import BadRow, BadRows, patiently
+from data_services.order import Plan, RowGroups, SourceShape, Stage
+from data_services.schema import Batch, Column, RunError, Section, Tokenize, Undecodable, text_id
 from data_services.sources import SourceConfig
 from data_services.store import StoredSource
+from data_services.views.config import Views
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import ray.data
-    import ray.train
 
-UNIT_ROWS = 1 << 13  # a task takes as many steps as make about so many rows
-MAX_UNITS = 512  # but a run has about so many tasks at most, whatever its length
+
+class StageConfig(Section):
+    """What changes from a step on, until the next stage."""
+
+    from_step: int = Field(0, ge=0, description="first step of the stage; 0 for the first one")
+    weights: list[float] | None = Field(
+        None,
+        min_length=1,
+        description="shares of the mixture, one for each of `data.sources`, 0 leaves one out; none: their own",
+    )
+    homogeneous: bool | None = Field(None, description="None: as `data.homogeneous`")
+    negatives: int | None = Field(None, ge=0, description="None: as `data.negatives`")
 
 
 class DataConfig(Section):
@@ -46,6 +48,12 @@ class DataConfig(Section):
         1.0, gt=0, description="sources without weights are drawn by rows**(1/temperature)"
     )
     homogeneous: bool = Field(True, description="each global batch from one source, else mixed")
+    stages: list[StageConfig] = Field([], description="a curriculum: what changes at which step")
+    duplicates: Literal["avoid", "allow"] = Field(
+        "avoid",
+        description="rows with the same query or a positive in common: kept out of each other's global batch where "
+        "their shuffling window can do it, or left to the loss's mask",
+    )
     window_groups: int = Field(64, gt=0, description="row groups that are shuffled together")
     positives: int = Field(
         1, ge=1, description="positives of a record in one batch, at most; where it has more, a hash chooses"
@@ -58,6 +66,19 @@ class DataConfig(Section):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of `epochs` and `steps`")
         return self
+
+    @model_validator(mode="after")
+    def _stages_ascend(self) -> DataConfig:
+        starts = [stage.from_step for stage in self.stages]
+        if starts and (starts[0] != 0 or any(b <= a for a, b in pairwise(starts))):
+            raise ValueError(f"stages begin at steps {starts}: the first begins at 0, each later one after the last")
+        return self
+
+    @property
+    def most_negatives(self) -> int:
+        """Hard negatives of a record at any step, at most."""
+        told = [stage.negatives for stage in self.stages] or [None]
+        return max(self.negatives if negatives is None else negatives for negatives in told)
 
 
 class Rows(Protocol):
@@ -75,7 +96,11 @@ class Rows(Protocol):
 class BatchReader:
     """Global batch t, tokenised: a pure function of t. `sources` are in the order of `plan.sources`.
 
-    negatives, positives  of a record, at most; see `collate.tokenise`
+    negatives, positives  of a record, at most, where a stage of the plan doesn't say; see `assemble.tokenise`
+    bad_rows              takes the rows that can't be decoded. They shorten their batch; no other takes their place
+    views                 of the sources, in their order; none: every text as it is
+
+    Reading that fails is tried again (`faults.patiently`), then RunError; RunError also where no row is left.
     """
 
     plan: Plan
@@ -83,25 +108,53 @@ class BatchReader:
     tokenize: Tokenize
     negatives: int = 0
     positives: int = 1
+    bad_rows: BadRows = field(default_factory=BadRows)
+    views: Sequence[Views | None] = ()
 
     def __call__(self, t: int) -> GlobalBatch:
+        table, keys = self.records(t)
+        try:
+            return self._tokenise(t, table, keys)
+        except Undecodable:
+            good = [i for i in range(len(keys)) if self._decodable(t, table.slice(i, 1), keys[i : i + 1])]
+        if not good:
+            where = f"; see {self.bad_rows.folder}" if self.bad_rows.folder else ""
+            raise RunError(f"none of the {len(keys)} rows of step {t} can be decoded{where}")
+        return self._tokenise(t, table.take(good), keys[good])
+
+    def records(self, t: int) -> tuple[pa.Table, np.ndarray]:
+        """(the records of global batch t, their row keys [B]), in the plan's order."""
         import pyarrow as pa
 
-        planned = self.plan.rows(t)
+        planned = patiently(partial(self.plan.rows, t), f"the ids of step {t}")
         parts, places = [], []
         for source in np.unique(planned[:, 0]):
             where = np.flatnonzero(planned[:, 0] == source)
-            parts.append(self._read(source, planned[where, 1]))
+            rows, name = planned[where, 1], self.plan.sources[source].name
+            parts.append(patiently(partial(self._read, source, rows), f"source {name}"))
             places.append(where)
         table = pa.concat_tables(parts).take(np.argsort(np.concatenate(places)))
-        keys = planned[:, 0] << SOURCE_SHIFT | planned[:, 1]
-        return tokenise(table, keys, self.tokenize, t, self.plan.seed, self.negatives, self.positives)
+        return table, planned[:, 0] << SOURCE_SHIFT | planned[:, 1]
 
     @property
     def columns(self) -> list[str]:
         """What every batch is made from: the optional columns that any source has, null where another hasn't."""
         known = {Column.TASK}.union(*(source.columns for source in self.sources))
-        return [*Column.NEEDED, *(name for name in Column.OPTIONAL if name in known)]
+        return [Column.ID, *Column.NEEDED, *(name for name in Column.OPTIONAL if name in known)]
+
+    def _tokenise(self, t: int, table: pa.Table, keys: np.ndarray) -> GlobalBatch:
+        negatives = self.plan.negatives(t, self.negatives)
+        return tokenise(table, keys, self.tokenize, t, self.plan.seed, negatives, self.positives, self.views)
+
+    def _decodable(self, t: int, record: pa.Table, key: np.ndarray) -> bool:
+        """Whether the record can be tokenised; one that can't is put aside."""
+        try:
+            self._tokenise(t, record, key)
+        except Undecodable as error:
+            name, row = self.plan.sources[int(key[0]) >> SOURCE_SHIFT].name, int(key[0]) & (1 << SOURCE_SHIFT) - 1
+            self.bad_rows.add(BadRow(name, row, record.column(Column.ID)[0].as_py() or "", t, str(error)))
+            return False
+        return True
 
     def _read(self, source: int, rows: np.ndarray) -> pa.Table:
         import pyarrow as pa
@@ -138,7 +191,9 @@ def plan_of(config: DataConfig, sources: Sequence[StoredSource], seed: int) -> P
         same = [s for s in shapes if s.name.split("#")[0] == source.name]
         clash = same and all(s.fingerprint != source.fingerprint for s in same)
         name = f"{source.name}#{len(same) + 1}" if clash else source.name
-        shapes.append(SourceShape(name, source.rows, source.row_groups, source.fingerprint, its.weight))
+        groups = RowGroups.of(source.row_groups)
+        limit = its.limit(source.rows)
+        shapes.append(SourceShape(name, source.rows, groups, source.fingerprint, its.weight_at(0), limit))
     return Plan(
         seed,
         config.batch,
@@ -146,168 +201,21 @@ def plan_of(config: DataConfig, sources: Sequence[StoredSource], seed: int) -> P
         epochs=config.epochs,
         steps=config.steps,
         mixing_temperature=config.mixing_temperature,
-        homogeneous=config.homogeneous,
+        stages=_stages(config),
         window_groups=config.window_groups,
+        ids={s.fingerprint: s for s in sources} if config.duplicates == "avoid" else None,
     )
 
 
-@dataclass(frozen=True)
-class Units:
-    """The steps start … stop-1 in runs, each the work of one task.
-
-    Runs are 1, 1, 2, 4, … steps long, so that the first batch doesn't wait for a whole unit, and then `largest`.
-    Ray Data prepares every task's input before it starts (about 1 ms each): `of` keeps their number bounded.
-    """
-
-    start: int
-    stop: int
-    largest: int  # a power of two
-
-    @classmethod
-    def of(cls, start: int, stop: int, batch: int) -> Units:
-        steps = max(UNIT_ROWS // batch, (stop - start) // MAX_UNITS, 1)
-        return cls(start, stop, 1 << (steps - 1).bit_length())
-
-    def steps(self, unit: int) -> range:
-        """The steps of a unit; empty beyond the last."""
-        return range(self._edge(unit), self._edge(unit + 1))
-
-    def __len__(self) -> int:
-        doublings, rest = self.largest.bit_length(), self.stop - self.start - self.largest
-        if rest <= 0:
-            return max(self.stop - self.start - 1, 0).bit_length() + (self.stop > self.start)
-        return doublings + -(-rest // self.largest)
-
-    def _edge(self, unit: int) -> int:
-        doublings = self.largest.bit_length()
-        if unit == 0:
-            done = 0
-        elif unit <= doublings:
-            done = 1 << (unit - 1)
-        else:
-            done = (unit - doublings + 1) * self.largest
-        return min(self.start + done, self.stop)
-
-
-@functools.lru_cache(maxsize=2)
-def _unpickled(reader: bytes) -> BatchReader:
-    """One reader a process: unpickling opens tokenizer and files, and every task brings the pickle along."""
-    return pickle.loads(reader)
-
-
-def _deal_unit(
-    table: pa.Table, reader: bytes, units: Units, world_size: int, budget_tokens: int, by_field: bool
-) -> Iterator[pa.Table]:
-    """Runs in a Ray Data task: `world_size` one-row tables for each step of the unit, in order."""
-    (unit,) = table.column("id").to_pylist()
-    read = _unpickled(reader)
-    for t in units.steps(unit):
-        for rank, batch in enumerate(share_batch(read(t), world_size, budget_tokens, by_field)):
-            yield to_arrow(batch, rank)
-
-
-def ray_dataset(
-    reader: BatchReader,
-    world_size: int,
-    start: int,
-    budget_tokens: int,
-    read_ahead_mib: int = 256,
-    by_field: bool = False,
-) -> ray.data.Dataset:
-    """The plan from step `start` on as a dataset of one row, and one block, per (step, rank).
-
-    read_ahead_mib bounds the object store memory of batches that wait for the workers. Split it with
-    `split_config()` in Ray Train, or with `streaming_split(world_size, equal=False)`.
-    """
-    import ray.data
-
-    units = Units.of(start, reader.plan.steps, reader.plan.batch)
-    blocks = max(len(units), 1)
-    dataset = ray.data.range(blocks, override_num_blocks=blocks)
-    context = dataset.context  # this dataset's own; the process's stays as it is
-    context.enable_progress_bars = context.print_on_execution_start = False
-    context.target_max_block_size = 1  # bytes: every row a block, since streaming_split deals out blocks
-    context.execution_no_progress_timeout_s = -1  # a trainer that pauses, to evaluate say, is no failure
-    context.execution_options = _execution_options(read_ahead_mib)
-    deal = functools.partial(
-        _deal_unit,
-        reader=ray.cloudpickle.dumps(reader),  # by value what a notebook defines
-        units=units,
-        world_size=world_size,
-        budget_tokens=budget_tokens,
-        by_field=by_field,
-    )
-    return dataset.map_batches(deal, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
-
-
-def _execution_options(read_ahead_mib: int) -> ray.data.ExecutionOptions:
-    from ray.data import ExecutionOptions, ExecutionResources
-
-    limits = ExecutionResources.for_limits(object_store_memory=read_ahead_mib << 20)
-    return ExecutionOptions(preserve_order=True, resource_limits=limits)
-
-
-def split_config() -> ray.train.DataConfig:
-    """How Ray Train splits a `ray_dataset`: row r of every step to worker r.
-
-    Ray's own DataConfig splits with equal=True, which drops a remainder and holds the first batch back, and
-    replaces the dataset's execution options.
-    """
-    import ray.train
-
-    class RowOfEachStep(ray.train.DataConfig):
-        def configure(
-            self, datasets: dict[str, ray.data.Dataset], world_size: int, *_: Any, **__: Any
-        ) -> list[dict[str, ray.data.DataIterator]]:
-            splits = {name: d.streaming_split(world_size, equal=False) for name, d in datasets.items()}
-            return [{name: its[rank] for name, its in splits.items()} for rank in range(world_size)]
-
-    return RowOfEachStep()
-
-
-class BatchSource(Protocol):
-    """What `ray.train.get_dataset_shard` and `streaming_split` give a worker."""
-
-    def iter_batches(self, **options: Any) -> Iterable[Any]: ...
-
-
-def worker_batches(shard: BatchSource, rank: int, start: int, stop: int) -> Iterator[Batch]:
-    """The batches start … stop-1 of one worker. Fetching begins at the call, not at the first `next`.
-
-    Raises RunError where reading fails, the feed ends early, or it hands out another worker's row or step.
-    """
-    tables = shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2)
-    rows = (table for table in tables)
-    # Ray starts to work at the first `next`; by then the model may have been built.
-    first = ThreadPoolExecutor(1, "first-batch").submit(next, rows, None)
-    return _checked(first, rows, rank, start, stop)
-
-
-def _checked(first: Future[Any], rows: Generator[Any], rank: int, start: int, stop: int) -> Iterator[Batch]:
-    table = _fetched(first.result)
-    with contextlib.closing(rows):  # whoever stops early stops the reading too
-        for step in range(start, stop):
-            if table is None:
-                raise RunError(f"the data feed ended before step {step}; the plan goes on to step {stop - 1}")
-            batch, of_rank = from_arrow(table)
-            if (batch.step, of_rank) != (step, rank):
-                raise RunError(
-                    f"the data feed gave worker {rank} the rows of worker {of_rank}, step {batch.step}, where "
-                    f"step {step} was due: split it with split_config(), over as many workers as it was made for"
-                )
-            yield batch
-            table = _fetched(lambda: next(rows, None)) if step + 1 < stop else None
-
-
-def _fetched(fetch: Callable[[], Any]) -> Any:
-    """The next row; RunError with the sentence of what failed in the data task, without Ray's trace."""
-    import ray.exceptions
-
-    try:
-        return fetch()
-    except ray.exceptions.RayError as error:
-        cause: BaseException = error
-        while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
-            cause = inner
-        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        raise RunError(f"the data feed failed: {reason}") from error
+def _stages(config: DataConfig) -> list[Stage]:
+    """One for each step at which a stage begins or a source's weight changes."""
+    starts = {0, *(stage.from_step for stage in config.stages), *(x for s in config.sources for x in s.weight_steps)}
+    stages = []
+    for start in sorted(starts):
+        told = [stage for stage in config.stages if stage.from_step <= start]
+        stage = told[-1] if told else StageConfig()
+        own = [w for s in config.sources if (w := s.weight_at(start)) is not None]
+        weights = stage.weights or (own if len(own) == len(config.sources) else None)
+        homogeneous = config.homogeneous if stage.homogeneous is None else stage.homogeneous
+        stages.append(Stage(start, tuple(weights) if weights else None, homogeneous, stage.negatives))
+    return stages

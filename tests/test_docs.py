@@ -21,7 +21,7 @@ import pytest
 from pydantic import BaseModel
 
 from cluster.config import Recipe
-from trainers.objectives.config import Learned, Schedule
+from trainers.objectives.sections.numbers import Learned, Schedule
 
 TREE = Path(__file__).parents[1]
 DOCS = TREE / "docs"
@@ -67,7 +67,8 @@ def sections(section: type[BaseModel] = Recipe, path: str = "", seen: set[type] 
 def _heading(section: type[BaseModel], path: str) -> str:
     """The path, and the kind where the place takes one of several."""
     kind = section.model_fields.get("kind")
-    of_kind = f", kind: {kind.default}" if kind is not None and path == "objective" else ""
+    several = path.startswith(("objective", "data.sources"))
+    of_kind = f", kind: {kind.default}" if kind is not None and several else ""
     return (path.replace(".0", "") or TOP) + of_kind
 
 
@@ -113,9 +114,9 @@ def _alternatives(annotation: Any) -> list[str]:
         return [" or ".join(f"`{value}`" for value in inner)]
     if origin is list or (origin is tuple and inner[-1] is Ellipsis):
         (word,) = _alternatives(inner[0])
-        return [
-            "list of sections" if word == "section" else f"list of {word}s" if "`" not in word else f"list of {word}"
-        ]
+        return [f"list of {word}" if "`" in word or word.endswith("]") else f"list of {word}s"]
+    if origin is tuple and len(set(inner)) > 1:
+        return [f"[{', '.join(_alternatives(x)[0] for x in inner)}]"]
     if origin is tuple:
         return [f"{len(inner)} {_alternatives(inner[0])[0]}s"]
     if origin is dict:
@@ -292,9 +293,10 @@ def test_the_objective_example_is_its_loss_and_gradient(example):
     from data_services.imports import import_object
     from tests.twins import random_shares
     from trainers.collectives import Group
-    from trainers.objectives.config import ContrastiveSection, CustomSection
+    from trainers.objectives.config import CustomSection
     from trainers.objectives.contrastive import Contrastive
     from trainers.objectives.embedded import LossShare
+    from trainers.objectives.sections.contrastive import ContrastiveSection
 
     path = f"{example('my_objectives.py')}:Aligned"
     group, share = Group(), random_shares(0, [(6, 8)], 8)[0]
@@ -353,10 +355,10 @@ def test_the_example_in_engine_md_is_what_the_loss_gives():
     import torch
 
     from trainers.collectives import Group
-    from trainers.objectives.config import ContrastiveSection
     from trainers.objectives.contrastive import Contrastive
     from trainers.objectives.embedded import Embedded
     from trainers.objectives.keys import Keys
+    from trainers.objectives.sections.contrastive import ContrastiveSection
 
     queries, documents = (torch.eye(2).requires_grad_() for _ in range(2))
     keys = Keys(torch.tensor([0, 1]), torch.tensor([2, 3]))
@@ -389,7 +391,8 @@ def _metrics_of_a_step() -> dict[str, float]:
     from trainers.config import CheckpointConfig, QueueConfig
     from trainers.negative_queue import Queues
     from trainers.objectives.compose import Sum
-    from trainers.objectives.config import ContrastiveSection, Schedule
+    from trainers.objectives.sections.contrastive import ContrastiveSection
+    from trainers.objectives.sections.numbers import Schedule
     from trainers.step import ContrastiveStep, Memory
 
     group, ids = Group(), np.arange(2)

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from trainers.negative_queue import QueueRows
-from trainers.objectives.config import ContrastiveSection, Learned, value_at
 from trainers.objectives.embedded import Embedded
 from trainers.objectives.keys import UNKNOWN, Keys
+from trainers.objectives.sections.contrastive import ContrastiveSection
+from trainers.objectives.sections.numbers import Learned, value_at
 
 CLASSES = 3  # of labels and tasks that are drawn
 

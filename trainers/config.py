@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from data_services.schema import Section
-from trainers.objectives.config import Number, value_at
+from trainers.objectives.sections.numbers import Number, value_at
 
 PoolingMode = Literal["mean", "cls", "last", "max", "weighted_mean", "latent", "tokens"]
 Activation = Literal["none", "tanh", "relu", "gelu", "silu"]

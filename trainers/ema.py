@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from trainers.config import MomentumConfig
 from trainers.engine import Engine
-from trainers.objectives.config import value_at
+from trainers.objectives.sections.numbers import value_at
 
 
 class _Copies(Protocol):

@@ -22,10 +22,10 @@ from torch import Tensor
 from data_services.schema import Batch
 from trainers.chunks import Chunk, chunks_of, in_batch_order, keys_of
 from trainers.collectives import Group
-from trainers.objectives.config import Number, value_at
 from trainers.objectives.embedded import Embedded, Objective
 from trainers.objectives.keys import Keys
 from trainers.objectives.masked_lm import HeadLoss, share_of_head
+from trainers.objectives.sections.numbers import Number, value_at
 
 if TYPE_CHECKING:
     import numpy as np

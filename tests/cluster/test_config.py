@@ -209,3 +209,24 @@ def test_reading_a_recipe_imports_nothing_heavy():
     code = f"import sys, cluster.config; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_views_are_read_by_kind_and_texts_alone_need_a_pool(recipe):
+    def sources(views, fields="query: text, positive: text"):
+        path = f"{{path: x.jsonl, {fields}, views: {views}}}"
+        return recipe(base=MINIMAL.replace('{path: "builtin:stdlib-code"}', path))
+
+    pool = "evaluation.pool=pairs.jsonl"
+    crop = "{query: [{kind: crop, min_share: 0.2}]}"
+    assert load_recipe(sources(crop), [pool]).data.sources[0].views.query[0].min_share == 0.2
+    at = "data.sources.0.views.query.0"
+    assert f"{at}.min_shar; did you mean {at}.min_share?" in error(
+        sources("{query: [{kind: crop, min_shar: 0}]}"), pool
+    )
+    assert f"{at}.kind is missing" in error(sources("{query: [{min_share: 0.2}]}"), pool)
+    assert "it should be one of crop, delete," in error(sources("{query: [{kind: cut}]}"), pool)
+    assert "name one field as both" in error(sources("{pair: {kind: context}}", "query: a, positive: b"), pool)
+    assert "in evaluation.pool" in error(sources(crop))
+    neither = ["evaluation.validation=null", "evaluation.heldout=null"]
+    texts = load_recipe(sources(crop), neither).data.sources[0]
+    assert texts.texts_alone("pairs", "heldout").positive is None  # as the layout has it

@@ -6,7 +6,7 @@ import pytest
 
 from cluster import session
 from cluster.config import ClusterConfig
-from cluster.session import check_placement, cluster_address, connect, worker_env
+from cluster.session import check_placement, cluster_address, connect, nodes_to_come, worker_env
 from data_services.schema import RunError, UsageError
 
 NODE = {"CPU": 4.0}
@@ -16,7 +16,7 @@ GPU_NODE = {"CPU": 8.0, "GPU": 2.0}
 @pytest.mark.parametrize(
     ("config", "nodes", "told"),
     [
-        (ClusterConfig(workers=9), [NODE], "cluster.workers=9 of 1 CPU can never be placed: the cluster has 4 CPUs"),
+        (ClusterConfig(workers=9), [NODE], "workers=9 of 1 CPU can never be placed: the cluster can have 4 CPUs"),
         (ClusterConfig(workers=2, cpus_per_worker=3), [{"CPU": 5.0}], "room for 1"),
         (
             ClusterConfig(workers=5, gpus_per_worker=1),
@@ -36,6 +36,17 @@ def test_workers_that_fit_pass():
     check_placement(ClusterConfig(workers=3), [NODE])
     check_placement(ClusterConfig(workers=4, gpus_per_worker=0.5), [GPU_NODE])
     check_placement(ClusterConfig(workers=4, cpus_per_worker=3), [GPU_NODE, GPU_NODE])
+
+
+def test_nodes_that_an_autoscaler_may_add_count():
+    small, big = {"CPU": 4.0}, {"CPU": 8.0, "GPU": 2.0}
+    assert nodes_to_come([small], [(small, 3), (big, 2)], enough=9) == [small, small, big, big]
+    assert nodes_to_come([small], [(big, -1)], enough=3) == [big] * 3
+    assert nodes_to_come([big, big], [(big, 2)], enough=3) == []
+    gpus = ClusterConfig(workers=4, gpus_per_worker=1)
+    check_placement(gpus, [small, *nodes_to_come([small], [(big, 2)], enough=5)])
+    with pytest.raises(UsageError, match="room for 2"):
+        check_placement(gpus, [small, *nodes_to_come([small], [(big, 1)], enough=5)])
 
 
 def test_ray_address_goes_before_the_recipe(monkeypatch):

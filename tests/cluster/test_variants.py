@@ -38,6 +38,21 @@ VARIANTS = {
         "engine": {"zero_stage": 3, "precision": "fp32", "reduction": "per_chunk"},
     },
     "packed": {"model": {"packing": "on"}},
+    "unlabelled text with two crops": {
+        "data": {
+            "sources": [
+                {
+                    "path": "PAIRS",
+                    "query": "positive",
+                    "views": {
+                        "query": [{"kind": "crop", "min_share": 0.3, "max_share": 0.7}],
+                        "positive": [{"kind": "crop", "min_share": 0.3, "max_share": 0.7}, {"kind": "delete"}],
+                    },
+                }
+            ]
+        },
+        "evaluation": {"pool": "PAIRS"},
+    },
 }
 
 
@@ -78,7 +93,7 @@ def test_it_trains_exports_and_is_scored(gloo, pairs, tmp_path, variant):
     base = mini_recipe(pairs) | {"name": "variant"}
     base = merged(base, {"data": {"steps": 6}, "checkpoint": {"every_steps": 6}, **HERE})
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(merged(base, VARIANTS[variant])))
+    path.write_text(yaml.safe_dump(merged(base, VARIANTS[variant])).replace("PAIRS", str(pairs)))
     ((steps, rows),) = gloo(1, trained, path, tmp_path / "home")
     assert all(math.isfinite(step["loss"]) and step["grad_norm"] > 0 for step in steps[1:])
     assert all(0 <= rows["trained"][metric] <= 1 for metric in rows["trained"])

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_services.order import CYCLE, EpochOrder, Mixture, Plan, SourceShape, mixing_weights
+from data_services.order import CYCLE, EpochOrder, Mixture, Plan, RowGroups, SourceShape, mixing_weights
 from data_services.schema import UsageError
 
 
 def shape(name: str, groups: list[int], weight: float | None = None) -> SourceShape:
-    return SourceShape(name, sum(groups), tuple(groups), f"fingerprint of {name}", weight)
+    return SourceShape(name, sum(groups), RowGroups.of(groups), f"fingerprint of {name}", weight)
 
 
 @st.composite
@@ -70,7 +70,7 @@ def test_every_row_of_an_epoch_comes_exactly_once_and_every_batch_is_full(plan):
 @given(plans())
 def test_a_homogeneous_batch_has_one_source(plan):
     sources = [len(set(plan.rows(t)[:, 0])) for t in range(plan.steps)]
-    assert not plan.homogeneous or set(sources) == {1}
+    assert not plan.segments[0].homogeneous or set(sources) == {1}
 
 
 @settings(max_examples=40, deadline=None)
@@ -193,7 +193,7 @@ def test_differences_name_what_changed_and_nothing_else():
 
 
 def test_a_plan_over_a_billion_rows_opens_and_answers_at_once():
-    plan = Plan(0, 1024, [SourceShape("x", 10**9, (10**4,) * 10**5, "f")], epochs=3)
+    plan = Plan(0, 1024, [SourceShape("x", 10**9, RowGroups(((10**4, 10**5),)), "f")], epochs=3)
     rows = np.concatenate([plan.rows(2_000_000 + i)[:, 1] for i in range(4)])
     assert len(set(rows)) == 4096
     assert len(set(rows // 10**4)) <= 128  # row groups touched: those of a window, or of two
@@ -205,7 +205,7 @@ def test_a_plan_over_a_billion_rows_opens_and_answers_at_once():
         ([], {"steps": 1}, "data.sources is empty"),
         ([shape("a", [9])], {}, "exactly one of data.epochs and data.steps"),
         ([shape("a", [9])], {"steps": 1, "epochs": 1}, "exactly one of data.epochs and data.steps"),
-        ([SourceShape("a", 0, (), "f")], {"steps": 1}, "source 'a' has no rows"),
+        ([SourceShape("a", 0, RowGroups(()), "f")], {"steps": 1}, "source 'a' has no rows"),
         ([shape("a", [9]), shape("a", [9])], {"steps": 1}, "names 'a' twice"),
         ([shape("a", [9], 1.0), shape("b", [9])], {"steps": 1}, "'b' has no weight"),
         ([shape("a", [9], 0.0), shape("b", [9], 0.0)], {"steps": 1}, "not all 0"),

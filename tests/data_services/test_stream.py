@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,17 +16,16 @@ from pydantic import ValidationError
 
 from data_services.assemble import SOURCE_SHIFT
 from data_services.collate import from_arrow, share_batch, to_arrow
-from data_services.order import Plan, SourceShape
-from data_services.schema import UNKNOWN, Batch, Column, Ragged, RunError, text_id
+from data_services.faults import BadRow, BadRows
+from data_services.order import Plan, RowGroups, SourceShape
+from data_services.ray_feed import Units, ray_dataset, worker_batches
+from data_services.schema import UNKNOWN, Batch, Column, Ragged, RunError, Undecodable, text_id
 from data_services.store import SCHEMA
 from data_services.stream import (
     BatchReader,
     DataConfig,
     LocalStream,
-    Units,
     plan_of,
-    ray_dataset,
-    worker_batches,
 )
 
 BUDGET = 64
@@ -60,11 +61,31 @@ class FakeSource:
     rows: int
     columns: frozenset[str] = frozenset()
     broken: int = -1  # a row that can't be read
+    deadly: tuple[int, Path] | None = None  # a row whose first reading kills the process, and where that is noted
 
     def read(self, rows: np.ndarray) -> pa.Table:
         if self.broken in rows:
             raise RunError(f"source {self.name}, row {self.broken}: the file is gone")
+        if self.deadly is not None and self.deadly[0] in rows and not self.deadly[1].exists():
+            self.deadly[1].touch()
+            os._exit(1)
         return pa.Table.from_pylist([record(self.name, int(row), self.columns) for row in rows], schema=SCHEMA)
+
+
+class Refuses:
+    """Characters, but for texts with certain words in them."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def __call__(self, texts, field, tasks=None):
+        for text in texts:
+            if any(word in text for word in self.words):
+                raise Undecodable(f"{text[:20]!r} isn't text")
+        return Characters()(texts, field, tasks)
+
+    def prompt_tokens(self, field, task=None):
+        return Characters().prompt_tokens(field, task)
 
 
 class Characters:
@@ -82,7 +103,7 @@ A, B = frozenset({Column.POSITIVE_SCORES, Column.LABEL, Column.TASK}), frozenset
 
 
 def reader(batch: int = 10, steps: int = 24, broken: int = -1, columns=(A, B), positives: int = 2) -> BatchReader:
-    shapes = [SourceShape("a", 60, (20, 20, 20), "fa"), SourceShape("b", 45, (15, 15, 15), "fb")]
+    shapes = [SourceShape("a", 60, RowGroups.of([20] * 3), "fa"), SourceShape("b", 45, RowGroups.of([15] * 3), "fb")]
     plan = Plan(5, batch, shapes, steps=steps, homogeneous=False, window_groups=2)
     sources = [FakeSource("a", 60, columns[0], broken), FakeSource("b", 45, columns[1])]
     return BatchReader(plan, sources, Characters(), negatives=2, positives=positives)
@@ -211,7 +232,7 @@ def text_of(tokens: np.ndarray) -> str:
 
 def test_a_column_is_there_in_every_batch_or_in_none():
     """Also in a batch from a source that lacks it: what a queue keeps of its rows doesn't change on the way."""
-    shapes = [SourceShape(name, 40, (20, 20), name) for name in ("a", "b")]
+    shapes = [SourceShape(name, 40, RowGroups.of([20, 20]), name) for name in ("a", "b")]
     plan = Plan(5, 10, shapes, steps=8, homogeneous=True, window_groups=2)
     read = BatchReader(plan, [FakeSource("a", 40, A), FakeSource("b", 40)], Characters())
     batches = [read(t) for t in range(8)]
@@ -226,6 +247,36 @@ def test_a_column_is_there_in_every_batch_or_in_none():
 
 def test_a_stream_from_step_t_is_the_tail_of_the_stream_from_the_start():
     assert local(2, 1)[17:] == local(2, 1, start=17)
+
+
+def test_rows_that_cannot_be_decoded_shorten_their_batch_and_leave_every_other_as_it_is(tmp_path):
+    whole = reader()
+    refused = {("a", 7), ("b", 8), ("b", 9)}
+    tokenize = Refuses("a document 7 ", "b query 8 ", "b negative 9 0")
+    short = dataclasses.replace(whole, tokenize=tokenize, bad_rows=BadRows(tmp_path / "quarantine"))
+    names = [source.name for source in whole.sources]
+    missed = set()
+    for t in range(24):
+        for _ in range(2):  # a task that is done over
+            batch = short(t)
+        expected = [key for key in whole(t).rows.tolist() if (names[key >> 40], key & (1 << 40) - 1) not in refused]
+        assert batch.rows.tolist() == expected
+        missed |= set(whole(t).rows.tolist()) - set(expected)
+        texts = {text_of(batch.queries[i]) for i in range(len(batch.queries))}
+        assert texts <= {text_of(whole(t).queries[i]) for i in range(len(whole(t).queries))}
+        shares = share_batch(batch, 2, BUDGET)
+        assert {share.global_queries for share in shares} == {len(expected)}
+    bad = short.bad_rows.read()
+    assert [(x.source, x.row) for x in bad] == sorted(refused)
+    assert len(missed) == 3
+    assert bad[1] == BadRow("b", 8, "8", bad[1].step, "'b query 8 q' isn't text")
+    assert 8 in whole.plan.rows(bad[1].step)[:, 1]
+
+
+def test_a_batch_without_a_row_that_can_be_decoded_ends_the_run_with_a_sentence(tmp_path):
+    read = dataclasses.replace(reader(), tokenize=Refuses("query"), bad_rows=BadRows(tmp_path))
+    with pytest.raises(RunError, match=f"none of the 10 rows of step 3 can be decoded; see {tmp_path}"):
+        read(3)
 
 
 def test_units_cover_every_step_once_and_start_small():
@@ -313,6 +364,15 @@ def test_a_row_that_cannot_be_read_ends_the_feed_with_its_sentence(cluster):
     with pytest.raises(RunError) as error:
         list(worker_batches(shard, 0, 0, 24))
     assert str(error.value) == "the data feed failed: source a, row 7: the file is gone"
+
+
+def test_a_reader_that_dies_is_replaced_without_loss_or_doubling(cluster, tmp_path):
+    read = reader()
+    died = tmp_path / "died"
+    sources = [dataclasses.replace(read.sources[0], deadly=(7, died)), read.sources[1]]
+    dataset = ray_dataset(dataclasses.replace(read, sources=sources), 2, 0, BUDGET)
+    assert fed(cluster, dataset, 2, 0, 24) == [local(2, r) for r in range(2)]
+    assert died.exists()
 
 
 class Rows:

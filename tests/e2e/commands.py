@@ -49,6 +49,14 @@ class Running:
             assert time.monotonic() < deadline, f"not at step {steps} after {PATIENCE_S} s: {self._ended()}"
             time.sleep(0.01)
 
+    def until_line(self, text: str) -> None:
+        """Returns once the command has printed that."""
+        deadline = time.monotonic() + PATIENCE_S
+        while text not in self.out.read_text():
+            assert self.process.poll() is None, f"ended before {text!r}: {self._ended()}"
+            assert time.monotonic() < deadline, f"no {text!r} after {PATIENCE_S} s: {self._ended()}"
+            time.sleep(0.01)
+
     def descendants(self) -> set[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             self.seen |= set(psutil.Process(self.process.pid).children(recursive=True))

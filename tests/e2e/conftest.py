@@ -14,7 +14,7 @@ import yaml
 from tests.e2e.commands import Shell
 from tests.e2e.nodes import TwoNodes
 
-STEPS = 96  # enough that a run is still under way when it is killed, on a fast machine too
+STEPS = 64  # enough that a run is still under way when it is killed, on a fast machine too
 
 
 def write_pairs(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from tests.e2e.commands import differing, results_in, steps_in, training_workers
 from tests.e2e.conftest import STEPS
 
 # None is a multiple of checkpoint.every_steps: there is always something to replay.
-WORKER_KILLED, ASKED_TO_STOP, DRIVER_KILLED = 8, 24, 37
+WORKER_KILLED, ASKED_TO_STOP, DRIVER_KILLED = 8, 19, 32
 NAME = "broken"
 
 
@@ -93,6 +93,29 @@ def test_replayed_steps_are_in_mlflow_once(finished, shell):
     assert run.info.status == "FINISHED"
     logged = mlflow.get_metric_history(run.info.run_id, "loss")
     assert [(m.step, m.value) for m in logged] == [(s["step"], s["loss"]) for s in steps_in(shell.metrics(NAME))]
+
+
+def test_sigterm_before_training_leaves_no_run(shell, recipe):
+    running = shell.start("train", recipe, "name=early", run="early")
+    running.until_line("connecting to Ray")
+    running.signal(signal.SIGTERM)
+    ended = running.wait()
+    assert ended.code == 1, ended
+    assert ended.err == "gyre: SIGTERM: stopped before training began; the same command begins it\n"
+    assert not list(shell.home.glob("*early*"))
+
+
+@pytest.mark.proof
+def test_sigterm_during_evaluation_is_resumed_after_training(shell, recipe):
+    running = shell.start("train", recipe, "name=scoring", "data.steps=8", run="scoring")
+    running.until_line("evaluating")
+    running.signal(signal.SIGTERM)
+    ended = running.wait()
+    assert ended.code == 1, ended
+    run = shell.run_folder("scoring").name
+    assert ended.err == f"gyre: SIGTERM: stopped after training; go on with: gyre train RECIPE --resume {run}\n"
+    resumed = shell("train", recipe, "name=scoring", "data.steps=8", "--resume", run)
+    assert resumed.code == 0, resumed
 
 
 @pytest.mark.proof

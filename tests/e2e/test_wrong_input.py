@@ -80,7 +80,7 @@ def test_more_workers_than_this_machine_can_ever_place(refused, recipe, monkeypa
 
 def test_more_workers_than_the_cluster_can_ever_place(refused, recipe, ray_here):
     told = refused("train", recipe, "cluster.workers=4")
-    assert "cluster.workers=4 of 1 CPU can never be placed: the cluster has 3 CPUs and 0 GPUs on 1 node" in told
+    assert "cluster.workers=4 of 1 CPU can never be placed: the cluster can have 3 CPUs and 0 GPUs on 1 node" in told
 
 
 def test_a_source_that_is_not_there(refused, recipe, pairs, ray_here):

@@ -7,10 +7,11 @@ from torch.nn.functional import normalize
 
 from trainers.collectives import Group
 from trainers.objectives import kernels
+from trainers.objectives.blocks import Block
 from trainers.objectives.keys import Keys
 from trainers.objectives.masks import SameId
 from trainers.objectives.reductions import Wanted
-from trainers.objectives.sharded_softmax import Block, exchange
+from trainers.objectives.sharded_softmax import exchange
 from trainers.objectives.similarity import InnerProduct
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]

@@ -7,24 +7,12 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from tests.trainers.test_engine import (
-    ADAMW,
-    STAGES,
-    STEPS,
-    UNEVEN,
-    batch,
-    everyone,
-    mine,
-    same,
-    settle,
-    take_step,
-    toy,
-)
+from tests.trainers.test_engine import ADAMW, STAGES, STEPS, UNEVEN, batch, everyone, mine, same, settle, take_step, toy
 from trainers.config import AdapterConfig, EngineConfig, MomentumConfig
 from trainers.ema import MomentumEncoder
 from trainers.encoders.adapters import add_adapter
 from trainers.engine import Engine
-from trainers.objectives.config import Schedule, value_at
+from trainers.objectives.sections.numbers import Schedule, value_at
 
 DECAY = 0.9
 SAVED = 3

@@ -14,9 +14,9 @@ from tests.twins import dense_contrastive, in_type, random_shares
 from trainers.collectives import Group
 from trainers.config import OneQueue, QueueConfig
 from trainers.negative_queue import KEYS, NegativeQueue, QueueRows, Queues
-from trainers.objectives.config import ContrastiveSection
 from trainers.objectives.contrastive import Contrastive
 from trainers.objectives.keys import UNKNOWN, Keys
+from trainers.objectives.sections.contrastive import ContrastiveSection
 from trainers.queue_metrics import area_under_curve, duplicate_share, sampled, separability
 from trainers.row_store import RowStore
 

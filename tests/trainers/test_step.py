@@ -19,8 +19,9 @@ from trainers.config import AdapterConfig, EngineConfig, MomentumConfig, Optimiz
 from trainers.encoders.adapters import add_adapter
 from trainers.model import Trained
 from trainers.objectives.compose import Sum
-from trainers.objectives.config import ContrastiveSection, Learned
 from trainers.objectives.embedded import Embedded
+from trainers.objectives.sections.contrastive import ContrastiveSection
+from trainers.objectives.sections.numbers import Learned
 from trainers.step import ContrastiveStep, Memory, choose_caching, graph_bytes
 
 VOCABULARY, DIM, BETA = 50, 16, 0.9

@@ -157,17 +157,22 @@ class TextEncoder(nn.Module):
     def flops_per_token(self, length: int) -> float:
         """Floating-point operations of one token, forward and backward, in a text of `length` tokens.
 
-        Six for each weight that multiplies it (all but the embedding tables) and, per layer, 12·L·A for the
-        scores and the weighted sum of attention of width A; a causal mask is counted as if it were none
-        (PaLM, Chowdhery et al. 2022, appendix B). Recomputation, as in gradient caching, isn't counted, nor is the
-        readout, which mostly works once a text.
+        Two for each weight that multiplies it (all but the embedding tables), two more where a gradient goes on below
+        it and two for its own, so six where all are trained; and, per layer, 12·L·A for the scores and the weighted
+        sum of attention of width A; a causal mask is counted as if it were none (PaLM, Chowdhery et al. 2022,
+        appendix B). Recomputation, as in gradient caching, isn't counted, nor is the readout, which mostly works once
+        a text.
         """
         tables = {id(m.weight) for m in self.backbone.modules() if isinstance(m, nn.Embedding)}
-        weights = sum(p.numel() for p in self.backbone.parameters() if id(p) not in tables)
+        of_weights, goes_on = 0.0, False
+        for parameter in self.backbone.parameters():  # from the bottom up
+            goes_on = goes_on or parameter.requires_grad
+            if id(parameter) not in tables:
+                of_weights += (2 + 2 * goes_on + 2 * parameter.requires_grad) * parameter.numel()
         config = self.backbone.config.get_text_config()
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         width = config.num_attention_heads * head
-        return 6.0 * weights + 12.0 * config.num_hidden_layers * length * width
+        return of_weights + 12.0 * config.num_hidden_layers * length * width
 
     def _drop_block_outputs(self) -> None:
         def drop(_module: nn.Module, _inputs: Any, output: Any) -> Any:

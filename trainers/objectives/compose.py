@@ -13,8 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from trainers.collectives import Group
-from trainers.objectives.config import GradedWeights, Layers, Matryoshka, Term, value_at
 from trainers.objectives.embedded import Embedded, LossShare, Objective
+from trainers.objectives.sections.numbers import Term, value_at
+from trainers.objectives.sections.wrappers import GradedWeights, Layers, Matryoshka
 
 LOSSES = {
     "contrastive": "contrastive:Contrastive",

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from trainers.collectives import Group
 from trainers.negative_queue import QueueRows, side_of
-from trainers.objectives.config import ContrastiveSection, Learned, value_at
+from trainers.objectives.blocks import Block
 from trainers.objectives.embedded import Embedded, LossShare, wide
 from trainers.objectives.keys import Keys
 from trainers.objectives.masks import (
@@ -43,8 +43,10 @@ from trainers.objectives.masks import (
 )
 from trainers.objectives.nats import Side, joined, losses, wanted, weighted_positives
 from trainers.objectives.relations import OnlyTargets, SharedTargets
-from trainers.objectives.sharded_softmax import Block, Reductions, exchange
-from trainers.objectives.similarity import SIMILARITIES, MaxSim, Reversed, Similarity
+from trainers.objectives.sections.contrastive import ContrastiveSection
+from trainers.objectives.sections.numbers import Learned, value_at
+from trainers.objectives.sharded_softmax import Reductions, exchange
+from trainers.objectives.similarity import SIMILARITIES, Keyed, MaxSim, Reversed, Similarity
 
 LOG_TEMPERATURE = "log_temperature"
 
@@ -96,15 +98,15 @@ class Contrastive:
     def _own_pairs(self, embedded: Embedded) -> tuple[Tensor, Tensor]:
         """[b] each: similarity of every query and its positive, for the query's and for the positive's direction."""
         b = len(embedded.queries)
-        keys = embedded.query_keys, embedded.document_keys[:b]
-        queries, positives = (wide(x) for x in (embedded.queries, embedded.positives))
+        queries = Keyed(wide(embedded.queries), embedded.query_keys)
+        positives = Keyed(wide(embedded.positives), embedded.document_keys[:b])
         if self._section.positive_encoding == "online":
-            pairs = self._score.of_pairs(queries, positives, *keys)
+            pairs = self._score.of_pairs(queries, positives)
             return pairs, pairs
-        momentum_queries, momentum_documents = momentum(embedded)
+        theirs, their_documents = (wide(x[:b]) for x in momentum(embedded))
         return (
-            self._score.of_pairs(queries, wide(momentum_documents[:b]), *keys),
-            self._score.of_pairs(wide(momentum_queries), positives, *keys),
+            self._score.of_pairs(queries, Keyed(their_documents, positives.keys)),
+            self._score.of_pairs(Keyed(theirs, queries.keys), positives),
         )
 
     def _keys(self, embedded: Embedded, pairs: Tensor, temperature: float | Tensor) -> tuple[Keys, Keys]:

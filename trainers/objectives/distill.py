@@ -16,17 +16,18 @@ from torch.nn.functional import cosine_similarity
 
 from data_services.schema import UsageError
 from trainers.collectives import Group
-from trainers.objectives.config import (
+from trainers.objectives.blocks import Block
+from trainers.objectives.embedded import Embedded, LossShare
+from trainers.objectives.keys import Keys
+from trainers.objectives.own_pairs import own_similarities
+from trainers.objectives.reductions import Reduced, Wanted
+from trainers.objectives.sections.distill import (
     EmbeddingDistillSection,
     KLDistillSection,
     MarginMSESection,
     SimilarityDistillSection,
 )
-from trainers.objectives.embedded import Embedded, LossShare
-from trainers.objectives.keys import Keys
-from trainers.objectives.reductions import Reduced, Wanted
-from trainers.objectives.sharded_softmax import Block, exchange
-from trainers.objectives.similarity import InnerProduct, MaxSim
+from trainers.objectives.sharded_softmax import exchange
 from trainers.objectives.terms import mean_over_workers, one_vector_a_text
 
 
@@ -50,7 +51,7 @@ class MarginMSE:
         """Collective. Metrics: loss; margins, how many were compared. Raises UsageError without `scores`."""
         teacher, b = _scores(embedded, "margin_mse"), len(embedded.queries)
         owners = embedded.owners[b:]
-        errors = self._scale * _margins(_own_similarities(embedded), owners) - _margins(teacher, owners)
+        errors = self._scale * _margins(own_similarities(embedded), owners) - _margins(teacher, owners)
         known = ~errors.isnan()
         weights = None if embedded.weights is None else embedded.weights[owners][known]
         mean = mean_over_workers(errors[known].square(), weights, self._group)
@@ -80,7 +81,7 @@ class KLDistill:
         known = ~teacher.isnan()
         owners, temperature = embedded.owners[known], self._section.temperature
         target = _log_softmax_by_owner(teacher[known] / self._section.teacher_temperature, owners, b)
-        own = _log_softmax_by_owner(_own_similarities(embedded)[known] / temperature, owners, b)
+        own = _log_softmax_by_owner(own_similarities(embedded)[known] / temperature, owners, b)
         divergence = own.new_zeros(b).index_add(0, owners, target.exp() * (target - own))
         compared = owners.bincount(minlength=b) > 1
         weights = None if embedded.weights is None else embedded.weights[compared]
@@ -205,14 +206,6 @@ def _momentum(embedded: Embedded, kind: str) -> tuple[Tensor, Tensor]:
             "momentum.decay"
         )
     return embedded.momentum_queries, embedded.momentum_documents
-
-
-def _own_similarities(embedded: Embedded) -> Tensor:
-    """[d] s of each document and the query that owns it."""
-    owners, wide = embedded.owners, torch.promote_types(embedded.queries.dtype, torch.float32)
-    score = InnerProduct() if embedded.pooled else MaxSim()
-    queries, documents = embedded.queries[owners].to(wide), embedded.documents.to(wide)
-    return score.of_pairs(queries, documents, embedded.query_keys[owners], embedded.document_keys)
 
 
 def _margins(values: Tensor, owners: Tensor) -> Tensor:

@@ -20,19 +20,19 @@ from torch.nn.functional import pad, softplus
 
 from data_services.schema import UsageError
 from trainers.collectives import Group
-from trainers.objectives.config import (
+from trainers.objectives.embedded import Embedded, LossShare, gather_scalars, share_of, wide
+from trainers.objectives.own_pairs import own_similarities
+from trainers.objectives.sections.graded import (
     AngleSection,
     CosentSection,
-    GradedWeights,
     LambdaRankSection,
     ListMLESection,
     ListNetSection,
     ListwiseSection,
     RankNetSection,
-    value_at,
 )
-from trainers.objectives.embedded import Embedded, LossShare, gather_scalars, share_of, wide
-from trainers.objectives.pairwise import own_similarities
+from trainers.objectives.sections.numbers import value_at
+from trainers.objectives.sections.wrappers import GradedWeights
 from trainers.objectives.terms import mean_over_workers, one_vector_a_text
 
 AnySection = TypeVar("AnySection", bound=ListwiseSection)

@@ -21,7 +21,7 @@ from trainers.objectives.keys import Keys
 from trainers.objectives.masks import HIDDEN
 
 if TYPE_CHECKING:
-    from trainers.objectives.sharded_softmax import Block, Exchange
+    from trainers.objectives.blocks import Block, Exchange
 
 DIGIT_BITS = 8
 WITHOUT_DIGIT = (1 << (64 - DIGIT_BITS)) - 1  # an unsigned integer's other bits, once shifted as a signed one

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from data_services.schema import UsageError
 from trainers.collectives import Group
-from trainers.objectives.config import MaskedLM
+from trainers.objectives.sections.wrappers import MaskedLM
 
 NOTHING = -100
 """The target of a token that isn't predicted."""

@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from trainers.collectives import Group
-from trainers.objectives.config import ContrastiveSection, Debiased
 from trainers.objectives.embedded import gather_scalars, share_of
 from trainers.objectives.masks import HIDDEN, Mask
 from trainers.objectives.reductions import Reduced, Targets, Wanted
+from trainers.objectives.sections.contrastive import ContrastiveSection, Debiased
 
 
 @dataclass(frozen=True)

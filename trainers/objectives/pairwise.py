@@ -17,21 +17,22 @@ from torch.nn.functional import logsigmoid, softplus
 
 from trainers.collectives import Group
 from trainers.negative_queue import side_of
-from trainers.objectives.config import (
-    AmongCandidatesSection,
-    EnergyHingeSection,
-    Learned,
-    SigmoidSection,
-    TripletSection,
-    value_at,
-)
+from trainers.objectives.blocks import Block
 from trainers.objectives.contrastive import LOG_TEMPERATURE
-from trainers.objectives.embedded import Embedded, LossShare, wide
+from trainers.objectives.embedded import Embedded, LossShare
 from trainers.objectives.keys import Keys
 from trainers.objectives.masks import HIDDEN, AboveCeiling, Mask, SameClass, SameId
+from trainers.objectives.own_pairs import own_positives, own_similarities, similarity_of
 from trainers.objectives.reductions import Reduced, Wanted
-from trainers.objectives.sharded_softmax import Block, exchange
-from trainers.objectives.similarity import InnerProduct, MaxSim, NegativeDistance, NegativeSquaredDistance, Similarity
+from trainers.objectives.sections.numbers import Learned, value_at
+from trainers.objectives.sections.pairwise import (
+    AmongCandidatesSection,
+    EnergyHingeSection,
+    SigmoidSection,
+    TripletSection,
+)
+from trainers.objectives.sharded_softmax import exchange
+from trainers.objectives.similarity import NegativeDistance, NegativeSquaredDistance, Similarity
 from trainers.objectives.terms import Mean, mean_over_workers, one_vector_a_text
 
 BIAS = "bias"
@@ -276,21 +277,3 @@ def among_candidates(
         score=score,
         wanted=wanted,
     ).rows
-
-
-def similarity_of(embedded: Embedded) -> Similarity:
-    """Of vectors the inner product, of token vectors the sum of maxima."""
-    return InnerProduct() if embedded.pooled else MaxSim()
-
-
-def own_positives(embedded: Embedded, score: Similarity) -> Tensor:
-    """[b] similarity of each query and its positive."""
-    queries, positives = wide(embedded.queries), wide(embedded.positives)
-    return score.of_pairs(queries, positives, embedded.query_keys, embedded.document_keys[: len(queries)])
-
-
-def own_similarities(embedded: Embedded, score: Similarity | None = None) -> Tensor:
-    """[d] similarity of each document and the query that it belongs to."""
-    queries, documents, owners = wide(embedded.queries), wide(embedded.documents), embedded.owners
-    score = score or similarity_of(embedded)
-    return score.of_pairs(queries[owners], documents, embedded.query_keys[owners], embedded.document_keys)

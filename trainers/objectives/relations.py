@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainers.objectives.config import Positives
 from trainers.objectives.keys import Keys
 from trainers.objectives.masks import HIDDEN, equal_classes, known
+from trainers.objectives.sections.contrastive import Positives
 
 
 @dataclass(frozen=True)

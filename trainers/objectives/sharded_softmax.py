@@ -39,7 +39,7 @@ is in the rows' own type.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,132 +48,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from trainers.collectives import Group
-from trainers.objectives import kernel_pairs, kernels
+from trainers.objectives import walk
+from trainers.objectives.blocks import Block, Exchange
 from trainers.objectives.hardest import only_hardest
 from trainers.objectives.keys import Keys
-from trainers.objectives.masks import HIDDEN, Mask
-from trainers.objectives.reductions import Reduced, Running, Seen, Wanted, finite, merge, slopes
+from trainers.objectives.reductions import Reduced, Wanted, finite, merge
 from trainers.objectives.similarity import InnerProduct, Similarity
-
-
-@dataclass(frozen=True)
-class Block:
-    """Candidates that stay on this worker.
-
-    vectors   [n, D], or [n, L, D] token vectors
-    keys      [n]
-    masks     which pairs of a row and one of these are not compared
-    fresh     they carry gradient; False: the queue's rows
-    diagonal  candidate j is row j's own positive, or row j itself, and is left out; for every j < b, n
-    columns   the first b candidates (or all n, where they are fewer) are reduced over all rows, too
-    share     of a block that isn't fresh, the exact share that counts, each query's hardest (hardest.py)
-    """
-
-    vectors: Tensor
-    keys: Keys
-    masks: tuple[Mask, ...] = ()
-    fresh: bool = True
-    diagonal: bool = False
-    columns: bool = False
-    share: float = 1.0
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Candidates `rows` of a block as both sides see them: `by_row` [B, t]; `by_column` [c, B], of the candidates
-    `positives` (a part of `rows`), None where columns aren't wanted."""
-
-    rows: slice
-    positives: slice
-    by_row: Seen
-    by_column: Seen | None
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """What both passes need: every worker's queries [B, D] and keys, this worker's blocks, and how tiles are scored,
-    masked, cut and reduced. `own` is where this worker's b queries stand among the B."""
-
-    group: Group
-    sizes: list[int]
-    queries: Tensor
-    query_keys: Keys
-    blocks: tuple[Block, ...]
-    score: Similarity
-    temperature: float
-    wanted: Wanted
-    tile: int
-
-    @property
-    def own(self) -> slice:
-        start = sum(self.sizes[: self.group.rank])
-        return slice(start, start + self.sizes[self.group.rank])
-
-    def online(self, block: Block) -> bool:
-        """Whether the backward pass needs nothing of the block but its expected candidate."""
-        return not block.fresh and self.wanted.plain and self.score.linear
-
-    def in_kernels(self, block: Block) -> bool:
-        """Whether Triton kernels reduce the block, see kernels.py."""
-        return kernels.usable(block.vectors, self.score, block.masks, self.wanted)
-
-    def pairs(self, block: Block, vectors: Tensor) -> tuple[kernel_pairs.Pairs, int]:
-        """What the kernels are given of a block, and how many columns of it are wanted."""
-        own = self.own
-        own = slice(own.start, min(own.stop, own.start + len(vectors)))
-        diagonal = own if block.diagonal else None
-        given = self.queries, self.query_keys, vectors, block.keys, block.masks, self.temperature, diagonal
-        return kernel_pairs.pairs(*given), own.stop - own.start if block.columns else 0
-
-    def tiles(self, block: Block, vectors: Tensor) -> Iterator[Tile]:
-        """`vectors` are the block's, inside and outside of autograd."""
-        for start in range(0, len(vectors), self.tile):
-            yield self._tile(block, vectors, slice(start, min(start + self.tile, len(vectors))))
-
-    def _tile(self, block: Block, vectors: Tensor, rows: slice) -> Tile:
-        keys, targets = block.keys[rows], None
-        logits = self.score.scores(self.queries, vectors[rows], self.query_keys, keys).div_(self.temperature)
-        raw = logits
-        own = self.own
-        among = slice(rows.start, max(rows.start, min(rows.stop, own.stop - own.start)))
-        diagonal = (slice(own.start + among.start, own.start + among.stop), slice(0, among.stop - among.start))
-        if self.wanted.targets is not None:
-            raw = logits.clone()
-            targets = self.wanted.targets.of(self.query_keys, keys, logits.dtype)
-            if block.diagonal:
-                targets[diagonal].diagonal().zero_()
-            logits.masked_fill_(targets > 0, HIDDEN)
-        for mask in block.masks:
-            if mask.symmetric:
-                mask.apply(logits, self.query_keys, keys)
-        if block.diagonal:
-            logits[diagonal].diagonal().fill_(HIDDEN)
-
-        asked_twice = [mask for mask in block.masks if not mask.symmetric]
-        by_column = None
-        if block.columns:
-            first = diagonal[1]
-            seen = logits[:, first].clone() if asked_twice else logits[:, first]
-            for mask in asked_twice:
-                mask.apply(seen.T, keys[first], self.query_keys)
-            by_column = self._seen(seen.T, keys[first], self.query_keys, targets, raw, first)
-        for mask in asked_twice:
-            mask.apply(logits, self.query_keys, keys)
-        return Tile(rows, among, self._seen(logits, self.query_keys, keys, targets, raw, None), by_column)
-
-    def _seen(
-        self, logits: Tensor, these: Keys, others: Keys, targets: Tensor | None, raw: Tensor, first: slice | None
-    ) -> Seen:
-        weighted = logits
-        if self.wanted.weights:
-            weighted = logits.clone()
-            for weight in self.wanted.weights:
-                weight.apply(weighted, these, others)
-        if targets is None:
-            return Seen(logits, weighted)
-        if first is not None:
-            targets, raw = targets[:, first].T, raw[:, first].T
-        return Seen(logits, weighted, targets, raw)
 
 
 class _Reduce(torch.autograd.Function):
@@ -184,9 +64,8 @@ class _Reduce(torch.autograd.Function):
     def forward(ctx: Any, exchange: Exchange, queries: Tensor, temperature: Tensor, *fresh: Tensor) -> tuple[Any, ...]:
         own, wanted, everyone = exchange.own, exchange.wanted, exchange.queries
         states, columns = [], []
-        for block, vectors in zip(exchange.blocks, _vectors(exchange, fresh), strict=True):
-            reduced = _reduced_by_kernel if exchange.in_kernels(block) else _reduced_by_tiles
-            running, of_columns = reduced(exchange, block, vectors)
+        for block, vectors in zip(exchange.blocks, exchange.vectors(fresh), strict=True):
+            running, of_columns = walk.reduced(exchange, block, vectors)
             states.append(running)
             columns += of_columns
 
@@ -214,16 +93,15 @@ class _Reduce(torch.autograd.Function):
         scale = 1 / exchange.temperature
         of_rows = _upstream(group.all_gather(_packed(wanted, upstream[:5]), exchange.sizes), wanted)
         of_columns = _upstream(_packed(wanted, upstream[5:10]), wanted)
-        finished = Finished(ctx.rows, of_rows, ctx.columns, of_columns)
+        finished = walk.Finished(ctx.rows, of_rows, ctx.columns, of_columns)
         partial = torch.zeros_like(queries)
         of_logits = queries.new_zeros(())  # sum of dL/dl_ij l_ij, where the similarity doesn't give it away
-        gradients, blocks = [], zip(exchange.blocks, _vectors(exchange, fresh), ctx.expected, strict=True)
+        gradients, blocks = [], zip(exchange.blocks, exchange.vectors(fresh), ctx.expected, strict=True)
         for block, vectors, expected in blocks:
             if expected is not None:
                 partial += expected.mul(of_rows.denominators[0][:, None] * scale)
                 continue
-            back = _back_by_kernel if exchange.in_kernels(block) else _back_by_tiles
-            gradient = back(exchange, block, vectors, finished, partial, of_logits)
+            gradient = walk.back(exchange, block, vectors, finished, partial, of_logits)
             if gradient is not None:
                 gradients.append(gradient)
         if exchange.score.homogeneous:
@@ -232,87 +110,6 @@ class _Reduce(torch.autograd.Function):
         if own.ndim == 3:
             own = own[:, : ctx.width]
         return None, own.to(ctx.query_dtype), -of_logits * scale, *gradients
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What was reduced, over all workers, and dL/d(it): of all rows [B], and of this worker's columns."""
-
-    rows: Reduced
-    of_rows: Reduced
-    columns: Reduced
-    of_columns: Reduced
-
-
-def _reduced_by_tiles(exchange: Exchange, block: Block, vectors: Tensor) -> tuple[Running, list[Running]]:
-    """A block's part of the rows' reduction, and its columns' by tile."""
-    wanted, everyone, online = exchange.wanted, exchange.queries, exchange.online(block)
-    running, columns = Running(wanted, everyone, len(everyone), everyone.shape[1] if online else None), []
-    for tile in exchange.tiles(block, vectors):
-        if tile.by_column is not None and tile.positives.stop > tile.positives.start:
-            columns.append(Running(wanted, everyone, tile.positives.stop - tile.positives.start))
-            columns[-1].add(_kept(tile.by_column))
-        running.add(tile.by_row, vectors[tile.rows] if online else None)
-    return running, columns
-
-
-def _back_by_tiles(
-    exchange: Exchange, block: Block, vectors: Tensor, finished: Finished, partial: Tensor, of_logits: Tensor
-) -> Tensor | None:
-    """Adds a block's part of the queries' gradient to `partial`, and of sum dL/dl l to `of_logits`; gives the
-    candidates' gradient where they are fresh."""
-    score, wanted = exchange.score, exchange.wanted
-    gradient = torch.empty_like(vectors) if block.fresh else None
-    for tile in exchange.tiles(block, vectors):
-        weights = slopes(wanted, tile.by_row, finished.rows, finished.of_rows)
-        if tile.by_column is not None:
-            at = tile.positives
-            part = slopes(wanted, tile.by_column, finished.columns[at], finished.of_columns[at])
-            weights[:, : at.stop - at.start] += part.T
-        if not score.homogeneous:
-            logits = tile.by_row.logits if tile.by_row.raw is None else tile.by_row.raw
-            of_logits += torch.where(weights == 0, weights, weights * logits).sum()
-        found = score.gradients(
-            weights,
-            1 / exchange.temperature,
-            exchange.queries,
-            vectors[tile.rows],
-            exchange.query_keys,
-            block.keys[tile.rows],
-            partial,
-            of_candidates=block.fresh,
-        )
-        if gradient is not None:
-            assert found is not None
-            gradient[tile.rows] = found.to(gradient.dtype)
-    return gradient
-
-
-def _reduced_by_kernel(exchange: Exchange, block: Block, vectors: Tensor) -> tuple[Running, list[Running]]:
-    """`_reduced_by_tiles` on a GPU."""
-    pairs, columns = exchange.pairs(block, vectors)
-    part = kernels.forward_block(pairs, columns=columns, values=not block.fresh)
-    running = Running(exchange.wanted, exchange.queries, pairs.rows)
-    running.anchor, running.totals, running.values = part.maximum, part.total[None], part.values
-    running.hardest = running.anchor
-    if not columns:
-        return running, []
-    of_columns = Running(exchange.wanted, exchange.queries, columns)
-    of_columns.anchor, of_columns.totals = part.column_maximum, part.column_total[None]
-    of_columns.hardest = of_columns.anchor
-    return running, [of_columns]
-
-
-def _back_by_kernel(
-    exchange: Exchange, block: Block, vectors: Tensor, finished: Finished, partial: Tensor, of_logits: Tensor
-) -> Tensor:
-    """`_back_by_tiles` on a GPU, of a fresh block."""
-    pairs, columns = exchange.pairs(block, vectors)
-    of_columns = (finished.columns.denominators[0], finished.of_columns.denominators[0]) if columns else (None, None)
-    gradient = kernels.backward_block(
-        pairs, finished.rows.denominators[0], finished.of_rows.denominators[0], partial, *of_columns
-    )
-    return gradient.to(vectors.dtype)
 
 
 @dataclass(frozen=True)
@@ -370,17 +167,6 @@ def exchange(
     outputs = _Reduce.apply(shared, queries, tau.to(everyone.device), *fresh)
     rows, columns, fixed = outputs[:5], outputs[5:10], outputs[10:]
     return Reductions(_reduced(rows, *fixed[:3]), _reduced(columns, *fixed[3:6]), fixed[6], shared)
-
-
-def _vectors(shared: Exchange, fresh: Sequence[Tensor]) -> list[Tensor]:
-    """Each block's vectors; of fresh ones what autograd gave the function."""
-    given = iter(fresh)
-    return [next(given) if block.fresh else block.vectors for block in shared.blocks]
-
-
-def _kept(seen: Seen) -> Seen:
-    """The same with logits that may be overwritten: the rows still need theirs."""
-    return Seen(seen.logits, seen.weighted.clone(), seen.targets, seen.raw)
 
 
 def _joined(columns: list[Reduced], scales: int, like: Tensor) -> Reduced:

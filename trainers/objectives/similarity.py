@@ -11,12 +11,27 @@ and their upstream gradient [B, t]. Queries are float32 or float64; candidates a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from trainers.objectives.keys import Keys
+
+
+@dataclass(frozen=True)
+class Keyed:
+    """Vectors [n, D] or token vectors [n, L, D], and their keys [n]."""
+
+    vectors: Tensor
+    keys: Keys
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __getitem__(self, rows: slice) -> Keyed:
+        return Keyed(self.vectors[rows], self.keys[rows])
 
 
 class Similarity(Protocol):
@@ -26,11 +41,11 @@ class Similarity(Protocol):
     linear: bool
     homogeneous: bool
 
-    def scores(self, queries: Tensor, candidates: Tensor, query_keys: Keys, candidate_keys: Keys) -> Tensor:
+    def scores(self, queries: Keyed, candidates: Keyed) -> Tensor:
         """[B, t]"""
         ...
 
-    def of_pairs(self, queries: Tensor, candidates: Tensor, query_keys: Keys, candidate_keys: Keys) -> Tensor:
+    def of_pairs(self, queries: Keyed, candidates: Keyed) -> Tensor:
         """[n] of query i and candidate i, of n each; differentiable."""
         ...
 
@@ -38,10 +53,8 @@ class Similarity(Protocol):
         self,
         upstream: Tensor,
         scale: float,
-        queries: Tensor,
-        candidates: Tensor,
-        query_keys: Keys,
-        candidate_keys: Keys,
+        queries: Keyed,
+        candidates: Keyed,
         into: Tensor,
         *,
         of_candidates: bool,
@@ -55,26 +68,17 @@ class InnerProduct:
 
     linear, homogeneous = True, True
 
-    def scores(self, queries: Tensor, candidates: Tensor, query_keys: Keys, candidate_keys: Keys) -> Tensor:
-        return queries @ candidates.to(queries.dtype).T
+    def scores(self, queries: Keyed, candidates: Keyed) -> Tensor:
+        return queries.vectors @ candidates.vectors.to(queries.vectors.dtype).T
 
-    def of_pairs(self, queries: Tensor, candidates: Tensor, query_keys: Keys, candidate_keys: Keys) -> Tensor:
-        return (queries * candidates).sum(1)
+    def of_pairs(self, queries: Keyed, candidates: Keyed) -> Tensor:
+        return (queries.vectors * candidates.vectors).sum(1)
 
     def gradients(
-        self,
-        upstream: Tensor,
-        scale: float,
-        queries: Tensor,
-        candidates: Tensor,
-        query_keys: Keys,
-        candidate_keys: Keys,
-        into: Tensor,
-        *,
-        of_candidates: bool,
+        self, upstream: Tensor, scale: float, queries: Keyed, candidates: Keyed, into: Tensor, *, of_candidates: bool
     ) -> Tensor | None:
-        into.addmm_(upstream, candidates.to(upstream.dtype), alpha=scale)
-        return (upstream.T @ queries).mul_(scale) if of_candidates else None
+        into.addmm_(upstream, candidates.vectors.to(upstream.dtype), alpha=scale)
+        return (upstream.T @ queries.vectors).mul_(scale) if of_candidates else None
 
 
 class NegativeSquaredDistance:
@@ -82,32 +86,23 @@ class NegativeSquaredDistance:
 
     linear, homogeneous = False, False
 
-    def scores(self, queries: Tensor, candidates: Tensor, query_keys: Keys, candidate_keys: Keys) -> Tensor:
-        candidates = candidates.to(queries.dtype)
-        scores = (queries @ candidates.T).mul_(2)
-        return scores.sub_(queries.square().sum(1)[:, None]).sub_(candidates.square().sum(1))
+    def scores(self, queries: Keyed, candidates: Keyed) -> Tensor:
+        q = queries.vectors
+        k = candidates.vectors.to(q.dtype)
+        return (q @ k.T).mul_(2).sub_(q.square().sum(1)[:, None]).sub_(k.square().sum(1))
 
-    def of_pairs(self, queries: Tensor, candidates: Tensor, query_keys: Keys, candidate_keys: Keys) -> Tensor:
-        return -(queries - candidates).square().sum(1)
+    def of_pairs(self, queries: Keyed, candidates: Keyed) -> Tensor:
+        return -(queries.vectors - candidates.vectors).square().sum(1)
 
     def gradients(
-        self,
-        upstream: Tensor,
-        scale: float,
-        queries: Tensor,
-        candidates: Tensor,
-        query_keys: Keys,
-        candidate_keys: Keys,
-        into: Tensor,
-        *,
-        of_candidates: bool,
+        self, upstream: Tensor, scale: float, queries: Keyed, candidates: Keyed, into: Tensor, *, of_candidates: bool
     ) -> Tensor | None:
-        candidates = candidates.to(upstream.dtype)
-        into.addmm_(upstream, candidates, alpha=2 * scale)
-        into.addcmul_(queries, upstream.sum(1)[:, None], value=-2 * scale)
+        q, k = queries.vectors, candidates.vectors.to(upstream.dtype)
+        into.addmm_(upstream, k, alpha=2 * scale)
+        into.addcmul_(q, upstream.sum(1)[:, None], value=-2 * scale)
         if not of_candidates:
             return None
-        return (upstream.T @ queries).sub_(candidates * upstream.sum(0)[:, None]).mul_(2 * scale)
+        return (upstream.T @ q).sub_(k * upstream.sum(0)[:, None]).mul_(2 * scale)
 
 
 class NegativeDistance:
@@ -116,29 +111,18 @@ class NegativeDistance:
     linear, homogeneous = False, False
     _squared = NegativeSquaredDistance()
 
-    def scores(self, queries: Tensor, candidates: Tensor, query_keys: Keys, candidate_keys: Keys) -> Tensor:
-        squared = self._squared.scores(queries, candidates, query_keys, candidate_keys)
-        return squared.neg_().clamp_(min=0).sqrt_().neg_()
+    def scores(self, queries: Keyed, candidates: Keyed) -> Tensor:
+        return self._squared.scores(queries, candidates).neg_().clamp_(min=0).sqrt_().neg_()
 
-    def of_pairs(self, queries: Tensor, candidates: Tensor, query_keys: Keys, candidate_keys: Keys) -> Tensor:
-        return -torch.linalg.vector_norm(queries - candidates, dim=1)
+    def of_pairs(self, queries: Keyed, candidates: Keyed) -> Tensor:
+        return -torch.linalg.vector_norm(queries.vectors - candidates.vectors, dim=1)
 
     def gradients(
-        self,
-        upstream: Tensor,
-        scale: float,
-        queries: Tensor,
-        candidates: Tensor,
-        query_keys: Keys,
-        candidate_keys: Keys,
-        into: Tensor,
-        *,
-        of_candidates: bool,
+        self, upstream: Tensor, scale: float, queries: Keyed, candidates: Keyed, into: Tensor, *, of_candidates: bool
     ) -> Tensor | None:
-        distances = self.scores(queries, candidates, query_keys, candidate_keys).neg_()
+        distances = self.scores(queries, candidates).neg_()
         of_squared = torch.where(distances > 0, upstream / (2 * distances), 0)
-        keys = query_keys, candidate_keys
-        return self._squared.gradients(of_squared, scale, queries, candidates, *keys, into, of_candidates=of_candidates)
+        return self._squared.gradients(of_squared, scale, queries, candidates, into, of_candidates=of_candidates)
 
 
 class MaxSim:
@@ -152,51 +136,39 @@ class MaxSim:
     linear, homogeneous = False, True
     ELEMENTS = 1 << 23
 
-    def scores(self, queries: Tensor, candidates: Tensor, query_keys: Keys, candidate_keys: Keys) -> Tensor:
-        parts = [
-            _largest(queries, few, keys)[0].mul_(_valid(queries, query_keys)[..., None]).sum(1)
-            for _, few, keys in self._pieces(queries, candidates, candidate_keys)
-        ]
-        return torch.cat(parts, 1) if parts else queries.new_zeros(len(queries), 0)
+    def scores(self, queries: Keyed, candidates: Keyed) -> Tensor:
+        counts = _valid(queries)[..., None]
+        parts = [_largest(queries, few)[0].mul_(counts).sum(1) for _, few in self._pieces(queries, candidates)]
+        return torch.cat(parts, 1) if parts else queries.vectors.new_zeros(len(queries), 0)
 
-    def of_pairs(self, queries: Tensor, candidates: Tensor, query_keys: Keys, candidate_keys: Keys) -> Tensor:
-        similar = torch.einsum("nqd,nkd->nqk", queries, candidates)
-        similar = similar.masked_fill(~_valid(candidates, candidate_keys)[:, None], -torch.inf)
+    def of_pairs(self, queries: Keyed, candidates: Keyed) -> Tensor:
+        similar = torch.einsum("nqd,nkd->nqk", queries.vectors, candidates.vectors)
+        similar = similar.masked_fill(~_valid(candidates)[:, None], -torch.inf)
         largest = similar.amax(2) if similar.shape[2] else similar.new_full(similar.shape[:2], -torch.inf)
-        counts = _valid(queries, query_keys) & (largest != -torch.inf)
+        counts = _valid(queries) & (largest != -torch.inf)
         return torch.where(counts, largest, 0).sum(1)
 
     def gradients(
-        self,
-        upstream: Tensor,
-        scale: float,
-        queries: Tensor,
-        candidates: Tensor,
-        query_keys: Keys,
-        candidate_keys: Keys,
-        into: Tensor,
-        *,
-        of_candidates: bool,
+        self, upstream: Tensor, scale: float, queries: Keyed, candidates: Keyed, into: Tensor, *, of_candidates: bool
     ) -> Tensor | None:
-        counts = _valid(queries, query_keys)[..., None]
-        gradient = torch.zeros(candidates.shape, dtype=upstream.dtype, device=upstream.device)
-        for rows, few, keys in self._pieces(queries, candidates, candidate_keys):
-            largest, at = _largest(queries, few, keys)
-            chosen = (upstream[:, None, rows] * scale * counts).masked_fill_(~_some(keys, few), 0)
-            routed = upstream.new_zeros(*largest.shape, few.shape[1]).scatter_(3, at[..., None], chosen[..., None])
-            routed = routed.flatten(2).flatten(0, 1)  # [B Lq, t Ld]
-            flat = few.to(upstream.dtype).flatten(0, 1)
-            into.view(-1, into.shape[2]).addmm_(routed, flat)
+        counts = _valid(queries)[..., None]
+        gradient = torch.zeros(candidates.vectors.shape, dtype=upstream.dtype, device=upstream.device)
+        for rows, few in self._pieces(queries, candidates):
+            largest, at = _largest(queries, few)
+            chosen = (upstream[:, None, rows] * scale * counts).masked_fill_(~_some(few), 0)
+            routed = upstream.new_zeros(*largest.shape, few.vectors.shape[1])
+            routed = routed.scatter_(3, at[..., None], chosen[..., None]).flatten(2).flatten(0, 1)  # [B Lq, t Ld]
+            into.view(-1, into.shape[2]).addmm_(routed, few.vectors.to(upstream.dtype).flatten(0, 1))
             if of_candidates:
-                gradient[rows] = (routed.T @ queries.flatten(0, 1)).view(few.shape)
+                gradient[rows] = (routed.T @ queries.vectors.flatten(0, 1)).view(few.vectors.shape)
         return gradient if of_candidates else None
 
-    def _pieces(self, queries: Tensor, candidates: Tensor, keys: Keys) -> Iterator[tuple[slice, Tensor, Keys]]:
-        each = max(1, queries.shape[0] * queries.shape[1] * candidates.shape[1])
+    def _pieces(self, queries: Keyed, candidates: Keyed) -> Iterator[tuple[slice, Keyed]]:
+        each = max(1, queries.vectors.shape[0] * queries.vectors.shape[1] * candidates.vectors.shape[1])
         few = max(1, self.ELEMENTS // each)
         for start in range(0, len(candidates), few):
             rows = slice(start, min(start + few, len(candidates)))
-            yield rows, candidates[rows], keys[rows]
+            yield rows, candidates[rows]
 
 
 class Reversed:
@@ -207,53 +179,43 @@ class Reversed:
     def __init__(self, score: MaxSim) -> None:
         self._score = score
 
-    def scores(self, queries: Tensor, candidates: Tensor, query_keys: Keys, candidate_keys: Keys) -> Tensor:
-        return self._score.scores(candidates.to(queries.dtype), queries, candidate_keys, query_keys).T.contiguous()
+    def scores(self, queries: Keyed, candidates: Keyed) -> Tensor:
+        staying = Keyed(candidates.vectors.to(queries.vectors.dtype), candidates.keys)
+        return self._score.scores(staying, queries).T.contiguous()
 
-    def of_pairs(self, queries: Tensor, candidates: Tensor, query_keys: Keys, candidate_keys: Keys) -> Tensor:
-        return self._score.of_pairs(candidates, queries, candidate_keys, query_keys)
+    def of_pairs(self, queries: Keyed, candidates: Keyed) -> Tensor:
+        return self._score.of_pairs(candidates, queries)
 
     def gradients(
-        self,
-        upstream: Tensor,
-        scale: float,
-        queries: Tensor,
-        candidates: Tensor,
-        query_keys: Keys,
-        candidate_keys: Keys,
-        into: Tensor,
-        *,
-        of_candidates: bool,
+        self, upstream: Tensor, scale: float, queries: Keyed, candidates: Keyed, into: Tensor, *, of_candidates: bool
     ) -> Tensor | None:
-        staying = candidates.to(upstream.dtype)
-        gradient = torch.zeros_like(staying)
-        of_rows = self._score.gradients(
-            upstream.T, scale, staying, queries, candidate_keys, query_keys, gradient, of_candidates=True
-        )
+        staying = Keyed(candidates.vectors.to(upstream.dtype), candidates.keys)
+        gradient = torch.zeros_like(staying.vectors)
+        of_rows = self._score.gradients(upstream.T, scale, staying, queries, gradient, of_candidates=True)
         assert of_rows is not None
         into += of_rows
         return gradient if of_candidates else None
 
 
-def _largest(queries: Tensor, candidates: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+def _largest(queries: Keyed, candidates: Keyed) -> tuple[Tensor, Tensor]:
     """[B, Lq, t] each query token's largest inner product with a candidate's tokens, 0 without any, and its place."""
-    tokens, dim = candidates.shape[1:]
-    similar = queries.flatten(0, 1) @ candidates.to(queries.dtype).reshape(-1, dim).T
-    similar = similar.view(*queries.shape[:2], len(candidates), tokens)
-    largest, at = similar.masked_fill_(~_valid(candidates, keys), -torch.inf).max(3)
-    return largest.masked_fill_(~_some(keys, candidates), 0), at
+    q, k = queries.vectors, candidates.vectors
+    similar = q.flatten(0, 1) @ k.to(q.dtype).reshape(-1, k.shape[2]).T
+    similar = similar.view(*q.shape[:2], *k.shape[:2])
+    largest, at = similar.masked_fill_(~_valid(candidates), -torch.inf).max(3)
+    return largest.masked_fill_(~_some(candidates), 0), at
 
 
-def _valid(vectors: Tensor, keys: Keys) -> Tensor:
+def _valid(of: Keyed) -> Tensor:
     """[n, L] bool, tokens that count."""
-    if keys.lengths is None:
+    if of.keys.lengths is None:
         raise ValueError("token vectors [n, L, D] need `lengths` among their keys")
-    return torch.arange(vectors.shape[1], device=vectors.device) < keys.lengths[:, None]
+    return torch.arange(of.vectors.shape[1], device=of.vectors.device) < of.keys.lengths[:, None]
 
 
-def _some(keys: Keys, vectors: Tensor) -> Tensor:
+def _some(of: Keyed) -> Tensor:
     """[n] bool, candidates with any token."""
-    return _valid(vectors, keys).any(1)
+    return _valid(of).any(1)
 
 
 SIMILARITIES: dict[str, type[Similarity]] = {

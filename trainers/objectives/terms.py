@@ -19,18 +19,19 @@ import torch
 from torch import Tensor
 
 from trainers.collectives import Group
-from trainers.objectives.config import (
+from trainers.objectives.blocks import Block
+from trainers.objectives.embedded import Embedded, LossShare, gather_scalars, share_of
+from trainers.objectives.keys import Keys
+from trainers.objectives.masks import HIDDEN
+from trainers.objectives.reductions import Reduced, Wanted
+from trainers.objectives.sections.terms import (
     AlignmentSection,
     AmongTextsSection,
     KoLeoSection,
     SpreadOutSection,
     UniformitySection,
 )
-from trainers.objectives.embedded import Embedded, LossShare, gather_scalars, share_of
-from trainers.objectives.keys import Keys
-from trainers.objectives.masks import HIDDEN
-from trainers.objectives.reductions import Reduced, Wanted
-from trainers.objectives.sharded_softmax import Block, exchange
+from trainers.objectives.sharded_softmax import exchange
 from trainers.objectives.similarity import NegativeSquaredDistance, Similarity
 
 _TINY = 1e-8  # added to squared distances, whose logarithm is taken: equal texts have none

@@ -15,8 +15,8 @@ from torch.nn.functional import log_softmax, normalize, softmax
 
 from data_services.schema import UsageError
 from trainers.collectives import Group
-from trainers.objectives.config import Layers, Matryoshka
 from trainers.objectives.embedded import Embedded, LossShare, Objective
+from trainers.objectives.sections.wrappers import Layers, Matryoshka
 from trainers.objectives.terms import mean_over_workers, one_vector_a_text
 
 

@@ -1,5 +1,7 @@
 """The text tower: unit vectors, dropout, what the loss sees and what is exported, texts in batches."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,18 @@ def test_flops_per_token_by_hand(qwen):
     matrices = 2 * (4 * 32 * 32 + 3 * 32 * 48)
     norms = 2 * (2 * 32 + 2 * 16) + 32
     assert encoder.flops_per_token(10) == 6 * (matrices + norms) + 12 * 2 * 10 * 32
+
+
+def test_frozen_weights_cost_less_and_nothing_goes_back_below_the_lowest_trained_one(qwen):
+    encoder = copy.deepcopy(qwen[0]).requires_grad_(False)
+    layer, final_norm = 4 * 32 * 32 + 3 * 32 * 48 + 2 * 32 + 2 * 16, 32
+    attention = 12 * 2 * 10 * 32
+    assert encoder.flops_per_token(10) == 2 * (2 * layer + final_norm) + attention
+    encoder.backbone.layers[1].requires_grad_()
+    assert encoder.flops_per_token(10) == 2 * layer + 6 * layer + 4 * final_norm + attention
+    encoder.backbone.layers[1].requires_grad_(False)
+    encoder.backbone.get_input_embeddings().requires_grad_()
+    assert encoder.flops_per_token(10) == 4 * (2 * layer + final_norm) + attention
 
 
 def test_local_encoder_keeps_the_order_of_the_texts_and_the_budget(qwen, tmp_path):

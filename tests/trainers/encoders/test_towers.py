@@ -28,8 +28,8 @@ from trainers.encoders.towers import (
 from trainers.export import export_sentence_transformer
 from trainers.model import Trained
 from trainers.objectives.compose import Sum
-from trainers.objectives.config import ContrastiveSection
 from trainers.objectives.embedded import Embedded
+from trainers.objectives.sections.contrastive import ContrastiveSection
 from trainers.step import ContrastiveStep, Memory
 
 RECIPE = {"max_tokens": 40, "towers": "separate", "query_prompt": "find: ", "pool_prompt": False}

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from tests.twins import Dense, dense_contrastive, in_type, of_worker, random_rows, random_shares
 from trainers.collectives import Group
-from trainers.objectives.config import ContrastiveSection
 from trainers.objectives.contrastive import Contrastive
+from trainers.objectives.sections.contrastive import ContrastiveSection
 
 DIM = 16
 # (b, d) of each worker: even and uneven, one without hard negatives, one without queries, one with nothing

@@ -9,13 +9,13 @@ from data_services.schema import UsageError
 from tests.trainers.objectives.naive import Whole, check, similarity, weighted_mean
 from tests.twins import in_type, random_shares
 from trainers.collectives import Group
-from trainers.objectives.config import (
+from trainers.objectives.distill import EmbeddingDistill, KLDistill, MarginMSE, SimilarityDistill
+from trainers.objectives.sections.distill import (
     EmbeddingDistillSection,
     KLDistillSection,
     MarginMSESection,
     SimilarityDistillSection,
 )
-from trainers.objectives.distill import EmbeddingDistill, KLDistill, MarginMSE, SimilarityDistill
 
 DIM = 6
 # (b, d) of each worker: uneven, one without further documents, one with nothing

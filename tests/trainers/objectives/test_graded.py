@@ -16,25 +16,17 @@ from data_services.schema import UsageError
 from tests.trainers.objectives.naive import PROGRESS, Whole, check, similarity, weighted_mean
 from tests.twins import in_type, random_shares
 from trainers.collectives import Group
-from trainers.objectives.config import (
+from trainers.objectives.graded import Angle, Cosent, LambdaRank, ListMLE, ListNet, RankNet, graded_weights
+from trainers.objectives.sections.graded import (
     AngleSection,
     CosentSection,
-    GradedWeights,
     LambdaRankSection,
     ListMLESection,
     ListNetSection,
     RankNetSection,
-    value_at,
 )
-from trainers.objectives.graded import (
-    Angle,
-    Cosent,
-    LambdaRank,
-    ListMLE,
-    ListNet,
-    RankNet,
-    graded_weights,
-)
+from trainers.objectives.sections.numbers import value_at
+from trainers.objectives.sections.wrappers import GradedWeights
 
 DIM = 6
 # (b, d) of each worker: uneven, one with nothing; queries with one document and with several

@@ -14,11 +14,12 @@ from tests.trainers.objectives.kernel_cases import Case, check, check_chunk_by_c
 from tests.twins import of_worker, random_rows, random_shares
 from trainers.collectives import Group
 from trainers.objectives import kernels
+from trainers.objectives.blocks import Block
 from trainers.objectives.kernel_pairs import Pairs, pairs
 from trainers.objectives.keys import Keys
 from trainers.objectives.masks import AboveCeiling, OtherClass, SameClass, SameId
 from trainers.objectives.reductions import Wanted
-from trainers.objectives.sharded_softmax import Block, exchange
+from trainers.objectives.sharded_softmax import exchange
 from trainers.objectives.similarity import InnerProduct, NegativeSquaredDistance
 
 

@@ -11,8 +11,8 @@ from data_services.schema import UsageError
 from trainers.collectives import Group
 from trainers.config import EngineConfig, OptimizerConfig
 from trainers.engine import Engine
-from trainers.objectives.config import MaskedLM
 from trainers.objectives.masked_lm import NOTHING, HeadLoss, MaskedLMHead, share_of_head
+from trainers.objectives.sections.wrappers import MaskedLM
 
 WORDS, HIDDEN, WIDTH = 50, 8, 6
 PAD, CLS, MASK = 0, 2, 3

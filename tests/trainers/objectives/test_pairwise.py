@@ -10,8 +10,9 @@ from torch.nn.functional import softplus
 from tests.trainers.objectives.naive import PROGRESS, Whole, check, similarity, weighted_mean
 from tests.twins import random_rows, random_shares
 from trainers.collectives import Group
-from trainers.objectives.config import EnergyHingeSection, Learned, SigmoidSection, TripletSection, value_at
 from trainers.objectives.pairwise import EnergyHinge, Sigmoid, Triplet
+from trainers.objectives.sections.numbers import Learned, value_at
+from trainers.objectives.sections.pairwise import EnergyHingeSection, SigmoidSection, TripletSection
 
 DIM = 6
 # (b, d) of each worker: uneven, one without queries, one with nothing

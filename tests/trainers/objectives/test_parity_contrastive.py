@@ -12,19 +12,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from trainers.collectives import Group
-from trainers.objectives.config import (
-    ContrastiveSection,
-    EmbeddingDistillSection,
-    KLDistillSection,
-    Layers,
-    MarginMSESection,
-    Matryoshka,
-    SpreadOutSection,
-)
 from trainers.objectives.contrastive import Contrastive
 from trainers.objectives.distill import EmbeddingDistill, KLDistill, MarginMSE
 from trainers.objectives.embedded import Embedded, Objective
 from trainers.objectives.keys import UNKNOWN, Keys
+from trainers.objectives.sections.contrastive import ContrastiveSection
+from trainers.objectives.sections.distill import EmbeddingDistillSection, KLDistillSection, MarginMSESection
+from trainers.objectives.sections.terms import SpreadOutSection
+from trainers.objectives.sections.wrappers import Layers, Matryoshka
 from trainers.objectives.terms import SpreadOut
 from trainers.objectives.wrappers import OverLayers, OverPrefixes
 

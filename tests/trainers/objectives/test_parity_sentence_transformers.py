@@ -13,17 +13,17 @@ from torch.nn.functional import normalize
 
 from tests.twins import random_shares
 from trainers.collectives import Group
-from trainers.objectives.config import (
+from trainers.objectives.graded import Angle, Cosent, LambdaRank, ListMLE, ListNet, RankNet
+from trainers.objectives.pairwise import Triplet
+from trainers.objectives.sections.graded import (
     AngleSection,
     CosentSection,
     LambdaRankSection,
     ListMLESection,
     ListNetSection,
     RankNetSection,
-    TripletSection,
 )
-from trainers.objectives.graded import Angle, Cosent, LambdaRank, ListMLE, ListNet, RankNet
-from trainers.objectives.pairwise import Triplet
+from trainers.objectives.sections.pairwise import TripletSection
 
 DIM = 8
 

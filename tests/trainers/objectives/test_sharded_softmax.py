@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from tests.twins import of_worker, random_rows, random_shares
 from trainers.collectives import Group
+from trainers.objectives.blocks import Block
 from trainers.objectives.hardest import kth_largest, ordered
 from trainers.objectives.keys import UNKNOWN, Keys
 from trainers.objectives.masks import OtherClass, SameClass, SameId
 from trainers.objectives.nats import Logit
 from trainers.objectives.reductions import Running, Seen, Wanted, merge
-from trainers.objectives.sharded_softmax import Block, exchange
+from trainers.objectives.sharded_softmax import exchange
 from trainers.objectives.similarity import InnerProduct, MaxSim, NegativeSquaredDistance
 
 DIM = 8

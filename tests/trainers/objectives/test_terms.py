@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from tests.trainers.objectives.naive import Whole, check, weighted_mean
 from tests.twins import in_type, random_shares
 from trainers.collectives import Group
-from trainers.objectives.config import AlignmentSection, KoLeoSection, SpreadOutSection, UniformitySection
+from trainers.objectives.sections.terms import AlignmentSection, KoLeoSection, SpreadOutSection, UniformitySection
 from trainers.objectives.terms import Alignment, KoLeo, SpreadOut, Uniformity
 
 DIM = 6

@@ -11,10 +11,10 @@ from torch.nn.functional import cross_entropy, normalize
 from trainers.collectives import Group
 from trainers.config import QueueConfig
 from trainers.negative_queue import NegativeQueue
-from trainers.objectives.config import ContrastiveSection
 from trainers.objectives.contrastive import Contrastive
 from trainers.objectives.embedded import Embedded
 from trainers.objectives.keys import Keys
+from trainers.objectives.sections.contrastive import ContrastiveSection
 
 TEXTS, INPUTS, DIM, RATE, STEPS = 7, 10, 6, 0.5, 5
 CUTS = {1: [7], 2: [4, 3], 3: [2, 5, 0]}  # texts of each worker

@@ -12,10 +12,13 @@ from data_services.schema import UsageError
 from tests.trainers.objectives.naive import Whole, check, weighted_mean
 from tests.twins import random_rows, random_shares
 from trainers.collectives import Group
-from trainers.objectives.config import AlignmentSection, ContrastiveSection, EmbeddingDistillSection, Layers, Matryoshka
 from trainers.objectives.contrastive import Contrastive
 from trainers.objectives.distill import EmbeddingDistill
 from trainers.objectives.embedded import LossShare
+from trainers.objectives.sections.contrastive import ContrastiveSection
+from trainers.objectives.sections.distill import EmbeddingDistillSection
+from trainers.objectives.sections.terms import AlignmentSection
+from trainers.objectives.sections.wrappers import Layers, Matryoshka
 from trainers.objectives.terms import Alignment
 from trainers.objectives.wrappers import OverLayers, OverPrefixes, changed
 
