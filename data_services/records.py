@@ -1,43 +1,36 @@
-"""What stands in a file, row by row, and how a row becomes a record or is said to be malformed."""
+"""How a row becomes a record, or is said to be malformed: one row at a time, with the reason.
+
+`columns` does the same to a block of rows at once, where none of them has a fault.
+"""
 
 from __future__ import annotations
 
 import difflib
-import gzip
-import json
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_services.schema import UNKNOWN, Column, UsageError, class_id
 
-# So many rows without one good one, and a field that none of them has: the field is wrong, not the rows.
-_PROBE_ROWS = 1_000
-_BATCH_ROWS = 4_096
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LARGEST_FLOAT32 = 3.4028234e38
 _CONSTANT = "="  # `task: =nli` is a class of every row, where `task: kind` is a field
 
 
 class Row(NamedTuple):
-    """A row as it was read. `origin` says where: file:line, or the name of a built-in pair."""
+    """A row as it was read: its number in its file (from 1) and its fields."""
 
-    origin: str
+    number: int
     fields: Mapping[str, Any]
 
 
 class Record(NamedTuple):
-    """A good row: `id` unique in its source, one positive or more. Named as in `schema.Column`.
+    """A good row, with one positive or more. Named as in `schema.Column`.
 
-    Each list of scores is as long as the texts it is of. What the source lacks is None.
+    Each list of scores is as long as the texts it is of. What the source lacks is None; an `id` it lacks is made
+    of the texts (`columns.with_ids`).
     """
 
-    id: str
+    id: str | None
     query: str
     positives: list[str]
     negatives: list[str]
@@ -51,9 +44,9 @@ class Record(NamedTuple):
 
 
 class Malformed(NamedTuple):
-    """A row that can't be used: where it stands, why, and what it holds."""
+    """A row that can't be used: its number in its file, why, and what it holds."""
 
-    origin: str
+    number: int
     reason: str
     row: str
 
@@ -61,12 +54,17 @@ class Malformed(NamedTuple):
 class Fields(NamedTuple):
     """Names of the fields that hold the parts of a record, None where the source lacks one.
 
-    From `positive_scores` on they are named as in `Column.OPTIONAL`. A class may be =NAME, the same of every row.
+    negatives  one field of a text or a list of texts, or several fields of one text each
+    relations  1, -1 or 0 for each text of `positive`: it answers, it doesn't, it isn't known
+    prompt     a text that goes before the query
+
+    From `positive_scores` to `modality` they are named as in `Column.OPTIONAL`. A class may be =NAME, the same of
+    every row.
     """
 
     query: str
     positive: str
-    negatives: str | None = None
+    negatives: tuple[str, ...] = ()
     positive_scores: str | None = None
     negative_scores: str | None = None
     weight: str | None = None
@@ -74,32 +72,21 @@ class Fields(NamedTuple):
     task: str | None = None
     language: str | None = None
     modality: str | None = None
+    id: str | None = None
+    prompt: str | None = None
+    relations: str | None = None
 
     @property
     def named(self) -> list[str]:
         """The fields that some row must have."""
         constants = {name for name in Column.CLASSES if (getattr(self, name) or "").startswith(_CONSTANT)}
-        return [field for name, field in self._asdict().items() if field is not None and name not in constants]
+        single = {name: field for name, field in self._asdict().items() if name not in {"negatives", *constants}}
+        return list(dict.fromkeys([*filter(None, single.values()), *self.negatives]))
 
     @property
     def columns(self) -> frozenset[str]:
         """Which of `Column.OPTIONAL` the records have."""
         return frozenset(name for name in Column.OPTIONAL if getattr(self, name) is not None)
-
-
-def records(rows: Iterable[Row | Malformed], fields: Fields, source: str) -> Iterator[Record | Malformed]:
-    """One record or malformed row for each row. UsageError where a field of `fields` is in none of them."""
-    seen: dict[str, None] = {}
-    any_good = False
-    for number, row in enumerate(rows):
-        if number == _PROBE_ROWS and not any_good:
-            check_fields(seen, fields, source)
-        result = _record(row, fields) if isinstance(row, Row) else row
-        if isinstance(row, Row):
-            seen.update(dict.fromkeys(row.fields))
-        any_good = any_good or isinstance(result, Record)
-        yield result
-    check_fields(seen, fields, source)
 
 
 def check_fields(present: Iterable[str], fields: Fields, source: str) -> None:
@@ -114,78 +101,75 @@ def check_fields(present: Iterable[str], fields: Fields, source: str) -> None:
             )
 
 
-def parquet_rows(path: Path, name: str, fields: Fields) -> Iterator[Row | Malformed]:
-    """Rows of a Parquet file, those columns only, numbered from 1."""
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise UsageError(f"source file {path} is not a Parquet file: {str(error).splitlines()[0]}") from error
-    check_fields(file.schema_arrow.names, fields, str(path))
-    number = 0
-    for batch in file.iter_batches(_BATCH_ROWS, columns=fields.named):
-        for row in batch.to_pylist():
-            number += 1
-            yield Row(f"{name}:{number}", row)
-
-
-def jsonl_rows(path: Path, name: str) -> Iterator[Row | Malformed]:
-    """Objects line by line, numbered from 1; blank lines are no rows. Unzips what ends in .gz."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                line = line.removeprefix(_BYTE_ORDER_MARK).strip()
-                if line:
-                    yield _json_row(f"{name}:{number}", line)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UsageError(f"source file {path} is not a whole gzip file: {error}") from error
-
-
-def _json_row(origin: str, line: bytes) -> Row | Malformed:
-    try:
-        return as_row(origin, json.loads(line.decode()))
-    except UnicodeDecodeError:
-        return Malformed(origin, "not UTF-8", line.decode(errors="replace"))
-    except (json.JSONDecodeError, RecursionError):
-        return Malformed(origin, "not JSON", line.decode())
-
-
-def as_row(origin: str, fields: Any) -> Row | Malformed:
+def as_row(number: int, fields: Any) -> Row | Malformed:
     """A mapping as a row; anything else is malformed."""
     if isinstance(fields, Mapping):
-        return Row(origin, fields)
-    return Malformed(origin, f"{_kind(fields)}, not an object of fields", repr(fields))
+        return Row(number, fields)
+    return Malformed(number, f"{_kind(fields)}, not an object of fields", repr(fields))
 
 
 class _Unusable(ValueError):
     """Why a row can't be used."""
 
 
-def _record(row: Row, fields: Fields) -> Record | Malformed:
+def record(row: Row, fields: Fields, max_bytes: int) -> Record | Malformed:
+    """The record of a row. max_bytes: of its texts together, in UTF-8."""
     try:
-        return _read(row, fields)
+        made = _read(row.fields, fields)
+        size = sum(len(text.encode()) for text in (made.query, *made.positives, *made.negatives))
+        if size > max_bytes:
+            raise _Unusable(f"its texts have more than max_bytes={max_bytes} bytes")
     except _Unusable as why:
-        return Malformed(row.origin, str(why), repr(dict(row.fields)))
+        return Malformed(row.number, str(why), repr(dict(row.fields)))
+    return made
 
 
-def _read(row: Row, fields: Fields) -> Record:
-    query = _texts(row.fields, fields.query)
-    positives = _texts(row.fields, fields.positive)
+def _read(row: Mapping[str, Any], fields: Fields) -> Record:
+    query = _texts(row, fields.query)
+    positives = _texts(row, fields.positive)
     if len(query) != 1:
         raise _Unusable(f"field {fields.query!r} is a list, not one text")
+    negatives = _negatives(row, fields.negatives)
+    if fields.relations is not None:
+        positives, judged_wrong = _by_relation(row, fields, positives)
+        negatives = judged_wrong + negatives
     if not positives:
         raise _Unusable(f"field {fields.positive!r} is an empty list")
-    field = fields.negatives  # a row may have none
-    negatives = _texts(row.fields, field) if field is not None and row.fields.get(field) is not None else []
+    prompt = (
+        "" if fields.prompt is None or row.get(fields.prompt) is None else _plain(row[fields.prompt], fields.prompt)
+    )
     return Record(
-        row.origin,
-        query[0],
+        _id(row, fields.id),
+        prompt + query[0],
         positives,
         negatives,
-        _scores(row.fields, fields.positive_scores, fields.positive, len(positives)),
-        _scores(row.fields, fields.negative_scores, fields.negatives, len(negatives)),
-        _weight(row.fields, fields.weight),
-        **{name: _class(row.fields, getattr(fields, name)) for name in Column.CLASSES},
+        _scores(row, fields.positive_scores, fields.positive, len(positives)),
+        _scores(row, fields.negative_scores, ", ".join(fields.negatives), len(negatives)),
+        _weight(row, fields.weight),
+        **{name: _class(row, getattr(fields, name)) for name in Column.CLASSES},
     )
+
+
+def _id(fields: Mapping[str, Any], field: str | None) -> str | None:
+    if field is None:
+        return None
+    value = _value(fields, field)
+    return str(int(value)) if _is(Integral, value) else _text(value, field)
+
+
+def _negatives(fields: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
+    """Texts of every such field that the row has: a row may have no hard negative."""
+    return [text for name in names if fields.get(name) is not None for text in _texts(fields, name)]
+
+
+def _by_relation(row: Mapping[str, Any], fields: Fields, texts: list[str]) -> tuple[list[str], list[str]]:
+    """(texts that answer the query, texts that don't); those of which it isn't known are left out."""
+    assert fields.relations is not None
+    values = _scores(row, fields.relations, fields.positive, len(texts)) or []
+    if not set(values) <= {1, 0, -1}:
+        raise _Unusable(f"field {fields.relations!r} has another number than 1, -1 and 0")
+    by_value = {value: [t for t, v in zip(texts, values, strict=True) if v == value] for value in (1, -1)}
+    return by_value[1], by_value[-1]
 
 
 def _value(fields: Mapping[str, Any], field: str) -> Any:
@@ -201,10 +185,20 @@ def _texts(fields: Mapping[str, Any], field: str) -> list[str]:
 
 
 def _text(text: Any, field: str) -> str:
-    if not isinstance(text, str):
-        raise _Unusable(f"field {field!r} is {_kind(text)}, not text")
+    """A text, or that of a passage: an object with `text` and perhaps `title`, which goes before it."""
+    if isinstance(text, Mapping) and "text" in text:
+        title = text.get("title")
+        body = _text(text["text"], f"{field}.text")
+        return body if title is None or title == "" else f"{_plain(title, f'{field}.title')} {body}"
+    _plain(text, field)
     if not text.strip():
         raise _Unusable(f"field {field!r} is empty")
+    return text
+
+
+def _plain(text: Any, field: str) -> str:
+    if not isinstance(text, str):
+        raise _Unusable(f"field {field!r} is {_kind(text)}, not text")
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -3,28 +3,28 @@
     home/data/<name>-<key>/           one slot for each source, its fields and this code's version
         stamp.json                    what the source looked like (sizes, times), and the folder that holds it
         <fingerprint>/                one folder for each content, never changed after it appears
-            part-00000.parquet …      columns of `Column`, in row groups
+            rows.parquet              or part-*/rows-*.parquet: columns of `Column`, in row groups
             quarantine.parquet        malformed rows: origin, reason, row
             manifest.json             counts, row groups, optional columns, fingerprint, code version
+        .unfinished/                  parts of a conversion that was killed or failed: the next one goes on with them
 
-A conversion writes to a folder of its own and renames it at the end: a reader sees all of it or nothing, and
-of two conversions at once the first to finish wins. rows in = rows out + rows quarantined.
+A conversion writes to a folder of its own and renames it at the end: a reader sees all of it or nothing.
+rows in = rows out + rows quarantined.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import hashlib
-import itertools
+import fcntl
 import json
 import logging
 import os
 import shutil
 import threading
-import time
 import uuid
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,40 +35,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_services.records import Malformed, Record
-from data_services.schema import Column, RunError, UsageError, text_id
+from data_services.columns import SCHEMA
+from data_services.convert import assemble
+from data_services.parallel import convert_parts
+from data_services.readers.blocks import Part, Want
+from data_services.schema import Column, RunError, UsageError
 
 log = logging.getLogger(__name__)
 
-# Raised when the same source would be stored differently.
-CODE_VERSION = 2
-SCHEMA = pa.schema(
-    [
-        (Column.ID, pa.string()),
-        (Column.QUERY, pa.string()),
-        (Column.POSITIVES, pa.list_(pa.string())),
-        (Column.NEGATIVES, pa.list_(pa.string())),
-        (Column.QUERY_ID, pa.int64()),
-        (Column.POSITIVE_IDS, pa.list_(pa.int64())),
-        (Column.NEGATIVE_IDS, pa.list_(pa.int64())),
-        (Column.POSITIVE_SCORES, pa.list_(pa.float32())),
-        (Column.NEGATIVE_SCORES, pa.list_(pa.float32())),
-        (Column.WEIGHT, pa.float32()),
-        *((name, pa.int64()) for name in Column.CLASSES),
-    ]
-)
-QUARANTINE_SCHEMA = pa.schema([("origin", pa.string()), ("reason", pa.string()), ("row", pa.string())])
-
-GROUP_ROWS = 1024
-SMALLEST_GROUP_ROWS = 64
-# A smaller source gets smaller row groups, so that shuffling by windows of groups still has groups to choose.
-_WANTED_GROUPS = 64
-_GROUPS_PER_FILE = 512
-_QUARANTINED_CHARACTERS = 2_000
 _IDS = (Column.QUERY_ID, Column.POSITIVE_IDS)
 _CACHE_BYTES = 256 << 20
-_UNFINISHED = ".unfinished-"
-_ABANDONED_AFTER_S = 24 * 3600
+_UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -79,6 +56,7 @@ class StoredSource:
     groups_per_file  row groups of each file
     quarantined      rows left out, by reason
     columns          which of `Column.OPTIONAL` it has; the others are null in every row
+    layout           of its rows as they were read (`layouts`)
     """
 
     name: str
@@ -89,6 +67,7 @@ class StoredSource:
     fingerprint: str
     quarantined: dict[str, int]
     columns: frozenset[str] = frozenset()
+    layout: str = ""
 
     @property
     def rows(self) -> int:
@@ -185,60 +164,170 @@ def _metadata(path: Path) -> pq.FileMetaData:
     return pq.read_metadata(path)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read: its parts, what of them, and the layout that was named or recognised."""
+
+    parts: Sequence[Part]
+    want: Want
+    layout: str
+
+
+Report = Callable[[int, int], None]
+"""Takes (parts that are finished, parts) while a source is converted."""
+
+
 def store(
     name: str,
     slot: Path,
-    stamp: dict[str, Any] | None,
-    records: Callable[[], Iterator[Record | Malformed]],
-    columns: Collection[str] = (),
+    stamp: Callable[[], Any] | None,
+    reading: Callable[[], Reading],
+    report: Report | None = None,
 ) -> StoredSource:
     """The source in `slot`, converted unless the stamp says that it hasn't changed since.
 
-    stamp    sizes and times of what is read, as JSON; None where only reading tells (it is then always read)
-    columns  which of `Column.OPTIONAL` the records have
+    stamp  sizes and times of what is read, as JSON; None where only reading tells (it is then always read)
 
-    Content that was seen before keeps its folder, whatever the stamp. Raises UsageError where there isn't a
-    single good row, RunError where the disk is full; nothing is left behind then.
+    One conversion of a slot runs at a time: who comes second waits, and uses what the first made. Content that was
+    seen before keeps its folder, whatever the stamp. Raises UsageError where there isn't a single good row or the
+    source changes while it is read, RunError where the disk is full; parts that are finished are kept for the next
+    try.
     """
-    memo = slot / "stamp.json"
-    if stamp is not None and memo.exists():
-        known = json.loads(memo.read_text())
-        if known["stamp"] == stamp and (slot / known["folder"] / "manifest.json").exists():
-            return _load(name, slot / known["folder"])
-    slot.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(slot.parent)
-    unfinished = slot.parent / f"{_UNFINISHED}{uuid.uuid4().hex}"
-    unfinished.mkdir()
-    try:
-        fingerprint = _convert(name, records(), unfinished / "source", columns)
-        folder = _publish(unfinished / "source", slot / fingerprint[:16])
-        (unfinished / "stamp.json").write_text(json.dumps({"stamp": stamp, "folder": folder.name}))
-        (unfinished / "stamp.json").replace(memo)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise RunError(f"no space left on the disk of {slot.parent} while converting source {name}") from error
-        raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    before = stamp() if stamp is not None else None
+    if stamp is not None and (known := _known(name, slot, before)):
+        return known
+    with _alone(slot, name) as alone:
+        if stamp is not None and (known := _known(name, slot, before)):
+            return known
+        unfinished = slot / (_UNFINISHED if alone and stamp is not None else f"{_UNFINISHED}-{uuid.uuid4().hex}")
+        unfinished.mkdir(exist_ok=True)
+        try:
+            folder = _converted(name, slot, unfinished, reading(), report)
+            if stamp is not None and stamp() != before:
+                raise UsageError(f"source {name} changed while it was read: start again when nothing writes to it")
+            _remember(slot, before, folder)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise RunError(
+                    f"no space left on the disk of {slot.parent} while converting source {name}: make room and start "
+                    "again; parts that were finished are kept"
+                ) from error
+            raise
+        finally:
+            _tidy(slot, unfinished)
     return _load(name, folder)
 
 
-def _publish(finished: Path, folder: Path) -> Path:
-    """Renames a conversion to its place; where another was first, that one stands."""
-    folder.parent.mkdir(exist_ok=True)
+def _converted(name: str, slot: Path, unfinished: Path, reading: Reading, report: Report | None) -> Path:
+    """The folder of the whole, from parts that were finished earlier and those that are now."""
+    for finished in convert_parts(reading.parts, reading.want, name, unfinished):
+        if report is not None:
+            report(finished, len(reading.parts))
     try:
-        os.rename(finished, folder)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
+        manifest = assemble(unfinished, reading.parts, reading.want, name, {"layout": reading.layout})
+    except UsageError:
+        shutil.rmtree(unfinished)  # no part of it is of use
+        raise
+    folder = slot / manifest["fingerprint"][:16]
+    if folder.exists():
+        shutil.rmtree(unfinished)
+    else:
+        os.rename(unfinished, folder)
+        _sweep_parts(folder, manifest["files"])
+    if manifest["quarantined"]:
+        quarantined = manifest["rows_in"] - manifest["rows_out"]
+        log.warning(
+            "source %s: %d of %d rows quarantined in %s: %s",
+            name,
+            quarantined,
+            manifest["rows_in"],
+            folder / "quarantine.parquet",
+            manifest["quarantine_summary"],
+        )
     return folder
 
 
-def _sweep(data: Path) -> None:
-    """Removes what conversions that were killed left behind, a day after they last wrote."""
-    for path in data.glob(f"{_UNFINISHED}*/source"):
-        if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S:
-            shutil.rmtree(path.parent, ignore_errors=True)
+def _known(name: str, slot: Path, stamp: Any) -> StoredSource | None:
+    memo = slot / "stamp.json"
+    if memo.exists():
+        known = json.loads(memo.read_text())
+        if known["stamp"] == stamp and (slot / known["folder"] / "manifest.json").exists():
+            return _load(name, slot / known["folder"])
+    return None
+
+
+def _remember(slot: Path, stamp: Any, folder: Path) -> None:
+    writing = slot / f".stamp-{uuid.uuid4().hex}"
+    writing.write_text(json.dumps({"stamp": stamp, "folder": folder.name}))
+    writing.replace(slot / "stamp.json")
+
+
+@contextlib.contextmanager
+def _alone(slot: Path, name: str) -> Iterator[bool]:
+    """Waits until no other process converts into the slot. False where the file system knows no locks."""
+    handle = _open_slot(slot)
+    try:
+        locked = _lock(handle, name)
+        while locked and not _is(slot, handle):  # it was removed while this one waited
+            os.close(handle)
+            handle = _open_slot(slot)
+            locked = _lock(handle, name)
+        yield locked
+    finally:
+        os.close(handle)
+
+
+def _open_slot(slot: Path) -> int:
+    while True:
+        slot.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(slot, os.O_RDONLY)
+
+
+def _is(slot: Path, handle: int) -> bool:
+    try:
+        return os.stat(slot).st_ino == os.fstat(handle).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _lock(handle: int, name: str) -> bool:
+    """Whether the folder is locked now; False where its file system knows no locks."""
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("source %s is being converted by another process: waiting for it", name)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+            return False
+        raise
+    return True
+
+
+def _sweep_parts(folder: Path, files: Sequence[str]) -> None:
+    """Removes from a finished source what only its conversion needed."""
+    kept = {file.split("/")[0] for file in files}
+    for part in folder.glob("*part-*"):
+        if part.name not in kept:
+            shutil.rmtree(part, ignore_errors=True)
+            continue
+        for helper in ("hashes.u64", "quarantine.parquet", "part.json"):
+            (part / helper).unlink(missing_ok=True)
+
+
+def _tidy(slot: Path, unfinished: Path) -> None:
+    """Leaves of a conversion that failed its finished parts alone, and no empty folder."""
+    if unfinished.name != _UNFINISHED:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    elif unfinished.exists():
+        for path in unfinished.iterdir():
+            if not path.name.startswith("part-"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for folder in (unfinished, slot):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _load(name: str, folder: Path) -> StoredSource:
@@ -252,124 +341,5 @@ def _load(name: str, folder: Path) -> StoredSource:
         fingerprint=manifest["fingerprint"],
         quarantined=manifest["quarantined"],
         columns=frozenset(manifest["columns"]),
+        layout=manifest["layout"],
     )
-
-
-def _convert(name: str, records: Iterator[Record | Malformed], folder: Path, columns: Collection[str]) -> str:
-    """Writes Parquet, quarantine and manifest; the fingerprint of all rows, good and malformed."""
-    folder.mkdir()
-    digest = hashlib.blake2b(f"{CODE_VERSION}\n".encode(), digest_size=16)
-    with _Quarantine(folder / "quarantine.parquet", digest) as quarantine:
-        groups_of_files = _write(quarantine.sift(records), folder, digest)
-    row_groups = [rows for groups in groups_of_files for rows in groups]
-    reasons = quarantine.reasons
-    if not row_groups:
-        raise UsageError(f"source {name} has no usable row: {quarantine.summary() or 'it is empty'}")
-    manifest = {
-        "rows_in": sum(row_groups) + reasons.total(),
-        "rows_out": sum(row_groups),
-        "quarantined": dict(reasons),
-        "files": [_file_name(i) for i in range(len(groups_of_files))],
-        "groups_per_file": [len(groups) for groups in groups_of_files],
-        "row_groups": row_groups,
-        "columns": sorted(columns),
-        "fingerprint": digest.hexdigest(),
-        "code_version": CODE_VERSION,
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    if reasons:
-        log.warning(
-            "source %s: %d of %d rows quarantined in %s: %s",
-            name,
-            reasons.total(),
-            manifest["rows_in"],
-            "quarantine.parquet",
-            quarantine.summary(),
-        )
-    return digest.hexdigest()
-
-
-class _Quarantine:
-    """Sifts malformed rows into a Parquet file of their own."""
-
-    def __init__(self, path: Path, digest: hashlib.blake2b) -> None:
-        self.reasons: Counter[str] = Counter()
-        self._first: dict[str, str] = {}
-        self._writer = pq.ParquetWriter(path, QUARANTINE_SCHEMA)
-        self._digest = digest
-        self._waiting: list[Malformed] = []
-
-    def __enter__(self) -> _Quarantine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._flush()
-        self._writer.close()
-
-    def sift(self, records: Iterator[Record | Malformed]) -> Iterator[Record]:
-        for record in records:
-            if isinstance(record, Record):
-                yield record
-            else:
-                self._add(record)
-
-    def summary(self) -> str:
-        """The commonest reasons with their counts, and where each stands first."""
-        return "; ".join(
-            f"{count} × {reason} (first: {self._first[reason]})" for reason, count in self.reasons.most_common(5)
-        )
-
-    def _add(self, malformed: Malformed) -> None:
-        self._digest.update(repr(malformed).encode())
-        self.reasons[malformed.reason] += 1
-        self._first.setdefault(malformed.reason, malformed.origin)
-        self._waiting.append(malformed._replace(row=malformed.row[:_QUARANTINED_CHARACTERS]))
-        if len(self._waiting) == GROUP_ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        rows = [malformed._asdict() for malformed in self._waiting]
-        self._writer.write_table(pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA))
-        self._waiting.clear()
-
-
-def _file_name(number: int) -> str:
-    return f"part-{number:05}.parquet"
-
-
-def _write(records: Iterator[Record], folder: Path, digest: hashlib.blake2b) -> list[list[int]]:
-    """Writes the records; the rows of each row group of each file."""
-    head = list(itertools.islice(records, GROUP_ROWS * _WANTED_GROUPS))
-    size = group_rows(len(head))
-    rest = itertools.chain(head, records)
-    groups = iter(lambda: list(itertools.islice(rest, size)), [])
-    written: list[list[int]] = []
-    for first in groups:
-        sizes = []
-        with pq.ParquetWriter(folder / _file_name(len(written)), SCHEMA) as writer:
-            for group in itertools.chain([first], itertools.islice(groups, _GROUPS_PER_FILE - 1)):
-                writer.write_table(_table(group, digest), row_group_size=len(group))
-                sizes.append(len(group))
-        written.append(sizes)
-    return written
-
-
-def group_rows(rows: int) -> int:
-    """Rows of a row group for a source of so many rows: a power of two near a 64th of them, 64 to 1,024."""
-    wanted = 1 << max(rows // _WANTED_GROUPS, 1).bit_length() - 1
-    return min(max(wanted, SMALLEST_GROUP_ROWS), GROUP_ROWS)
-
-
-def _table(group: list[Record], digest: hashlib.blake2b) -> pa.Table:
-    rows = []
-    for record in group:
-        row = record._asdict()
-        ids = {
-            Column.QUERY_ID: text_id(record.query),
-            Column.POSITIVE_IDS: [text_id(text) for text in record.positives],
-            Column.NEGATIVE_IDS: [text_id(text) for text in record.negatives],
-        }
-        rest = [row[name] for name in Column.OPTIONAL]
-        digest.update(f"{record.id} {list(ids.values())} {rest}\n".encode())
-        rows.append(row | ids)
-    return pa.Table.from_pylist(rows, schema=SCHEMA)

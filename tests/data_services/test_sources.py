@@ -12,6 +12,8 @@ from data_services import builtin
 from data_services.schema import UNKNOWN, Column, UsageError, text_id
 from data_services.sources import SourceConfig, builtin_corpus, columns_available, open_source, retrieval_pool
 
+# The id of the first of these rows when this was written: no release may change it.
+FIRST_ID = "0db211d0252e771e0f850ca7566db32d"
 ROWS = [{"query": f"q{i}", "positive": f"p{i}", "hard": [f"n{i}"] * (i % 3), "other": i} for i in range(10)]
 
 
@@ -29,7 +31,8 @@ def write_parquet(path, rows=ROWS):
 
 
 def opened(path, home, **fields):
-    return open_source(SourceConfig(path=str(path), **fields), home)
+    """However many of a few rows are malformed."""
+    return open_source(SourceConfig(path=str(path), **{"quarantine_share": 1, **fields}), home)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
@@ -41,7 +44,8 @@ def test_every_format_gives_the_same_records(tmp_path, name):
     assert [(row[Column.QUERY], row[Column.POSITIVES], row[Column.NEGATIVES]) for row in table] == [
         (row["query"], [row["positive"]], row["hard"]) for row in ROWS
     ]
-    assert [row[Column.ID] for row in table] == [f"{name}:{i + 1}" for i in range(10)]
+    assert table[0][Column.ID] == FIRST_ID
+    assert len({row[Column.ID] for row in table}) == 10
 
 
 def test_a_list_of_positives_and_absent_negatives_are_fine(tmp_path):
@@ -78,7 +82,7 @@ def test_a_malformed_row_is_quarantined_with_its_place_and_reason(tmp_path, line
     quarantine = pq.read_table(source.folder / "quarantine.parquet").to_pylist()
     assert [(row["origin"], row["reason"]) for row in quarantine] == [("a.jsonl:3", reason)]
     assert source.quarantined == {reason: 1}
-    assert source.table()[Column.ID].to_pylist() == ["a.jsonl:1", "a.jsonl:4"]
+    assert source.table()[Column.QUERY].to_pylist() == ["q", "q"]
 
 
 def test_bytes_that_are_no_text_are_quarantined_and_a_byte_order_mark_is_not(tmp_path):
@@ -111,7 +115,7 @@ def test_a_source_that_cannot_be_used_is_one_sentence(tmp_path, rows, fields, me
 def test_a_wrong_field_of_a_large_source_is_told_early(tmp_path, monkeypatch):
     (tmp_path / "early_source.py").write_text(
         "def rows():\n"
-        "    yield from ({'text': 'q', 'positive': 'p'} for _ in range(1_001))\n"
+        "    yield from ({'text': 'q', 'positive': 'p'} for _ in range(5_000))\n"
         "    raise AssertionError('read on')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -124,9 +128,9 @@ def test_a_wrong_field_of_a_large_source_is_told_early(tmp_path, monkeypatch):
     [
         ("pairs.jsnl", r"pairs.jsnl does not exist; beside it is pairs.jsonl"),
         ("nowhere/pairs.jsonl", "nowhere/pairs.jsonl does not exist"),
-        ("notes.txt", r"is none of .parquet, .jsonl, .jsonl.gz"),
-        ("nothing", "is a folder without .parquet, .jsonl, .jsonl.gz files"),
-        ("broken.parquet", "broken.parquet is not a Parquet file"),
+        ("notes.txt", r"is none of .parquet, .arrow, .*nor a folder of them"),
+        ("nothing", "is a folder without .parquet, .arrow, .* files"),
+        ("broken.parquet", "broken.parquet is not a whole Parquet file"),
         ("broken.jsonl.gz", "broken.jsonl.gz is not a whole gzip file"),
         ("cut.jsonl.gz", "cut.jsonl.gz is not a whole gzip file"),
     ],

@@ -1,7 +1,6 @@
 import errno
 import json
 import multiprocessing
-import os
 import pickle
 import time
 from pathlib import Path
@@ -11,26 +10,49 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_services import convert
 from data_services import store as storage
-from data_services.records import Malformed, Record
+from data_services.columns import SCHEMA
+from data_services.convert import group_rows
+from data_services.origins import RowsPart
+from data_services.readers.blocks import Want
+from data_services.records import Fields, Malformed, Row
 from data_services.schema import UNKNOWN, Column, RunError, UsageError, text_id
-from data_services.store import StoredSource, group_rows, store
+from data_services.store import Reading, StoredSource, store
 
 
-def record(i: int) -> Record:
-    return Record(f"f:{i}", f"query {i}", [f"positive {i}", f"other {i}"][: 1 + i % 2], [f"negative {i}"] * (i % 3))
+def row(i: int) -> Row:
+    return Row(
+        i,
+        {
+            "id": f"f:{i}",
+            "q": f"query {i}",
+            "p": [f"positive {i}", f"other {i}"][: 1 + i % 2],
+            "n": [f"negative {i}"] * (i % 3),
+        },
+    )
+
+
+FIELDS = Fields("q", "p", ("n",), id="id")
+
+
+def stored_rows(slot: Path, rows, stamp=None, fields=FIELDS) -> StoredSource:
+    """What rows, or a function that yields them, become."""
+    part = RowsPart("f", rows if callable(rows) else lambda: rows)
+    reading = Reading([part], Want(fields, 1 << 20), "pairs")
+    return store("s", slot, None if stamp is None else lambda: stamp, lambda: reading)
 
 
 def stored(slot: Path, rows: int, stamp=None) -> StoredSource:
-    return store("s", slot, stamp, lambda: (record(i) for i in range(rows)))
+    return stored_rows(slot, [row(i) for i in range(rows)], stamp)
 
 
 @pytest.fixture
 def small_groups(monkeypatch):
-    """Row groups of 4 rows, files of 3 row groups."""
-    monkeypatch.setattr(storage, "GROUP_ROWS", 4)
-    monkeypatch.setattr(storage, "SMALLEST_GROUP_ROWS", 4)
-    monkeypatch.setattr(storage, "_GROUPS_PER_FILE", 3)
+    """Row groups of 4 rows, files of 3 row groups, and nothing regrouped."""
+    monkeypatch.setattr(convert, "GROUP_ROWS", 4)
+    monkeypatch.setattr(convert, "_WANTED_GROUPS", 1)
+    monkeypatch.setattr(convert, "_GROUPS_PER_FILE", 3)
 
 
 def test_read_gives_the_rows_asked_for_in_that_order(tmp_path, small_groups):
@@ -43,7 +65,7 @@ def test_read_gives_the_rows_asked_for_in_that_order(tmp_path, small_groups):
     for rows in (rng.permutation(30), rng.integers(0, 30, 50), np.array([29]), np.array([5, 5, 0])):
         assert source.read(rows).to_pylist() == [whole[i] for i in rows]
     assert source.read(np.zeros(0, np.int64)).num_rows == 0
-    assert source.read(np.arange(3)).schema == storage.SCHEMA
+    assert source.read(np.arange(3)).schema == SCHEMA
 
 
 def test_columns_hold_the_texts_and_their_ids(tmp_path):
@@ -67,14 +89,16 @@ def test_columns_that_a_source_has_besides_are_kept_and_named(tmp_path):
         Column.WEIGHT: 0.25,
         Column.LABEL: -(2**63) + 1,
         Column.TASK: 2**63 - 1,
-        Column.LANGUAGE: UNKNOWN,
+        Column.LANGUAGE: None,
     }
-    rows = [Record("f:1", "q", ["p", "P"], [], **more)]
-    source = store("s", tmp_path / "slot", {"size": 1}, lambda: iter(rows), more)
-    assert source.read(np.array([0, 0])).select(Column.OPTIONAL).to_pylist() == [{**more, Column.MODALITY: None}] * 2
+    rows = [Row(1, {"q": "q", "p": ["p", "P"], "n": [], "id": "1", **more})]
+    fields = FIELDS._replace(**{name: name for name in more})
+    source = stored_rows(tmp_path / "slot", rows, {"size": 1}, fields)
+    wanted = {**more, Column.LANGUAGE: UNKNOWN, Column.MODALITY: None}
+    assert source.read(np.array([0, 0])).select(Column.OPTIONAL).to_pylist() == [wanted] * 2
     assert source.columns == frozenset(more)
     assert json.loads((source.folder / "manifest.json").read_text())["columns"] == sorted(more)
-    again = store("s", tmp_path / "slot", {"size": 1}, lambda: iter(()), more)
+    again = stored_rows(tmp_path / "slot", [], {"size": 1}, fields)
     assert again == source == pickle.loads(pickle.dumps(source))
 
 
@@ -118,11 +142,8 @@ def test_small_sources_have_small_row_groups(rows, size):
 
 
 def test_rows_in_are_rows_out_and_quarantined(tmp_path, small_groups):
-    def rows():
-        for i in range(21):
-            yield Malformed(f"f:{i}", f"reason {i % 2}", f"row {i}" * 1000) if i % 4 == 0 else record(i)
-
-    source = store("s", tmp_path / "slot", None, rows)
+    rows = [Malformed(i, f"reason {i % 2}", f"row {i}" * 1000) if i % 4 == 0 else row(i) for i in range(21)]
+    source = stored_rows(tmp_path / "slot", rows)
     manifest = json.loads((source.folder / "manifest.json").read_text())
     quarantine = pq.read_table(source.folder / "quarantine.parquet").to_pylist()
     assert manifest["rows_in"] == 21 == manifest["rows_out"] + len(quarantine)
@@ -132,14 +153,25 @@ def test_rows_in_are_rows_out_and_quarantined(tmp_path, small_groups):
     assert all(row["reason"] == "reason 0" and len(row["row"]) <= 2_000 for row in quarantine)
 
 
+def test_a_small_source_is_stored_in_one_file_of_small_row_groups(tmp_path):
+    source = stored(tmp_path / "slot", 200)
+    assert [file.name for file in source.files] == ["rows.parquet"]
+    assert source.row_groups == (64, 64, 64, 8)
+    assert sorted(path.name for path in source.folder.iterdir()) == [
+        "manifest.json",
+        "quarantine.parquet",
+        "rows.parquet",
+    ]
+
+
+def unread():
+    raise AssertionError("read again")
+    yield
+
+
 def test_an_unchanged_stamp_is_not_converted_again(tmp_path):
     first = stored(tmp_path / "slot", 5, {"size": 1})
-
-    def unread():
-        raise AssertionError("read again")
-        yield
-
-    assert store("s", tmp_path / "slot", {"size": 1}, unread) == first
+    assert stored_rows(tmp_path / "slot", unread, {"size": 1}) == first
 
 
 def test_a_changed_stamp_with_the_same_content_keeps_the_fingerprint_and_the_folder(tmp_path):
@@ -152,87 +184,97 @@ def test_a_changed_stamp_with_the_same_content_keeps_the_fingerprint_and_the_fol
     assert stored(tmp_path / "slot", 5, {"mtime": 1}) == first
 
 
-@pytest.mark.parametrize("change", ["query", "positives", "negatives", "id"])
+def test_a_source_that_changes_while_it_is_read_is_told(tmp_path):
+    sizes = iter(range(10))
+    reading = Reading([RowsPart("f", lambda: [row(1)])], Want(FIELDS, 1 << 20), "pairs")
+    with pytest.raises(UsageError, match="source s changed while it was read"):
+        store("s", tmp_path / "slot", lambda: next(sizes), lambda: reading)
+    assert not (tmp_path / "slot" / "stamp.json").exists()
+
+
+@pytest.mark.parametrize("change", ["q", "p", "n", "id"])
 def test_the_fingerprint_follows_every_field(tmp_path, change):
-    old = record(5)
-    value = getattr(old, change)
-    new = old._replace(**{change: value + "x" if isinstance(value, str) else [*value, "x"]})
-    fingerprints = {store("s", tmp_path / "slot", None, lambda row=row: iter([row])).fingerprint for row in (old, new)}
-    assert len(fingerprints) == 2
+    value = row(5).fields[change]
+    new = Row(5, {**row(5).fields, change: value + "x" if isinstance(value, str) else [*value, "x"]})
+    assert len({stored_rows(tmp_path / "slot", [r]).fingerprint for r in (row(5), new)}) == 2
 
 
 @pytest.mark.parametrize("column", Column.OPTIONAL)
 def test_the_fingerprint_follows_every_column_that_a_source_may_have(tmp_path, column):
-    values = [None, [1.0, 2.0], [1.0, 2.5]] if column.endswith("scores") else [None, 1, 2]
-    rows = [record(5)._replace(**{column: value}) for value in values]
-    fingerprints = {store("s", tmp_path / "slot", None, lambda row=row: iter([row])).fingerprint for row in rows}
-    assert len(fingerprints) == 3
+    values = [[1.0, 2.0], [1.0, 2.5], [2.0, 1.0]] if column.endswith("scores") else [0, 1, 2]
+    rows = [Row(1, {"q": "q", "p": ["a", "b"], "n": ["c", "d"], "id": "1", "more": value}) for value in values]
+    fields = FIELDS._replace(**{column: "more"})
+    found = {stored_rows(tmp_path / "slot", [r], fields=fields).fingerprint for r in rows}
+    assert len(found | {stored_rows(tmp_path / "slot", rows[:1]).fingerprint}) == 4
+
+
+def test_the_fingerprint_follows_the_order_and_the_malformed_rows(tmp_path):
+    lists = [
+        [row(1), row(2)],
+        [row(2), row(1)],
+        [row(1), row(2), Malformed(3, "x", "y")],
+        [row(1), row(2), Malformed(3, "x", "z")],
+    ]
+    assert len({stored_rows(tmp_path / "slot", rows).fingerprint for rows in lists}) == 4
 
 
 def test_a_source_without_a_good_row_tells_why_and_leaves_nothing(tmp_path):
-    bad = [
-        Malformed("f:1", "not JSON", "{"),
-        Malformed("f:2", "not JSON", "["),
-        Malformed("f:3", "empty", ""),
-    ]
+    bad = [Malformed(1, "not JSON", "{"), Malformed(2, "not JSON", "["), Malformed(3, "empty", "")]
     with pytest.raises(UsageError, match=r"source s has no usable row: 2 × not JSON \(first: f:1\); 1 × empty"):
-        store("s", tmp_path / "data" / "slot", {}, lambda: iter(bad))
+        stored_rows(tmp_path / "data" / "slot", bad, {})
     with pytest.raises(UsageError, match="it is empty"):
-        store("s", tmp_path / "data" / "slot", {}, lambda: iter([]))
+        stored_rows(tmp_path / "data" / "slot", [], {})
     assert not list((tmp_path / "data").iterdir())
 
 
-def test_a_conversion_that_dies_leaves_nothing(tmp_path):
+def test_a_conversion_that_dies_leaves_nothing_half_written(tmp_path):
     def rows():
-        yield record(0)
+        yield row(0)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(RunError, match=r"no space left on the disk of .* while converting source s"):
-        store("s", tmp_path / "data" / "slot", {}, rows)
+        stored_rows(tmp_path / "data" / "slot", rows, {})
     assert not list((tmp_path / "data").iterdir())
-
-
-def test_what_a_killed_conversion_left_is_swept_after_a_day(tmp_path):
-    old, young = tmp_path / ".unfinished-old" / "source", tmp_path / ".unfinished-young" / "source"
-    for folder in (old, young):
-        folder.mkdir(parents=True)
-    os.utime(old, (time.time() - 90_000,) * 2)
-    stored(tmp_path / "slot", 3)
-    assert not old.parent.exists()
-    assert young.exists()
 
 
 def _convert_at_once(barrier, slot, results):
     def rows():
-        yield record(0)
-        barrier.wait()  # both are in the middle of their conversion
-        yield from (record(i) for i in range(1, 50))
+        yield row(0)
+        results.put("read")
+        time.sleep(0.2)
+        yield from (row(i) for i in range(1, 50))
 
-    source = store("s", slot, {"size": 1}, rows)
+    barrier.wait()
+    source = stored_rows(slot, rows, {"size": 1})
     results.put((source.fingerprint, source.read(np.arange(50)).num_rows))
 
 
-def test_two_conversions_at_once_agree(tmp_path):
+def test_of_two_conversions_at_once_the_second_waits_and_uses_the_first(tmp_path):
     spawn = multiprocessing.get_context("spawn")
     barrier, results = spawn.Barrier(2), spawn.SimpleQueue()
     both = [spawn.Process(target=_convert_at_once, args=(barrier, tmp_path / "slot", results)) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:
-        process.join(30)
+        process.join(60)
         assert process.exitcode == 0
-    assert results.get() == results.get()
-    assert sorted(path.name[:1] for path in tmp_path.iterdir()) == ["s"]
+    first, *fingerprints = [results.get() for _ in range(3)]
+    assert first == "read"  # once
+    assert fingerprints[0] == fingerprints[1]
     assert len([path for path in (tmp_path / "slot").iterdir() if path.is_dir()]) == 1
 
 
-def test_a_loser_of_the_race_uses_what_the_winner_made(tmp_path):
-    def rows():
-        yield record(0)
-        stored(tmp_path / "slot", 2)  # another finishes first
-        yield record(1)
+def test_where_files_cannot_be_locked_the_first_to_finish_wins(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    source = store("s", tmp_path / "slot", None, rows)
+    def rows():
+        yield row(0)
+        stored(tmp_path / "slot", 2, {"size": 1})  # another finishes first
+        yield row(1)
+
+    monkeypatch.setattr(storage.fcntl, "flock", no_locks)
+    source = stored_rows(tmp_path / "slot", rows, {"size": 1})
     assert source.rows == 2
     assert isinstance(source.table(), pa.Table)
-    assert [path.name for path in tmp_path.iterdir()] == ["slot"]
+    assert sorted(path.is_dir() for path in (tmp_path / "slot").iterdir()) == [False, True]

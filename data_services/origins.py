@@ -1,0 +1,258 @@
+"""Where the rows of a configured source come from: which files and parts, and what tells that they changed."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import posixpath
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_services import builtin
+from data_services.files import File, Found, find, is_remote, stamp_of
+from data_services.imports import import_object
+from data_services.layouts import Layout, layout_of
+from data_services.readers import hub
+from data_services.readers.blocks import Block, Want, blocks_of_rows
+from data_services.readers.formats import FOLDER_SUFFIXES, SUFFIXES, fields_of, parts_of
+from data_services.readers.joined import BEIR_FIELDS, BeirPart, CorpusPart
+from data_services.records import Fields, Malformed, Row, as_row
+from data_services.schema import UsageError
+from data_services.store import Reading
+
+if TYPE_CHECKING:
+    from data_services.sources import SourceConfig
+
+_BUILTIN = "builtin:"
+_IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+# Names that make a file or a folder one split of a data set.
+_SPLITS = ("train", "validation", "valid", "val", "dev", "heldout", "test")
+_PLAIN = Layout("pairs", Fields("query", "positive"))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One source. `key` tells sources apart, `stamp` if one changed (None: only reading tells)."""
+
+    name: str
+    key: str
+    stamp: Callable[[], Any] | None
+    reading: Callable[[], Reading]
+
+
+def origin_of(config: SourceConfig, home: Path) -> Origin:
+    """Raises UsageError for a path or split that isn't there, RunError where a store or the hub doesn't answer."""
+    if isinstance(config.path, str):
+        if config.path.startswith(_BUILTIN):
+            return _builtin(config, config.path)
+        if config.path.startswith(hub.PREFIX):
+            return _of_hub(config, config.path)
+        if _IMPORT_PATH.fullmatch(config.path) and not Path(config.path).exists():
+            return _function(config, config.path)
+    return _of_files(config)
+
+
+@dataclass(frozen=True)
+class RowsPart:
+    """Rows that only this process can read."""
+
+    name: str
+    rows: Callable[[], Iterable[Row | Malformed]]
+
+    def blocks(self, want: Want) -> Iterator[Block]:
+        return blocks_of_rows(self.name, self.rows())
+
+
+def _want(config: SourceConfig, layout: Layout) -> Want:
+    return Want(config.fields(layout.fields), config.max_bytes)
+
+
+def _builtin(config: SourceConfig, path: str) -> Origin:
+    corpus = path.removeprefix(_BUILTIN)
+    if corpus not in builtin.CORPORA:
+        known = [f"{_BUILTIN}{name}" for name in builtin.CORPORA]
+        nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)[0]
+        raise UsageError(f"no built-in source {path}; nearest: {nearest}")
+    if config.split not in builtin.SPLITS:
+        raise UsageError(f"{path} has no split {config.split!r}; it has {', '.join(sorted(builtin.SPLITS))}")
+
+    def rows() -> Iterator[Row]:
+        for number, pair in enumerate(builtin.stdlib_code()[config.split], start=1):
+            yield Row(number, {"name": pair.name, "query": pair.query, "positive": pair.positive})
+
+    stamp = builtin.stdlib_stamp()
+    layout = Layout("pairs", Fields("query", "positive", id="name"))
+    reading = Reading([RowsPart(path, rows)], _want(config, layout), layout.name)
+    return Origin(f"{corpus}-{config.split}", f"{path} {stamp['python']}", lambda: stamp, lambda: reading)
+
+
+def _function(config: SourceConfig, path: str) -> Origin:
+    """A user's generator. What it reads isn't known, so it runs every time and its rows tell what changed."""
+    function = import_object(path, f"source {path}")
+    parameters = inspect.signature(function).parameters
+    if "split" not in parameters and config.split != "train":
+        raise UsageError(f"source {path} takes no argument `split`, but split is {config.split!r}")
+    keywords = {"split": config.split} if "split" in parameters else {}
+
+    def rows() -> Iterator[Row | Malformed]:
+        return (as_row(number, fields) for number, fields in enumerate(function(**keywords), start=1))
+
+    reading = Reading([RowsPart(path, rows)], _want(config, _PLAIN), "pairs")
+    return Origin(f"{path}-{config.split}", path, None, lambda: reading)
+
+
+def _of_hub(config: SourceConfig, path: str) -> Origin:
+    dataset = hub.load(path, config.split)
+
+    def reading() -> Reading:
+        layout = _layout(config, lambda: dataset.column_names)
+        return Reading([hub.HubPart(path, dataset)], _want(config, layout), layout.name)
+
+    name = path.removeprefix(hub.PREFIX).replace("/", "-")
+    return Origin(f"{name}-{config.split}", path, lambda: dataset._fingerprint, reading)
+
+
+# Files.
+
+
+def _of_files(config: SourceConfig) -> Origin:
+    paths = [config.path] if isinstance(config.path, str) else config.path
+
+    def listed() -> tuple[Found, list[File], list[File]]:
+        """(what is there, the files of the split, those of the corpus)."""
+        found = _found(paths)
+        return found, _chosen(config, found), find(config.corpus).files if config.corpus else []
+
+    found, files, corpus = listed()
+
+    def stamp() -> Any:
+        _, files, corpus = listed()
+        return {"files": stamp_of(files), "corpus": stamp_of(corpus)}
+
+    name = _name(found, len(paths))
+    key = json.dumps([p if is_remote(p) else str(Path(p).expanduser().absolute()) for p in paths])
+    return Origin(
+        f"{name}-{config.split}" if found.folder else name,
+        key,
+        stamp,
+        lambda: _reading(config, found, files, corpus),
+    )
+
+
+def _found(paths: Sequence[str]) -> Found:
+    if len(paths) == 1:
+        return find(paths[0])
+    every = [find(path) for path in paths]
+    folder = next((path for path, found in zip(paths, every, strict=True) if found.folder), None)
+    if folder is not None:
+        raise UsageError(f"source {folder} is a folder in a list of files: make it a source of its own, or a glob")
+    root = posixpath.commonpath([found.root for found in every])
+    files = [file._replace(name=posixpath.relpath(file.uri, root)) for found in every for file in found.files]
+    return Found(root, files, False)
+
+
+def _name(found: Found, paths: int) -> str:
+    """What the source goes by: its folder or its file, without suffixes."""
+    if found.folder or len(found.files) > 1:
+        stem = posixpath.basename(found.root).split(".")[0] or posixpath.basename(found.root)
+        return stem or "files"
+    stem = posixpath.basename(found.files[0].uri)
+    return stem.split(".")[0] or stem
+
+
+def _chosen(config: SourceConfig, found: Found) -> list[File]:
+    """The files of a split; of a folder whose files belong together, all that are read."""
+    if not found.folder:
+        wrong = next((file for file in found.files if file.suffix not in SUFFIXES), None)
+        if wrong is not None:
+            raise UsageError(f"source {wrong.uri} is none of {', '.join(SUFFIXES)} (.gz, .zst), nor a folder of them")
+        if config.split != "train":
+            what = "a single file" if len(found.files) == 1 else "a list of files"
+            raise UsageError(f"source {config.shown} is {what} and has no split {config.split!r}; leave `split` out")
+        return found.files
+    if hub.is_saved(found):
+        return hub.saved_files(config.shown, found, config.split)
+    if _is_beir(config, found):
+        part = _beir_part(config, found)
+        return [*part.corpus, *part.queries, part.qrels]
+    return _split_files(config, found)
+
+
+def _split_files(config: SourceConfig, found: Found) -> list[File]:
+    """The files of a split, sorted. A folder that names no splits is one split, called train."""
+    files = [file for file in found.files if file.suffix in FOLDER_SUFFIXES]
+    if not files:
+        raise UsageError(f"source {config.shown} is a folder without {', '.join(FOLDER_SUFFIXES)} files")
+
+    def belongs(file: File, split: str) -> bool:
+        *folders, name = file.name.split("/")
+        return split in folders or re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", name) is not None
+
+    of_split = [file for file in files if belongs(file, config.split)]
+    if of_split:
+        return of_split
+    present = [split for split in _SPLITS if any(belongs(file, split) for file in files)]
+    if present or config.split != "train":
+        has = f"it has {', '.join(present)}" if present else "its files name no splits; leave `split` out"
+        raise UsageError(f"source {config.shown} has no split {config.split!r}; {has}")
+    return files
+
+
+def _reading(config: SourceConfig, found: Found, files: list[File], corpus: list[File]) -> Reading:
+    if found.folder and _is_beir(config, found):
+        want = Want(config.fields(BEIR_FIELDS), config.max_bytes)
+        return Reading([_beir_part(config, found)], want, "beir")
+    layout = _layout(config, lambda: _present(files, config.max_bytes))
+    want, parts = _want(config, layout), parts_of(files)
+    if corpus:
+        ids = layout.id_fields or (want.fields.positive, *want.fields.negatives)
+        return Reading([CorpusPart(tuple(parts), tuple(corpus), ids)], want, layout.name)
+    if layout.id_fields:
+        raise UsageError(
+            f"source {config.shown} names its documents by id ({layout.id_fields[0]}): set `corpus` to the file that "
+            "has them"
+        )
+    return Reading(parts or [], want, layout.name)
+
+
+def _present(files: Iterable[File], max_bytes: int) -> list[str]:
+    """The fields of the first file that has any."""
+    return next((fields for file in files if (fields := fields_of(file, max_bytes))), [])
+
+
+def _layout(config: SourceConfig, present: Callable[[], Sequence[str]]) -> Layout:
+    """As the recipe names the fields, else as they are recognised."""
+    if config.format is None and (config.query is not None or config.positive is not None):
+        return _PLAIN
+    there = present()
+    return layout_of(there, config.format, config.shown) if there else _PLAIN
+
+
+# BEIR folders.
+
+
+def _is_beir(config: SourceConfig, found: Found) -> bool:
+    names = {file.name for file in found.files}
+    if config.format not in (None, "beir"):
+        return False
+    whole = (
+        bool(_named(found, "corpus")) and bool(_named(found, "queries")) and any(n.startswith("qrels/") for n in names)
+    )
+    if config.format == "beir" and not whole:
+        raise UsageError(f"source {config.shown} is no BEIR folder: it lacks corpus.jsonl, queries.jsonl or qrels/")
+    return whole
+
+
+def _named(found: Found, stem: str) -> tuple[File, ...]:
+    return tuple(file for file in found.files if re.fullmatch(rf"{stem}\.(jsonl|parquet)(\.gz|\.zst)?", file.name))
+
+
+def _beir_part(config: SourceConfig, found: Found) -> BeirPart:
+    qrels = {file.name.removeprefix("qrels/").split(".tsv")[0]: file for file in found.files if file.suffix == ".tsv"}
+    if config.split not in qrels:
+        raise UsageError(f"source {config.shown} has no split {config.split!r}; it has {', '.join(sorted(qrels))}")
+    return BeirPart(_named(found, "corpus"), _named(found, "queries"), qrels[config.split])
