@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.config import Recipe
 from cluster.fit import Progress, Stopped, stopped_by_signal, training
 from cluster.paths import find_run, run_home
-from cluster.prepare import Prepared, check_resumable, data_fingerprint, prepare
+from cluster.prepare import Prepared, check_resumable, check_sources, data_fingerprint, prepare
 from cluster.scoring import score_everywhere
 from data_services.schema import RunError
 from trainers.checkpoint import latest, write_json
@@ -76,6 +76,7 @@ def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | 
     earlier = find_run(resume, root) if resume else None
     if earlier:
         check_resumable(earlier, recipe)
+    check_sources(recipe, root)
     tell({"kind": "phase", "text": "connecting to Ray"})
     before = stopped_by_signal("stopped before training began; the same command begins it")
     with before, imported_meanwhile(*IMPORTED_AHEAD) as wait_for_imports, connect(recipe.cluster, root):

@@ -22,6 +22,7 @@ from trainers.checkpoint import latest, write_json
 if TYPE_CHECKING:
     from data_services.faults import BadRows
     from data_services.order import Plan
+    from data_services.sources import SourceConfig
     from data_services.store import StoredSource
     from data_services.stream import BatchReader
     from data_services.tokenizer import FolderTokenizer
@@ -95,7 +96,8 @@ def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None) -> Prepared:
     from data_services.stream import plan_of
 
     sources = tuple(open_source(source, root) for source in recipe.data.sources)
-    pools = open_pools(recipe, root)
+    # What the finished model is scored on, too, so that a fault in it is told before training.
+    pools = {split: open_source(pool, root) for split, pool in pools_of(recipe).items()}
     plan = plan_of(recipe.data, sources, recipe.seed)
     if recipe.optimizer.warmup_steps >= plan.steps:
         raise UsageError(
@@ -120,14 +122,19 @@ def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None) -> Prepared:
     return Prepared(recipe, root, run, sources, pools, plan, tokenizer_of(run.model))
 
 
-def open_pools(recipe: Recipe, root: Path) -> dict[str, StoredSource]:
-    """The splits that the finished model is scored on, opened before training so that a missing one is told then."""
-    from data_services.sources import open_source
-
+def pools_of(recipe: Recipe) -> dict[str, SourceConfig]:
+    """What the finished model is scored on, by split."""
     evaluation, first = recipe.evaluation, recipe.data.sources[0]
     path = evaluation.pool or first.path
-    splits = [s for s in (evaluation.validation, evaluation.heldout) if s]
-    return {s: open_source(first.texts_alone(path, s), root) for s in splits}
+    return {s: first.texts_alone(path, s) for s in (evaluation.validation, evaluation.heldout) if s}
+
+
+def check_sources(recipe: Recipe, root: Path) -> None:
+    """Raises UsageError for a source or split that isn't there; before a cluster is started for it."""
+    from data_services.origins import origin_of
+
+    for source in (*recipe.data.sources, *pools_of(recipe).values()):
+        origin_of(source, root)
 
 
 def make_model_folder(recipe: Recipe, folder: Path, sources: tuple[StoredSource, ...]) -> None:

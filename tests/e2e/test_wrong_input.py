@@ -83,15 +83,15 @@ def test_more_workers_than_the_cluster_can_ever_place(refused, recipe, ray_here)
     assert "cluster.workers=4 of 1 CPU can never be placed: the cluster can have 3 CPUs and 0 GPUs on 1 node" in told
 
 
-def test_a_source_that_is_not_there(refused, recipe, pairs, ray_here):
+def test_a_source_that_is_not_there(refused, recipe, pairs):
     told = refused("train", recipe, f"data.sources.0.path={pairs / 'trian.jsonl'}")
     assert told.startswith(f"source {pairs / 'trian.jsonl'} does not exist")
 
 
-def test_an_empty_source(refused, recipe, ray_here, tmp_path):
+def test_an_empty_source(refused, recipe, pairs, ray_here, tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.touch()
-    told = refused("train", recipe, f"data.sources.0.path={empty}")
+    told = refused("train", recipe, f"data.sources.0.path={empty}", f"evaluation.pool={pairs}")
     assert "no usable row: it is empty" in told
 
 
