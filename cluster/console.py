@@ -19,6 +19,7 @@ from cluster.paths import home
 if TYPE_CHECKING:
     from rich.live import Live
 
+    from cluster.data_plan import PlannedBatch
     from cluster.doctor import Diagnosis
     from cluster.jobs import JobResult
     from cluster.models import Evaluation, QueryResult, SavedStep
@@ -189,6 +190,29 @@ def show_hits(console: Console, found: QueryResult, lines: int = 12) -> None:
         shown = "\n".join([*text[:lines], *(["…"] if len(text) > lines else [])])
         console.print(textwrap.indent(shown, "   "), markup=False, highlight=console.is_terminal)
         console.print()
+
+
+def show_planned(console: Console, planned: PlannedBatch, characters: int = 60) -> None:
+    """The rows, so many characters of each text, and what the batch is as a whole."""
+
+    def short(text: str) -> str:
+        return escape(textwrap.shorten(text, characters, placeholder=" …"))
+
+    header = ("source", "row", "id", "worker", "tokens", "query", "positive")
+    rows = (
+        (escape(r.source), f"{r.row}", escape(r.id), f"{r.worker}", f"{r.tokens}", short(r.query), short(r.positive))
+        for r in planned.rows
+    )
+    _show_table(console, header, rows)
+    weights = ", ".join(f"{name} {weight:.3g}" for name, weight in planned.weights.items())
+    by_worker = " + ".join(map(str, planned.tokens))
+    shared = f"{planned.duplicates} rows share their query or a positive with one before: the loss masks them"
+    for line in (
+        f"step {planned.step} of {planned.steps}: {len(planned.rows)} rows; weights: {weights}",
+        f"{sum(planned.tokens)} tokens, by worker {by_worker}",
+        shared if planned.duplicates else "no two rows share their query or a positive",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def show_diagnosis(console: Console, found: Diagnosis) -> None:

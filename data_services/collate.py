@@ -77,15 +77,20 @@ def split(chunks: list[np.ndarray], lengths: np.ndarray, count: int) -> list[np.
     return chunks
 
 
+def token_costs(batch: Pairs) -> np.ndarray:
+    """[B] tokens of each query and its documents."""
+    costs = batch.queries.lengths
+    np.add.at(costs, batch.owners, batch.documents.lengths)
+    return costs
+
+
 def share_batch(batch: GlobalBatch, world_size: int, budget_tokens: int, by_field: bool = False) -> list[Batch]:
     """One Batch per worker: rows dealt by token cost, each with all of its documents; equally many chunks.
 
     by_field  no chunk holds both queries and documents, the ones of queries come first: for two towers
     """
     n = len(batch.queries)
-    costs = batch.queries.lengths
-    np.add.at(costs, batch.owners, batch.documents.lengths)
-    shares = [_part(batch, rows) for rows in deal(costs, world_size)]
+    shares = [_part(batch, rows) for rows in deal(token_costs(batch), world_size)]
     lengths = [(share["queries"].lengths, share["documents"].lengths) for share in shares]
     if by_field:
         cuts, query_chunks = _cut_by_field(lengths, budget_tokens)

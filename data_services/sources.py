@@ -30,10 +30,14 @@ from data_services.schema import Column, Section, UsageError
 from data_services.store import Report, StoredSource, store
 from data_services.views.config import Views
 
-Positive = Annotated[float, Field(gt=0)]
-FromStep = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0)]
 _CLASS = "^=?[^=]"  # a field, or = and a name
+
+
+class WeightFrom(Section):
+    """A source's share of the mixture from a step on, until the next."""
+
+    from_step: int = Field(0, ge=0, description="0 for the first one")
+    share: float = Field(ge=0, description="0: nothing is drawn of it")
 
 
 class SourceConfig(Section):
@@ -68,10 +72,8 @@ class SourceConfig(Section):
         min_length=1,
         description="documents, by `_id`, `docid` or `id`, that `positive` and `negatives` name by id",
     )
-    weight: Positive | list[tuple[FromStep, Share]] | None = Field(
-        None,
-        description="share of the mixture, or [from step, share] for each step at which it changes, from 0 on; "
-        "none: by the number of rows",
+    weight: Annotated[float, Field(gt=0)] | list[WeightFrom] | None = Field(
+        None, description="share of the mixture, or one from each of some steps on; none: by the number of rows"
     )
     max_epochs: float | None = Field(
         None, gt=0, description="passes over this source in the whole run, at most; the others then take its share"
@@ -121,13 +123,13 @@ class SourceConfig(Section):
     @property
     def weight_steps(self) -> list[int]:
         """The steps at which its weight changes, 0 among them; none where it has one weight or none."""
-        return [step for step, _ in self.weight] if isinstance(self.weight, list) else []
+        return [its.from_step for its in self.weight] if isinstance(self.weight, list) else []
 
     def weight_at(self, step: int) -> float | None:
         """Its share of the mixture from a step on."""
         if not isinstance(self.weight, list):
             return self.weight
-        return [share for start, share in self.weight if start <= step][-1]
+        return [its.share for its in self.weight if its.from_step <= step][-1]
 
     def limit(self, rows: int) -> int | None:
         """Rows of it in the whole run, at most, where it has so many."""

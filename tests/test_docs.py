@@ -60,7 +60,8 @@ def sections(section: type[BaseModel] = Recipe, path: str = "", seen: set[type] 
         for inner in _models(field.annotation):
             if inner not in seen:
                 seen.add(inner)
-                listed = ".0" if get_origin(field.annotation) is list else ""
+                kinds = (field.annotation, *get_args(field.annotation))
+                listed = ".0" if any(get_origin(kind) is list for kind in kinds) else ""
                 yield from sections(inner, f"{path}.{name}{listed}".lstrip("."), seen)
 
 

@@ -105,6 +105,11 @@ class Plan:
         """[sources] positions reached before step t by the sources of the segment that step t-1 falls in."""
         return self._draws[self._segment(max(t - 1, 0))].reached(t)
 
+    def weights(self, t: int) -> dict[str, float]:
+        """The shares of the sources at step t, by name."""
+        segment = self.segments[self._segment(t)]
+        return {source.name: weight for source, weight in zip(segment.sources, segment.weights, strict=True)}
+
     def negatives(self, t: int, otherwise: int) -> int:
         """Hard negatives of each record at step t, at most; `otherwise` where the plan doesn't say."""
         told = self.segments[self._segment(t)].negatives

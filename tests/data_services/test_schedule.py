@@ -49,6 +49,10 @@ def source(path: str = "x", **settings):
     return {"path": path, **settings}
 
 
+def shares(*steps):
+    return [{"from_step": step, "share": share} for step, share in steps]
+
+
 class Stored:
     """As much of a StoredSource as a plan asks for."""
 
@@ -62,7 +66,7 @@ def planned(sources, rows=(70, 70), **config) -> Plan:
 
 
 def test_a_recipe_schedules_weights_by_step():
-    plan = planned([source(weight=[[0, 1.0], [10, 0.0], [20, 1]]), source(weight=1)], steps=40)
+    plan = planned([source(weight=shares((0, 1.0), (10, 0.0), (20, 1))), source(weight=1)], steps=40)
     assert [s.start for s in plan.segments] == [0, 10, 20]
     assert [s.weights for s in plan.segments] == [(0.5, 0.5), (0, 1), (0.5, 0.5)]
     assert counts(plan, range(10, 20)) == {"s1": 70}
@@ -70,7 +74,7 @@ def test_a_recipe_schedules_weights_by_step():
 
 def test_stages_and_scheduled_weights_go_together():
     stages = [{}, {"from_step": 5, "weights": [3, 1]}, {"from_step": 9, "homogeneous": False}]
-    plan = planned([source(weight=[[0, 1], [7, 2], [12, 8]]), source(weight=2)], steps=20, stages=stages)
+    plan = planned([source(weight=shares((0, 1), (7, 2), (12, 8))), source(weight=2)], steps=20, stages=stages)
     assert [s.start for s in plan.segments] == [0, 5, 7, 9, 12]
     assert [s.weights[0] for s in plan.segments] == [pytest.approx(x) for x in (1 / 3, 0.75, 0.75, 0.5, 0.8)]
     assert [s.homogeneous for s in plan.segments] == [True, True, True, False, False]
@@ -123,7 +127,7 @@ def test_where_every_source_is_used_up_a_run_by_epochs_ends_and_one_by_steps_is_
         ([source(), source()], {"stages": [{"weights": [1]}]}, "has 1 weights for 2 sources"),
         ([source(), source()], {"stages": [{"weights": [0, 0]}]}, "not all 0"),
         ([source()], {"stages": [{}, {"from_step": 50}]}, "changes at step 50, and the run has only 40 steps"),
-        ([source(weight=[[0, 1], [90, 2]])], {}, "changes at step 90, and the run has only 40 steps"),
+        ([source(weight=shares((0, 1), (90, 2)))], {}, "changes at step 90, and the run has only 40 steps"),
         ([source(weight=1), source()], {}, "'s1' has no weight"),
         ([source(max_rows=6)], {}, "may give 6 rows in all, and a batch takes 7 at once"),
     ],
@@ -137,7 +141,7 @@ def test_stages_and_weights_ascend_from_step_0():
     with pytest.raises(ValidationError, match=r"stages begin at steps \[3\]"):
         DataConfig(sources=[source()], steps=9, stages=[{"from_step": 3}])
     with pytest.raises(ValidationError, match=r"weight changes at steps \[0, 5, 5\]"):
-        SourceConfig(path="x", weight=[[0, 1], [5, 2], [5, 3]])
+        SourceConfig(path="x", weight=shares((0, 1), (5, 2), (5, 3)))
 
 
 def test_the_most_negatives_are_those_of_the_hungriest_stage():

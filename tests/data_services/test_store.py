@@ -68,6 +68,18 @@ def test_read_gives_the_rows_asked_for_in_that_order(tmp_path, small_groups):
     assert source.read(np.arange(3)).schema == SCHEMA
 
 
+@pytest.mark.parametrize("groups", [[0], [3, 1, 2], [7, 0, 4, 5, 1], list(range(8))])
+def test_ids_of_row_groups_are_the_columns_of_their_rows_in_the_order_asked_for(tmp_path, small_groups, groups):
+    source = stored(tmp_path / "slot", 30)
+    queries, positives, counts = source.ids(np.array(groups))
+    ends = np.cumsum(source.row_groups)
+    table = source.read(np.concatenate([np.arange(ends[g] - source.row_groups[g], ends[g]) for g in groups]))
+    assert queries.tolist() == table[Column.QUERY_ID].to_pylist()
+    lists = table[Column.POSITIVE_IDS].to_pylist()
+    assert counts.tolist() == [len(one) for one in lists]
+    assert positives.tolist() == [x for one in lists for x in one]
+
+
 def test_columns_hold_the_texts_and_their_ids(tmp_path):
     row = stored(tmp_path / "slot", 6).read(np.array([5])).to_pylist()[0]
     assert row == {

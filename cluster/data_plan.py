@@ -1,0 +1,122 @@
+"""`gyre data plan`: the rows of one global batch, before anything is trained."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cluster.config import Recipe
+from cluster.paths import find_run, run_home
+from data_services.schema import Column, UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from data_services.assemble import GlobalBatch
+    from data_services.order import Plan
+    from data_services.store import StoredSource
+    from data_services.tokenizer import FolderTokenizer
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row of the batch: where it is stored, what it says, which worker gets it, its texts' tokens."""
+
+    source: str
+    row: int
+    id: str
+    worker: int
+    tokens: int
+    query: str
+    positive: str
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """A global batch, in the plan's order.
+
+    steps       of the whole run
+    weights     of each source at this step
+    duplicates  rows that share their query or a positive with a row before them: the loss masks each other's
+    tokens      of each worker
+    """
+
+    step: int
+    steps: int
+    weights: dict[str, float]
+    rows: list[PlannedRow]
+    duplicates: int
+    tokens: list[int]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def planned_batch(recipe: Recipe, step: int, workers: int | None = None, run: str | None = None) -> PlannedBatch:
+    """What training would see at a step, with as many workers as the recipe has or `workers`.
+
+    run  takes the tokenizer of this run; else it is made as for training. Raises UsageError for a step that the
+         plan doesn't have.
+    """
+    from data_services.sources import open_source
+    from data_services.stream import BatchReader, plan_of
+
+    root = run_home(recipe.cluster.storage)
+    world_size, data = workers or recipe.cluster.workers, recipe.data
+    if world_size > data.batch:
+        raise UsageError(f"--workers {world_size} is more than data.batch ({data.batch}): every worker needs a query")
+    sources = tuple(open_source(source, root) for source in data.sources)
+    plan = plan_of(data, sources, recipe.seed)
+    if not 0 <= step < plan.steps:
+        raise UsageError(f"--step {step}: the plan has steps 0 … {plan.steps - 1}")
+    reader = BatchReader(plan, sources, _tokenizer(recipe, sources, root, run), data.negatives, data.positives)
+    return _described(plan, *reader.records(step), reader(step), world_size)
+
+
+def _tokenizer(recipe: Recipe, sources: tuple[StoredSource, ...], root: Path, run: str | None) -> FolderTokenizer:
+    from cluster.prepare import make_model_folder, tokenizer_of
+
+    if run is not None:
+        return tokenizer_of(find_run(run, root).model)
+    with tempfile.TemporaryDirectory(prefix="gyre-plan-") as folder:
+        make_model_folder(recipe, Path(folder) / "model", sources)
+        tokenizer = tokenizer_of(Path(folder) / "model")
+        tokenizer(["loaded while its folder is there"], "query")
+    return tokenizer
+
+
+def _described(plan: Plan, table: pa.Table, keys: np.ndarray, batch: GlobalBatch, workers: int) -> PlannedBatch:
+    from data_services.assemble import SOURCE_SHIFT, choose_positive
+    from data_services.collate import deal, token_costs
+    from data_services.order import Carried, duplicate_rows
+
+    table = table.take(np.flatnonzero(np.isin(keys, batch.rows)))  # less what can't be decoded
+    costs = token_costs(batch)
+    worker = np.empty(len(costs), np.int64)
+    for rank, share in enumerate(deal(costs, workers)):
+        worker[share] = rank
+    positives = table.column(Column.POSITIVES).to_pylist()
+    chosen = choose_positive(np.array([len(texts) for texts in positives]), batch.rows, batch.step, plan.seed)
+    names, weights = [source.name for source in plan.sources], plan.weights(batch.step)
+    ids, queries = (table.column(name).to_pylist() for name in (Column.ID, Column.QUERY))
+    rows = [
+        PlannedRow(
+            source=names[key >> SOURCE_SHIFT],
+            row=key & (1 << SOURCE_SHIFT) - 1,
+            id=ids[i],
+            worker=int(worker[i]),
+            tokens=int(costs[i]),
+            query=queries[i],
+            positive=positives[i][chosen[i]],
+        )
+        for i, key in enumerate(batch.rows.tolist())
+    ]
+    lists = table.column(Column.POSITIVE_IDS).to_pylist()
+    flat = np.array([x for one in lists for x in one], np.int64)
+    shared = duplicate_rows(Carried.of(batch.query_ids, flat, np.array([len(one) for one in lists])))
+    tokens = np.bincount(worker, weights=costs, minlength=workers).astype(int).tolist()
+    return PlannedBatch(batch.step, plan.steps, weights, rows, len(shared), tokens)
