@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from cluster.options import Json, SourceKeys, check_json, open_console, write_json
+from cluster.options import Json, Source, SourceKeys, check_json, open_console, write_json
 
 data_app = typer.Typer(help="Look at sources, clean and split them.", no_args_is_help=True)
 
@@ -79,3 +79,97 @@ def mine(
         found = mine_source(job, on_progress=counts)
     write_json(json_file, found.as_dict())
     show_mined(console, found)
+
+
+Near = Annotated[float, typer.Option(help="Similarity of near duplicates; 0: exact ones only.")]
+Against = Annotated[
+    str | None, typer.Option(metavar="SOURCE", help="An evaluation source: rows that it holds too are contaminated.")
+]
+AgainstSplit = Annotated[str, typer.Option(metavar="SPLIT", help="The split of --against.")]
+
+
+@data_app.command(epilog="Example: gyre data stats pairs.jsonl positive=answer --against builtin:stdlib-code")
+def stats(
+    source: Source,
+    keys: SourceKeys = None,
+    *,
+    against: Against = None,
+    against_split: AgainstSplit = "train",
+    near: Near = 0.8,
+    tokenizer: Annotated[str | None, typer.Option(metavar="MODEL", help="Count its tokens; else words.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Counts, lengths, duplicates, classes and examples of a source."""
+    from cluster import data
+    from cluster.sections import source_section
+    from cluster.show_data import Counts, show_stats
+
+    check_json(json_file)
+    console = open_console()
+    with Counts(console) as counts:
+        found = data.stats(
+            source_section(source, keys or []),
+            against=source_section(against, [f"split={against_split}"]) if against else None,
+            near=data.threshold(near),
+            tokenizer=tokenizer,
+            on_progress=counts,
+        )
+    write_json(json_file, found.as_dict())
+    show_stats(console, found, "tokens" if tokenizer else "words")
+
+
+@data_app.command(epilog="Example: gyre data dedupe pairs.jsonl --out clean --against builtin:stdlib-code")
+def dedupe(
+    source: Source,
+    keys: SourceKeys = None,
+    *,
+    out: Out,
+    by: Annotated[Literal["query", "document", "pair"], typer.Option(help="What makes two rows the same.")] = "pair",
+    near: Near = 0.8,
+    against: Against = None,
+    against_split: AgainstSplit = "train",
+    json_file: Json = None,
+) -> None:
+    """Write a source without its exact and near duplicates, and without rows of an evaluation source."""
+    from cluster import data
+    from cluster.sections import source_section
+    from cluster.show_data import Counts, show_written
+
+    check_json(json_file)
+    console = open_console()
+    with Counts(console) as counts:
+        done = data.dedupe(
+            source_section(source, keys or []),
+            out,
+            by=by,
+            near=data.threshold(near),
+            against=source_section(against, [f"split={against_split}"]) if against else None,
+            on_progress=counts,
+        )
+    write_json(json_file, done.as_dict())
+    show_written(console, done)
+
+
+@data_app.command(epilog="Example: gyre data split pairs.jsonl --out parts --shares train=0.9,validation=0.1")
+def split(
+    source: Source,
+    keys: SourceKeys = None,
+    *,
+    out: Out,
+    shares: Annotated[str, typer.Option(help="Sides and their shares, which sum to 1.")] = "train=0.9,validation=0.1",
+    by: Annotated[
+        Literal["id", "query", "document", "both"], typer.Option(help="What never stands on both sides.")
+    ] = "query",
+    seed: Annotated[int, typer.Option(min=0, help="Another deal.")] = 0,
+    json_file: Json = None,
+) -> None:
+    """Deal a source's rows to sides by a hash, so that a row never changes side."""
+    from cluster import data
+    from cluster.sections import source_section
+    from cluster.show_data import show_written
+    from data_services.splitting import parse_shares
+
+    check_json(json_file)
+    done = data.split(source_section(source, keys or []), out, parse_shares(shares), by=by, seed=seed)
+    write_json(json_file, done.as_dict())
+    show_written(open_console(), done, sides=True)

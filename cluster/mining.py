@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.models import open_encoder, resolve
 from cluster.paths import home
-from data_services.mine import MiningTexts, Progress, find_negatives, new_folder, publish, report, write_source
+from data_services.mine import MiningTexts, Progress, find_negatives, report, write_source, written_columns
 from data_services.mining.filters import FilterConfig
 from data_services.mining.report import MiningReport
 from data_services.mining.search import ClusterSearch, LocalSearch, Search, SearchConfig, shards
+from data_services.rewrite import new_folder, publish, recipe_keys
 from data_services.schema import Encoder, UsageError
 from data_services.sources import SourceConfig, open_source
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from data_services.store import StoredSource
 
 BM25 = "bm25"
+MANIFEST = "mined.json"
 _CROSS_ENCODER_BATCH = 32
 
 
@@ -54,14 +56,15 @@ class MiningJob:
 
 @dataclass(frozen=True)
 class MiningResult:
-    """folder: the source with its negatives. report: what was found."""
+    """folder: the source with its negatives; keys: as which a recipe reads its columns. report: what was found."""
 
     folder: Path
     model: str
+    keys: dict[str, str]
     report: MiningReport
 
     def as_dict(self) -> dict[str, Any]:
-        return {"folder": str(self.folder), "model": self.model, **self.report.as_dict()}
+        return {"folder": str(self.folder), "model": self.model, "keys": self.keys, **self.report.as_dict()}
 
 
 def mine(job: MiningJob, root: Path | None = None, on_progress: Progress = lambda what, done, of: None) -> MiningResult:
@@ -86,8 +89,8 @@ def mine(job: MiningJob, root: Path | None = None, on_progress: Progress = lambd
         mined = find_negatives(texts, miner, job.filters, guide, job.search.query_block, on_progress)
         found = report(texts, mined, job.filters)
         write_source(texts, mined, making / "source")
-        publish(making, job.out, _manifest(job, source, corpora, {"model": model, "guide": of_guide}, found))
-    return MiningResult(job.out.absolute(), model["name"], found)
+        publish(making, job.out, _manifest(job, source, corpora, {"model": model, "guide": of_guide}, found), MANIFEST)
+    return MiningResult(job.out.absolute(), model["name"], recipe_keys(written_columns(source)), found)
 
 
 def _manifest(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,10 @@ from cluster.console import PLAIN_EVERY_S, duration, show_table
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from cluster.data import Written
     from cluster.mining import MiningResult
     from data_services.mining.report import Example
+    from data_services.statistics import SourceStats
 
 _WIDTH = 96
 
@@ -81,16 +83,13 @@ def show_mined(console: Console, found: MiningResult) -> None:
     show_table(console, ("candidates", "share"), fates)
     for example in report.examples:
         _show_example(console, example)
-    next_lines(console, found.folder, _RECIPE)
+    next_lines(console, found.folder, found.keys)
 
 
-_RECIPE = ("query: query", "positive: positives", "negatives: negatives")
-
-
-def next_lines(console: Console, folder: object, keys: Iterable[str]) -> None:
+def next_lines(console: Console, folder: object, keys: Mapping[str, str]) -> None:
     """Where the written source is, and how a recipe names it."""
     _lines(console, str(folder), "", "in a recipe:", "  data:", "    sources:", f"      - path: {folder}")
-    _lines(console, *(f"        {key}" for key in keys))
+    _lines(console, *(f"        {key}: {field}" for key, field in keys.items()))
 
 
 def _show_example(console: Console, example: Example) -> None:
@@ -109,8 +108,41 @@ def _lines(console: Console, *lines: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
+def show_stats(console: Console, found: SourceStats, unit: str) -> None:
+    """Every figure of a source. unit: what its tokens are."""
+    left_out = sum(found.quarantined.values())
+    _lines(console, f"{found.rows:,} rows" + (f", {left_out:,} more quarantined" if left_out else ""))
+    _lines(console, *(f"  {n:,} × {reason}" for reason, n in found.quarantined.items()))
+    texts = ([side, f"{it['texts']:,}", f"{it['unique']:,}"] for side, it in found.texts.items())
+    show_table(console, ("side", "texts", "unique"), texts)
+    rows = [
+        [side, what, *(f"{v:,.0f}" for v in it.values())]
+        for side, of in found.lengths.items()
+        for what, it in of.items()
+    ]
+    names = next(iter(next(iter(found.lengths.values())).values()))
+    show_table(console, ("side", "length in", *names), [[unit if c == "tokens" else c for c in row] for row in rows])
+    for name, counts in found.a_row.items():
+        _lines(console, f"{name} of a row: " + ", ".join(f"{n} in {rows:,} rows" for n, rows in counts.items()))
+    for name, classes in found.classes.items():
+        show_table(console, (name, "rows", "share"), shares_of(classes))
+    _lines(console, f"duplicates: {found.duplicates['exact']:,} exact, {found.duplicates['near']:,} near")
+    if found.contaminated is not None:
+        held = found.contaminated
+        _lines(console, f"in the evaluation source: {held['exact']:,} exactly, {held['near']:,} nearly")
+    for row in found.examples:
+        _lines(console, "", f"{row['id']}: {_short(row['query'])}")
+        _lines(console, *(f"  + {_short(text)}" for text in row["positives"]))
+        _lines(console, *(f"  - {_short(text)}" for text in row["negatives"]))
+
+
+def show_written(console: Console, done: Written, sides: bool = False) -> None:
+    """What became of the rows, and how a recipe names the result. sides: it has splits."""
+    show_table(console, ("side" if sides else "rows", "rows" if sides else "", "share"), shares_of(done.counts))
+    next_lines(console, done.folder, ({"split": next(iter(done.counts))} if sides else {}) | done.keys)
+
+
 def shares_of(counts: Mapping[str, int]) -> list[list[str]]:
-    """[[name, count, share]], the largest first."""
+    """[[name, count, share]], as given."""
     total = max(sum(counts.values()), 1)
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return [[name, f"{count:,}", f"{count / total:.2%}"] for name, count in ordered]
+    return [[escape(name), f"{count:,}", f"{count / total:.2%}"] for name, count in counts.items()]

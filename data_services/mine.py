@@ -4,22 +4,20 @@
     vectors  of both, by an injected encoder, kept between runs                    mining/vectors.py
     search   the nearest documents, over shards, merged exactly                    mining/search.py
     filters  what is a negative, and which are taken                               mining/filters.py
-    write    the source's rows with their negatives, as Parquet                    here
+    write    the source's rows with their negatives, as Parquet                    rewrite.py
 
 Memory holds a block of queries with its candidates, 16 bytes for each text, and the negatives' positions and scores.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_services.mining import report as reporting
@@ -28,10 +26,10 @@ from data_services.mining.report import Example, MiningReport
 from data_services.mining.scorers import Miner, Scorer
 from data_services.mining.search import best
 from data_services.mining.texts import Lists, TextTable, positives_of, write_texts
-from data_services.schema import UNKNOWN, Column, UsageError
-from data_services.store import SCHEMA, StoredSource
+from data_services.rewrite import replaced, rewrite
+from data_services.schema import Column
+from data_services.store import StoredSource
 
-MANIFEST = "mined.json"
 _QUERIES_AT_ONCE = 4096
 _EXAMPLES = 3
 
@@ -158,16 +156,16 @@ def _first(
 
 
 def write_source(texts: MiningTexts, mined: Mined, folder: Path) -> None:
-    """The source's rows as Parquet of `store.SCHEMA`, with the mined negatives in place of its own.
+    """The source's rows as Parquet with the mined negatives in place of its own.
 
     A source's own positive scores stay; where it has none they are the miner's, as the negatives' always are.
     """
-    for number, path in enumerate(texts.source.files):
-        file = pq.ParquetFile(path)
-        with pq.ParquetWriter(folder / f"part-{number:05}.parquet", SCHEMA) as writer:
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group)
-                writer.write_table(_with_negatives(table, texts, mined), row_group_size=max(len(table), 1))
+    rewrite(texts.source, folder, lambda table, _: _with_negatives(table, texts, mined))
+
+
+def written_columns(source: StoredSource) -> frozenset[str]:
+    """Which of `Column.OPTIONAL` the written source has."""
+    return source.columns | {Column.POSITIVE_SCORES, Column.NEGATIVE_SCORES}
 
 
 def _with_negatives(table: pa.Table, texts: MiningTexts, mined: Mined) -> pa.Table:
@@ -181,29 +179,21 @@ def _with_negatives(table: pa.Table, texts: MiningTexts, mined: Mined) -> pa.Tab
         Column.NEGATIVE_SCORES: pa.array(mined.scores[rows][there]),
     }
     for name, values in columns.items():
-        table = _replaced(table, name, pa.ListArray.from_arrays(offsets, values))
+        table = replaced(table, name, pa.ListArray.from_arrays(offsets, values))
     if Column.POSITIVE_SCORES not in texts.source.columns:
-        table = _replaced(table, Column.POSITIVE_SCORES, _positive_scores(table, rows, texts, mined))
-    for name in Column.CLASSES:  # a source's field of classes has null where a row has none
-        column = table.column(name)
-        known = pa.compute.not_equal(column, UNKNOWN)
-        table = _replaced(table, name, pa.compute.if_else(known, column, pa.scalar(None, pa.int64())))
-    return table.cast(SCHEMA)
+        table = replaced(table, Column.POSITIVE_SCORES, _positive_scores(table, rows, texts, mined))
+    return table
 
 
 def _positive_scores(table: pa.Table, rows: np.ndarray, texts: MiningTexts, mined: Mined) -> pa.Array:
     lists = table.column(Column.POSITIVE_IDS)
-    counts = pa.compute.list_value_length(lists).to_numpy()
-    documents = texts.documents.positions(pa.compute.list_flatten(lists).to_numpy())
+    counts = pc.list_value_length(lists).to_numpy()
+    documents = texts.documents.positions(pc.list_flatten(lists).to_numpy())
     n = len(texts.documents)
     pairs = texts.positives.owners * n + texts.positives.values  # ascending
     at = np.searchsorted(pairs, np.repeat(rows, counts) * n + documents)
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
     return pa.ListArray.from_arrays(offsets, pa.array(mined.positive_scores[at]))
-
-
-def _replaced(table: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
-    return table.set_column(table.column_names.index(name), name, values)
 
 
 def report(texts: MiningTexts, mined: Mined, config: FilterConfig) -> MiningReport:
@@ -217,15 +207,15 @@ def report(texts: MiningTexts, mined: Mined, config: FilterConfig) -> MiningRepo
         "difference": reporting.spread((hardest[:, None] - mined.scores)[there]),
     }
     shown = np.unique(np.linspace(0, len(texts.queries) - 1, _EXAMPLES).astype(int))
-    replaced = sum(
-        pa.compute.sum(pa.compute.list_value_length(pq.read_table(path, columns=[Column.NEGATIVES]).column(0))).as_py()
+    dropped = sum(
+        pc.sum(pc.list_value_length(pq.read_table(path, columns=[Column.NEGATIVES]).column(0))).as_py()
         for path in texts.source.files
     )
     return MiningReport(
         rows=texts.source.rows,
         queries=len(texts.queries),
         documents=len(texts.documents),
-        replaced=replaced,
+        replaced=dropped,
         negatives_a_query=reporting.histogram(mined.counts),
         scores=scores,
         fates=reporting.fate_shares(mined.fates),
@@ -241,21 +231,3 @@ def _example(i: int, texts: MiningTexts, mined: Mined) -> Example:
         list(zip(s.tolist(), texts.documents.take(d), strict=False)) for s, d in zip(scores, documents, strict=True)
     )
     return Example(texts.queries.take(np.array([i]))[0], positives, negatives)
-
-
-def new_folder(out: Path) -> Path:
-    """A folder beside `out` to work in, with an empty `source` in it; UsageError where `out` is there and not empty."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"--out {out} is there already and not empty; name a new folder")
-    making = out.with_name(out.name + ".making")
-    shutil.rmtree(making, ignore_errors=True)
-    (making / "source").mkdir(parents=True)
-    return making
-
-
-def publish(making: Path, out: Path, manifest: dict[str, Any]) -> None:
-    """The files of `making`/source at `out` with the manifest, all of it or nothing."""
-    (making / "source" / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    if out.exists():
-        out.rmdir()
-    (making / "source").rename(out)

@@ -15,14 +15,13 @@ from data_services.mine import (
     Mined,
     MiningTexts,
     find_negatives,
-    new_folder,
-    publish,
     report,
     write_source,
 )
 from data_services.mining.filters import FilterConfig
 from data_services.mining.scorers import BM25Miner, PairScorer, VectorScorer
 from data_services.mining.vectors import encode_to_file
+from data_services.rewrite import new_folder, publish
 from data_services.schema import Column, RunError, UsageError, text_id
 from data_services.sources import SourceConfig, open_source
 from tests.data_services.mining.worlds import Given, naive, random_world, source, vector_file, vector_miner
@@ -203,7 +202,7 @@ def test_the_written_source_is_the_source_with_its_negatives(tmp_path):
     mined = find_negatives(texts, vector_miner(texts, Given(vectors), tmp_path), FilterConfig(negatives=3, max_score=5))
     making = new_folder(tmp_path / "out")
     write_source(texts, mined, making / "source")
-    publish(making, tmp_path / "out", {"model": "m"})
+    publish(making, tmp_path / "out", {"model": "m"}, "mined.json")
     assert json.loads((tmp_path / "out" / "mined.json").read_text()) == {"model": "m"}
     back = open_source(SourceConfig(path=str(tmp_path / "out"), **FIELDS, positive_scores="positive_scores"), tmp_path)
     assert back.quarantined == {}
