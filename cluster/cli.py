@@ -6,16 +6,15 @@ imported inside the commands, so that help answers at once.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from cluster.data_commands import data_app
+from cluster.options import Json, Model, check_json, open_console, write_json
 
 DONE, FAILED, WRONG, REFUSED = 0, 1, 2, 3
 
@@ -28,37 +27,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result to FILE, for machines.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.path=value …]", help="Keys of the recipe to set.")]
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, recipes/quickstart.yaml say.")]
-Model = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A folder, a run, models:/NAME@ALIAS, models:/NAME/VERSION, or a hub id."),
-]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, the beginning of one, or its folder.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A registered model.")]
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console()
-
-
-def _check_json(file: Path | None) -> None:
-    """Before the work, not after it: whether the result can be written."""
-    from data_services.schema import UsageError
-
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise UsageError(f"--json {file}: {'this is a folder' if file.is_dir() else 'no such folder'}; name a file")
-
-
-def _write_json(file: Path | None, result: Any) -> None:
-    if file is None:
-        return
-    making = file.with_name(file.name + ".making")
-    making.write_text(json.dumps(result, indent=2, default=str) + "\n")
-    making.replace(file)
 
 
 @app.command(epilog="Example: gyre train recipes/quickstart.yaml optimizer.lr=1e-3 --json result.json")
@@ -73,13 +45,13 @@ def train(
     from cluster.console import Progress, show_trained
     from cluster.paths import run_home
 
-    _check_json(json_file)
-    console, loaded = _console(), load_recipe(recipe, overrides or [])
+    check_json(json_file)
+    console, loaded = open_console(), load_recipe(recipe, overrides or [])
     from cluster import launch
 
     with Progress(console) as progress:
         result = launch.train(loaded, resume=resume, on_progress=progress).as_dict()
-    _write_json(json_file, result)
+    write_json(json_file, result)
     show_trained(console, result, run_home(loaded.cluster.storage))
 
 
@@ -101,10 +73,10 @@ def submit(
     from cluster import jobs
     from cluster.console import show_job
 
-    _check_json(json_file)
-    console = _console()
+    check_json(json_file)
+    console = open_console()
     job = jobs.submit(command, address=address, detach=detach)
-    _write_json(json_file, job.as_dict())
+    write_json(json_file, job.as_dict())
     show_job(console, job)
     if not detach and job.status != "SUCCEEDED":
         raise typer.Exit(job.exit_code or FAILED)
@@ -122,10 +94,13 @@ def evaluate(
     from cluster import models
     from cluster.console import show_evaluation
 
-    _check_json(json_file)
+    check_json(json_file)
     found = models.evaluate(model, suite, split, k)
-    _write_json(json_file, found.as_dict())
-    show_evaluation(_console(), found)
+    write_json(json_file, found.as_dict())
+    show_evaluation(open_console(), found)
+
+
+app.add_typer(data_app, name="data")
 
 
 @app.command("models", epilog="Example: gyre models quickstart")
@@ -137,10 +112,10 @@ def list_models(
     from cluster import registry
     from cluster.console import show_versions
 
-    _check_json(json_file)
+    check_json(json_file)
     versions = registry.list_models(name)
-    _write_json(json_file, [v.as_dict() for v in versions])
-    show_versions(_console(), versions)
+    write_json(json_file, [v.as_dict() for v in versions])
+    show_versions(open_console(), versions)
 
 
 @app.command(epilog="Example: gyre promote quickstart 2")
@@ -150,7 +125,7 @@ def promote(name: Name, version: Annotated[int, typer.Argument(metavar="VERSION"
     from cluster.console import show_move
     from data_services.schema import Refused
 
-    _check_json(json_file)
+    check_json(json_file)
     try:
         moved = registry.promote(name, version)
     except Refused as refused:
@@ -158,10 +133,10 @@ def promote(name: Name, version: Annotated[int, typer.Argument(metavar="VERSION"
             from evaluation.report import gate_text
 
             typer.echo(gate_text(refused.result))
-            _write_json(json_file, {"refused": str(refused), "gates": refused.rows()})
+            write_json(json_file, {"refused": str(refused), "gates": refused.rows()})
         raise
-    _write_json(json_file, moved.as_dict())
-    show_move(_console(), moved)
+    write_json(json_file, moved.as_dict())
+    show_move(open_console(), moved)
 
 
 @app.command(epilog="Example: gyre rollback quickstart")
@@ -170,10 +145,10 @@ def rollback(name: Name, json_file: Json = None) -> None:
     from cluster import registry
     from cluster.console import show_move
 
-    _check_json(json_file)
+    check_json(json_file)
     moved = registry.rollback(name)
-    _write_json(json_file, moved.as_dict())
-    show_move(_console(), moved)
+    write_json(json_file, moved.as_dict())
+    show_move(open_console(), moved)
 
 
 @app.command(epilog="Example: gyre export 3f2a9c models/mine")
@@ -185,9 +160,9 @@ def export(
     """Copy a run's model out, as a Sentence Transformers folder."""
     from cluster import models
 
-    _check_json(json_file)
+    check_json(json_file)
     done = models.export(run, folder)
-    _write_json(json_file, done.as_dict())
+    write_json(json_file, done.as_dict())
     typer.echo(f"{done.folder}\nload it with SentenceTransformer({str(done.folder)!r})")
 
 
@@ -205,10 +180,10 @@ def query(
     from cluster import models
     from cluster.console import show_hits
 
-    _check_json(json_file)
+    check_json(json_file)
     found = models.query(text, model, corpus, k)
-    _write_json(json_file, found.as_dict())
-    show_hits(_console(), found)
+    write_json(json_file, found.as_dict())
+    show_hits(open_console(), found)
 
 
 @app.command(epilog="Example: gyre doctor --json doctor.json")
@@ -217,10 +192,10 @@ def doctor(json_file: Json = None) -> None:
     from cluster.console import show_diagnosis
     from cluster.doctor import examine
 
-    _check_json(json_file)
+    check_json(json_file)
     found = examine()
-    _write_json(json_file, found.as_dict())
-    show_diagnosis(_console(), found)
+    write_json(json_file, found.as_dict())
+    show_diagnosis(open_console(), found)
     if not found.healthy:
         raise typer.Exit(FAILED)
 
@@ -231,10 +206,10 @@ def checkpoints(run: Run, json_file: Json = None) -> None:
     from cluster import models
     from cluster.console import show_checkpoints
 
-    _check_json(json_file)
+    check_json(json_file)
     saved = models.checkpoints(run)
-    _write_json(json_file, [s.as_dict() for s in saved])
-    show_checkpoints(_console(), saved)
+    write_json(json_file, [s.as_dict() for s in saved])
+    show_checkpoints(open_console(), saved)
     if any(s.damage for s in saved):
         raise typer.Exit(FAILED)
 

@@ -86,7 +86,7 @@ class Progress:
 
 def step_line(event: Mapping[str, Any]) -> str:
     """`step 120/300 · loss 0.4312 · 1,204 pairs/s · …`; figures that the event lacks are left out."""
-    parts = [f"step {event['step']}/{event['steps']}"]
+    parts = [f"{event.get('unit', 'step')} {event['step']}/{event['steps']}"]
     for key, label, form in _FIGURES:
         if event.get(key) is not None:
             shown = form.format(event[key])
@@ -114,7 +114,7 @@ def table(rows: Mapping[str, Mapping[str, float]], console: Console, title: str 
     return f"{title}\n{results_text(rows)}" if title else results_text(rows)
 
 
-def _show_table(console: Console, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+def show_table(console: Console, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     """Boxed on a terminal; elsewhere columns that a script can read, never cut at a width."""
     if console.is_terminal:
         shown = Table()
@@ -174,7 +174,7 @@ def show_versions(console: Console, versions: list[Version]) -> None:
         trained = v.scores.get("heldout", {}).get("trained", {})
         scores = ", ".join(f"{name} {value:.4f}" for name, value in list(trained.items())[:2])
         rows.append([v.name, str(v.version), ", ".join(v.aliases), scores, v.run_id[:12]])
-    _show_table(console, ("model", "version", "aliases", "held-out scores", "run"), rows)
+    show_table(console, ("model", "version", "aliases", "held-out scores", "run"), rows)
 
 
 def show_move(console: Console, moved: Move) -> None:
@@ -193,10 +193,10 @@ def show_hits(console: Console, found: QueryResult, lines: int = 12) -> None:
 
 def show_diagnosis(console: Console, found: Diagnosis) -> None:
     versions = ((name, version or "not installed") for name, version in found.versions.items())
-    _show_table(console, ("package", "version"), versions)
+    show_table(console, ("package", "version"), versions)
     console.print(f"{found.cores} cores, {found.memory_gib:.1f} GiB memory", highlight=False)
     rows = [(f.what, _MARKS[f.verdict], escape(f.value), escape(f.remedy)) for f in found.findings]
-    _show_table(console, ("what", "", "found", "what to do"), rows)
+    show_table(console, ("what", "", "found", "what to do"), rows)
 
 
 def show_checkpoints(console: Console, saved: list[SavedStep]) -> None:
@@ -207,7 +207,7 @@ def show_checkpoints(console: Console, saved: list[SavedStep]) -> None:
     for s in saved:
         state = f"[red]{escape(s.damage)}[/]" if s.damage else "[green]whole[/]"
         rows.append([str(s.step), str(s.world_size), f"{s.size_bytes / 1e6:.1f} MB", state, escape(str(s.folder))])
-    _show_table(console, ("step", "workers", "size", "state", "folder"), rows)
+    show_table(console, ("step", "workers", "size", "state", "folder"), rows)
 
 
 def show_job(console: Console, job: JobResult) -> None:

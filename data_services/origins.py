@@ -36,12 +36,16 @@ _PLAIN = Layout("pairs", Fields("query", "positive"))
 
 @dataclass(frozen=True)
 class Origin:
-    """One source. `key` tells sources apart, `stamp` if one changed (None: only reading tells)."""
+    """One source. `key` tells sources apart, `stamp` if one changed (None: only reading tells).
+
+    present  the fields of its first rows, where that is known before they are read
+    """
 
     name: str
     key: str
     stamp: Callable[[], Any] | None
     reading: Callable[[], Reading]
+    present: Callable[[], Sequence[str]] = tuple
 
 
 def origin_of(config: SourceConfig, home: Path) -> Origin:
@@ -87,7 +91,10 @@ def _builtin(config: SourceConfig, path: str) -> Origin:
     stamp = builtin.stdlib_stamp()
     layout = Layout("pairs", Fields("query", "positive", id="name"))
     reading = Reading([RowsPart(path, rows)], _want(config, layout), layout.name)
-    return Origin(f"{corpus}-{config.split}", f"{path} {stamp['python']}", lambda: stamp, lambda: reading)
+    key = f"{path} {stamp['python']}"
+    return Origin(
+        f"{corpus}-{config.split}", key, lambda: stamp, lambda: reading, lambda: ("name", "query", "positive")
+    )
 
 
 def _function(config: SourceConfig, path: str) -> Origin:
@@ -113,7 +120,7 @@ def _of_hub(config: SourceConfig, path: str) -> Origin:
         return Reading([hub.HubPart(path, dataset)], _want(config, layout), layout.name)
 
     name = path.removeprefix(hub.PREFIX).replace("/", "-")
-    return Origin(f"{name}-{config.split}", path, lambda: dataset._fingerprint, reading)
+    return Origin(f"{name}-{config.split}", path, lambda: dataset._fingerprint, reading, lambda: dataset.column_names)
 
 
 # Files.
@@ -140,6 +147,7 @@ def _of_files(config: SourceConfig) -> Origin:
         key,
         stamp,
         lambda: _reading(config, found, files, corpus),
+        lambda: _present(files, config.max_bytes),
     )
 
 

@@ -64,7 +64,7 @@ def _by_pool(tasks: Sequence[_Task]) -> Iterator[None]:
                 "(a script that calls this needs `if __name__ == '__main__':`)"
             ) from error
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 def _ray_is_up() -> bool:

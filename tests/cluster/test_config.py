@@ -91,7 +91,7 @@ def test_keys_inside_a_list_are_checked_too(recipe):
 def test_a_missing_section_says_what_it_is(recipe):
     assert "data is missing" in error(recipe(base="name: x\nmodel: {path: a}\n"))
     told = error(recipe(base="data: {sources: [{}], steps: 1}\nmodel: {path: a}\nname: x\n"))
-    assert "data.sources.0.path is missing (builtin:stdlib-code" in told
+    assert "data.sources.0.path is missing (a file, glob" in told
 
 
 def test_exactly_one_origin_of_the_model(recipe):
