@@ -13,7 +13,7 @@ from cluster.console import Progress, show_table
 if TYPE_CHECKING:
     from data_services.inspection import Conversion, Inspection, Validation
 
-_SHOWN_CHARACTERS = 100
+_SHOWN_CHARACTERS, _SHOWN_TEXTS = 100, 3
 
 
 class PartsDone(Progress):
@@ -43,8 +43,10 @@ def show_inspection(console: Console, found: Inspection, source: str) -> None:
     for number, example in enumerate(found.examples, start=1):
         _lines(console, f"record {number}")
         for part, value in example.items():
-            for text in value if isinstance(value, list) else [value]:
-                _lines(console, f"  {part:10} {_short(text)}")
+            texts = value if isinstance(value, list) else [value]
+            _lines(console, *(f"  {part:15} {_short(text)}" for text in texts[:_SHOWN_TEXTS]))
+            if len(texts) > _SHOWN_TEXTS:
+                _lines(console, f"  {'':15} and {len(texts) - _SHOWN_TEXTS} more")
     for malformed in found.malformed:
         _lines(console, f"malformed  {malformed}")
     if found.rows is None:

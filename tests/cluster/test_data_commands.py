@@ -41,7 +41,7 @@ def test_inspect_shows_layout_fields_and_records_and_converts_nothing(gyre, trip
     assert "source triplets, read as triplets" in out
     assert "fields anchor, positive, negative, more" in out
     assert "negatives         negative" in out
-    assert "  query      a1" in out
+    assert "  query           a1" in out
     assert "a2" not in out
     assert "gyre data validate triplets.jsonl.gz" in out
     assert not (tmp_path / "home").exists()
