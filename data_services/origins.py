@@ -7,8 +7,9 @@ import inspect
 import json
 import posixpath
 import re
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,10 +63,11 @@ def origin_of(config: SourceConfig, home: Path) -> Origin:
 
 @dataclass(frozen=True)
 class RowsPart:
-    """Rows that only this process can read."""
+    """Rows that only this process can read. Nothing tells whether they are those of another time: `key` is new."""
 
     name: str
     rows: Callable[[], Iterable[Row | Malformed]]
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def blocks(self, want: Want) -> Iterator[Block]:
         return blocks_of_rows(self.name, self.rows())
@@ -117,7 +119,7 @@ def _of_hub(config: SourceConfig, path: str) -> Origin:
 
     def reading() -> Reading:
         layout = _layout(config, lambda: dataset.column_names)
-        return Reading([hub.HubPart(path, dataset)], _want(config, layout), layout.name)
+        return Reading([hub.HubPart(path, dataset._fingerprint, dataset)], _want(config, layout), layout.name)
 
     name = path.removeprefix(hub.PREFIX).replace("/", "-")
     return Origin(f"{name}-{config.split}", path, lambda: dataset._fingerprint, reading, lambda: dataset.column_names)
