@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from cluster.data_commands import data_app, mine
+from cluster.corpus_commands import mine
+from cluster.data_commands import data_app
 from cluster.options import Json, Model, Overrides, Recipe, check_json, open_console, write_json
 
 DONE, FAILED, WRONG, REFUSED = 0, 1, 2, 3

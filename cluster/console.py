@@ -87,7 +87,7 @@ class Progress:
 
 def step_line(event: Mapping[str, Any]) -> str:
     """`step 120/300 · loss 0.4312 · 1,204 pairs/s · …`; figures that the event lacks are left out."""
-    parts = [f"step {event['step']}/{event['steps']}"]
+    parts = [f"{event.get('unit', 'step')} {event['step']}/{event['steps']}"]
     for key, label, form in _FIGURES:
         if event.get(key) is not None:
             shown = form.format(event[key])

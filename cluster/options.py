@@ -18,6 +18,7 @@ Model = Annotated[
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.path=value …]", help="Keys of the recipe to set.")]
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, recipes/quickstart.yaml say.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder, for the result.")]
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A source, as a recipe's data.sources name it.")]
 SourceKeys = Annotated[
     list[str] | None,

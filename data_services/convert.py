@@ -1,6 +1,6 @@
 """Parts of a source to Parquet: each by itself, on any node, once; then all of them as one stored source.
 
-    <unfinished>/part-<key>/     appears when it is finished, with everything of that part; the key is of its files
+    <unfinished>/part-<key>/     appears when it is finished, whole; the key is of its files and what is wanted of them
         rows-000.parquet …       stored rows (`columns.SCHEMA`) in row groups
         hashes.u64               `columns.row_hashes` of them, little-endian
         quarantine.parquet       malformed rows, if any: name of the file, number, reason, row
@@ -60,14 +60,14 @@ class Converted:
     present: list[str]
 
 
-def part_folder(folder: Path, part: Part) -> Path:
-    """Where a part goes: by the names, sizes and times of its files, so that a changed one goes elsewhere."""
-    return folder / f"part-{hashlib.blake2b(repr(part).encode(), digest_size=8).hexdigest()}"
+def part_folder(folder: Path, part: Part, want: Want) -> Path:
+    """Where a part goes: by what its files are and what is wanted of them, so that a changed one goes elsewhere."""
+    return folder / f"part-{hashlib.blake2b(repr((part, want)).encode(), digest_size=8).hexdigest()}"
 
 
 def convert_part(part: Part, want: Want, source: str, folder: Path) -> None:
     """Converts one part into its folder, which appears when it is whole; who finds it there leaves it as it is."""
-    finished = part_folder(folder, part)
+    finished = part_folder(folder, part, want)
     making = folder / f".{finished.name}-{uuid.uuid4().hex}"
     making.mkdir()
     try:
@@ -206,7 +206,7 @@ def assemble(folder: Path, parts: Sequence[Part], want: Want, source: str, more:
 
     more: what else the manifest says. Raises UsageError where no row is good, or a field is in none of them.
     """
-    folders = [part_folder(folder, part) for part in parts]
+    folders = [part_folder(folder, part, want) for part in parts]
     converted = [Converted(**json.loads((part / "part.json").read_text())) for part in folders]
     check_fields({name for part in converted for name in part.present}, want.fields, source)
     digest = hashlib.blake2b(f"{CODE_VERSION}\n".encode(), digest_size=16)

@@ -172,11 +172,6 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def common_root(paths: Sequence[str]) -> str:
-    """The deepest folder that holds all of them."""
-    return paths[0] if len(paths) == 1 else posixpath.commonpath(paths)
-
-
 def stamp_of(files: Sequence[File]) -> list[list[Any]]:
     """What tells that a file changed: names, sizes, times."""
     return [[file.name, file.size, file.mtime_ns] for file in files]

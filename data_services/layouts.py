@@ -1,6 +1,6 @@
 """Which fields of a source hold what: named in the recipe, or recognised by the names that known tools give them.
 
-pairs           query, positive [, negatives that the recipe names]
+pairs           query, positive [, negatives]
 triplets        Sentence Transformers: anchor (or query), positive, negative | negative_1, negative_2, …
 tevatron        query, positive_passages, negative_passages of {title, text}; newer: query_text and ids of a corpus
 flagembedding   query, pos, neg [, pos_scores, neg_scores, prompt]
@@ -55,7 +55,9 @@ def layout_of(present: Sequence[str], named: LayoutName | None, source: str) -> 
 
 
 def _pairs(present: Sequence[str]) -> Layout | None:
-    return Layout("pairs", Fields("query", "positive")) if {"query", "positive"} <= set(present) else None
+    if not {"query", "positive"} <= set(present):
+        return None
+    return Layout("pairs", Fields("query", "positive", ("negatives",) if "negatives" in present else ()))
 
 
 def _triplets(present: Sequence[str]) -> Layout | None:

@@ -7,8 +7,9 @@ import inspect
 import json
 import posixpath
 import re
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +37,16 @@ _PLAIN = Layout("pairs", Fields("query", "positive"))
 
 @dataclass(frozen=True)
 class Origin:
-    """One source. `key` tells sources apart, `stamp` if one changed (None: only reading tells)."""
+    """One source. `key` tells sources apart, `stamp` if one changed (None: only reading tells).
+
+    present  the fields of its first rows, where that is known before they are read
+    """
 
     name: str
     key: str
     stamp: Callable[[], Any] | None
     reading: Callable[[], Reading]
+    present: Callable[[], Sequence[str]] = tuple
 
 
 def origin_of(config: SourceConfig, home: Path) -> Origin:
@@ -58,10 +63,11 @@ def origin_of(config: SourceConfig, home: Path) -> Origin:
 
 @dataclass(frozen=True)
 class RowsPart:
-    """Rows that only this process can read."""
+    """Rows that only this process can read. Nothing tells whether they are those of another time: `key` is new."""
 
     name: str
     rows: Callable[[], Iterable[Row | Malformed]]
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def blocks(self, want: Want) -> Iterator[Block]:
         return blocks_of_rows(self.name, self.rows())
@@ -87,7 +93,10 @@ def _builtin(config: SourceConfig, path: str) -> Origin:
     stamp = builtin.stdlib_stamp()
     layout = Layout("pairs", Fields("query", "positive", id="name"))
     reading = Reading([RowsPart(path, rows)], _want(config, layout), layout.name)
-    return Origin(f"{corpus}-{config.split}", f"{path} {stamp['python']}", lambda: stamp, lambda: reading)
+    key = f"{path} {stamp['python']}"
+    return Origin(
+        f"{corpus}-{config.split}", key, lambda: stamp, lambda: reading, lambda: ("name", "query", "positive")
+    )
 
 
 def _function(config: SourceConfig, path: str) -> Origin:
@@ -110,10 +119,10 @@ def _of_hub(config: SourceConfig, path: str) -> Origin:
 
     def reading() -> Reading:
         layout = _layout(config, lambda: dataset.column_names)
-        return Reading([hub.HubPart(path, dataset)], _want(config, layout), layout.name)
+        return Reading([hub.HubPart(path, dataset._fingerprint, dataset)], _want(config, layout), layout.name)
 
     name = path.removeprefix(hub.PREFIX).replace("/", "-")
-    return Origin(f"{name}-{config.split}", path, lambda: dataset._fingerprint, reading)
+    return Origin(f"{name}-{config.split}", path, lambda: dataset._fingerprint, reading, lambda: dataset.column_names)
 
 
 # Files.
@@ -140,6 +149,7 @@ def _of_files(config: SourceConfig) -> Origin:
         key,
         stamp,
         lambda: _reading(config, found, files, corpus),
+        lambda: _present(files, config.max_bytes),
     )
 
 

@@ -21,7 +21,7 @@ POOL_BYTES = 256 << 20
 
 def convert_parts(parts: Sequence[Part], want: Want, source: str, folder: Path) -> Iterator[int]:
     """Converts the parts that aren't there yet, and gives the number of finished ones: at first, and after each."""
-    pending = [part for part in parts if not part_folder(folder, part).exists()]
+    pending = [part for part in parts if not part_folder(folder, part, want).exists()]
     finished = len(parts) - len(pending)
     yield finished
     files = all(isinstance(part, FilePart) for part in pending)
@@ -64,7 +64,7 @@ def _by_pool(tasks: Sequence[_Task]) -> Iterator[None]:
                 "(a script that calls this needs `if __name__ == '__main__':`)"
             ) from error
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 def _ray_is_up() -> bool:
@@ -85,6 +85,11 @@ def _by_ray(tasks: Sequence[_Task]) -> Iterator[None]:
             yield
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
+    except ray.exceptions.RayError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(
+            f"a Ray task that converts source {tasks[0][2]} failed: {reason}; what is finished is kept"
+        ) from error
     finally:
         for task in waiting:
             ray.cancel(task)

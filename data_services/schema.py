@@ -48,7 +48,7 @@ class Undecodable(ValueError):
 class Column:
     """Column names of a stored record (Parquet). Every source is brought to these.
 
-    id           string        unique in its source
+    id           string        the source's own, else a hash of query and positives: equal rows share it
     query        string        the query text
     positives    list<string>  one or more texts that answer the query
     negatives    list<string>  hard negatives, may be empty

@@ -194,10 +194,10 @@ def store(
     try.
     """
     before = stamp() if stamp is not None else None
-    if stamp is not None and (known := _known(name, slot, before)):
+    if stamp is not None and (known := stored_already(name, slot, before)):
         return known
     with _alone(slot, name) as alone:
-        if stamp is not None and (known := _known(name, slot, before)):
+        if stamp is not None and (known := stored_already(name, slot, before)):
             return known
         unfinished = slot / (_UNFINISHED if alone and stamp is not None else f"{_UNFINISHED}-{uuid.uuid4().hex}")
         unfinished.mkdir(exist_ok=True)
@@ -247,7 +247,8 @@ def _converted(name: str, slot: Path, unfinished: Path, reading: Reading, report
     return folder
 
 
-def _known(name: str, slot: Path, stamp: Any) -> StoredSource | None:
+def stored_already(name: str, slot: Path, stamp: Any) -> StoredSource | None:
+    """What was converted when the source looked like this."""
     memo = slot / "stamp.json"
     if memo.exists():
         known = json.loads(memo.read_text())
@@ -324,7 +325,7 @@ def _tidy(slot: Path, unfinished: Path) -> None:
     elif unfinished.exists():
         for path in unfinished.iterdir():
             if not path.name.startswith("part-"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     for folder in (unfinished, slot):
         with contextlib.suppress(OSError):
             folder.rmdir()

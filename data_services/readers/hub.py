@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from data_services.files import File, Found, reading
@@ -24,7 +24,8 @@ class HubPart:
     """A loaded data set of the hub."""
 
     path: str
-    dataset: datasets.Dataset
+    fingerprint: str
+    dataset: datasets.Dataset = field(repr=False)
 
     def blocks(self, want: Want) -> Iterator[Block]:
         check_fields(self.dataset.column_names, want.fields, self.path)

@@ -153,7 +153,7 @@ def test_a_killed_conversion_goes_on_with_its_finished_parts(tmp_path, monkeypat
     redone = []
 
     def noted(part, want, source, folder):
-        redone.append(part_folder(folder, part).name)
+        redone.append(part_folder(folder, part, want).name)
         convert(part, want, source, folder)
 
     convert = parallel.convert_part

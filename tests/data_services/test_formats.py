@@ -144,6 +144,7 @@ LAYOUTS = [
     ("triplets", TRIPLETS, [("a", ["p"], ["n1", "n2", "n10"]), ("b", ["q"], ["m1", "m2"])]),
     ("triplets", [{"query": "a", "positive": "p", "negative": "n"}], [("a", ["p"], ["n"])]),
     ("triplets", [{"anchor": "a", "positive": "p"}], [("a", ["p"], [])]),
+    ("pairs", [{"query": "a", "positive": "p", "negatives": ["n", "m"]}], [("a", ["p"], ["n", "m"])]),
     ("tevatron", TEVATRON, [("a", ["T p", "q"], ["n"]), ("b", ["p"], [])]),
     ("flagembedding", FLAG, [("find: a", ["p", "q"], ["n"]), ("b", ["p"], [])]),
 ]

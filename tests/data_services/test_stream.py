@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from pathlib import Path
@@ -19,7 +20,8 @@ from data_services.collate import from_arrow, share_batch, to_arrow
 from data_services.faults import BadRow, BadRows
 from data_services.order import Plan, RowGroups, SourceShape
 from data_services.ray_feed import Units, ray_dataset, worker_batches
-from data_services.schema import UNKNOWN, Batch, Column, Ragged, RunError, Undecodable, text_id
+from data_services.schema import UNKNOWN, Batch, Column, Ragged, RunError, Undecodable, UsageError, text_id
+from data_services.sources import SourceConfig
 from data_services.store import SCHEMA
 from data_services.stream import (
     BatchReader,
@@ -331,6 +333,26 @@ def cluster():
     ray.init("local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
     yield ray
     ray.shutdown()
+
+
+def test_the_parts_of_a_source_are_converted_on_the_cluster(cluster, tmp_path, monkeypatch):
+    """The rest of conversion is tested without Ray, in test_conversion."""
+    from data_services import parallel
+    from data_services.readers import formats
+    from data_services.sources import open_source
+
+    for i in range(3):
+        lines = [json.dumps({"query": f"q{i} {row}", "positive": "p"}) + "\n" for row in range(100)]
+        (tmp_path / f"{i}.jsonl").write_text("".join(lines))
+    config = SourceConfig(path=str(tmp_path / "*.jsonl"))
+    alone = open_source(config, tmp_path / "alone")
+    monkeypatch.setattr(formats, "PART_BYTES", 3_000)
+    monkeypatch.setattr(parallel, "_in_turn", None)  # nor in this process
+    assert open_source(config, tmp_path / "together").table().equals(alone.table())
+    (tmp_path / "3.jsonl").write_text("{\n")
+    (tmp_path / "4.parquet").write_text("x")
+    with pytest.raises(UsageError, match=r"4\.parquet is not a whole Parquet file: [^\n]*$"):
+        open_source(SourceConfig(path=[config.path, str(tmp_path / "*.parquet")]), tmp_path / "together")
 
 
 def consume(shard, rank: int, start: int, stop: int, pause_s: float = 0.0) -> list[dict[str, object]]:
