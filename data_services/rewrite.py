@@ -83,5 +83,5 @@ def _without_unknown(table: pa.Table) -> pa.Table:
 
 def recipe_keys(columns: frozenset[str]) -> dict[str, str]:
     """Keys of `data.sources` for a source that `rewrite` wrote. columns: the optional ones that it has."""
-    there = [Column.QUERY, Column.POSITIVES, Column.NEGATIVES, *sorted(columns)]
+    there = [Column.ID, Column.QUERY, Column.POSITIVES, Column.NEGATIVES, *sorted(columns)]
     return {_KEYS.get(name, name): name for name in there}

@@ -73,7 +73,7 @@ def test_split_writes_sides_that_a_recipe_names(gyre, pairs, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["stats", "pairs.jsonl"], "no field 'query'"),
+        (["stats", "pairs.jsonl"], "fields a, q, which is no known format"),
         (["stats", "pairs.jsonl", "query=q", "positive=a", "--near", "2"], "--near 2: a similarity is between 0"),
         (["stats", "pairs.jsonl", "query=q", "positive=a", "--against", "no.jsonl"], "no.jsonl does not exist"),
         (["split", "pairs.jsonl", "query=q", "positive=a", "--out", "x", "--shares", "a=1,b=1"], "these to 2"),

@@ -50,7 +50,7 @@ def test_the_command_writes_a_source_and_says_how_a_recipe_names_it(gyre, pairs,
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["bm25", "pairs.jsonl"], "no field 'positive'; its fields are answer, query"),
+        (["bm25", "pairs.jsonl"], "fields answer, query, which is no known format"),
         (["bm25", "pairs.jsonl", "positiv=answer"], "unknown key positiv; did you mean positive?"),
         (["bm25", "nothing.jsonl"], "does not exist"),
         (["bm25", "pairs.jsonl", "positive=answer", "--choose", "best"], "command line: choose is 'best'"),

@@ -21,7 +21,7 @@ ROWS = [
 def test_every_figure_is_what_counting_by_hand_gives(tmp_path):
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     keys = {"negatives": "hard", "language": "lang", "label": "kind", "task": "=search"}
-    source = open_source(SourceConfig(path=str(tmp_path / "in.jsonl"), **keys), tmp_path)
+    source = open_source(SourceConfig(path=str(tmp_path / "in.jsonl"), quarantine_share=1, **keys), tmp_path)
     found = describe(source, find_duplicates(source, "pair", None), {class_id("search"): "search"})
     assert found.rows == 3
     assert sum(found.quarantined.values()) == 1
@@ -47,7 +47,7 @@ def test_every_figure_is_what_counting_by_hand_gives(tmp_path):
 
 def test_a_source_without_hard_negatives_has_no_lengths_of_them(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"query": "q", "positive": "p"}')
-    source = open_source(SourceConfig(path=str(tmp_path / "in.jsonl")), tmp_path)
+    source = open_source(SourceConfig(path=str(tmp_path / "in.jsonl"), quarantine_share=1), tmp_path)
     found = describe(source, find_duplicates(source), {}, lambda texts, side: np.full(len(texts), 7))
     assert set(found.lengths) == {"query", "positive"}
     assert found.lengths["query"]["tokens"]["99%"] == 7

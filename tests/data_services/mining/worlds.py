@@ -14,14 +14,18 @@ from data_services.mining.scorers import VectorMiner
 from data_services.mining.search import LocalSearch, SearchConfig, shards
 from data_services.mining.texts import plain_id
 from data_services.mining.vectors import Vectors
-from data_services.records import Record
-from data_services.store import StoredSource, store
+from data_services.origins import RowsPart
+from data_services.readers.blocks import Want
+from data_services.records import Fields, Row
+from data_services.store import Reading, StoredSource, store
 
 
-def source(folder: Path, rows: Sequence[tuple[str, list[str], list[str]]], **columns: object) -> StoredSource:
-    """A source of (query, positives, negatives)."""
-    records = [Record(f"f:{i}", q, p, n) for i, (q, p, n) in enumerate(rows)]
-    return store("s", folder / "slot", None, lambda: iter(records))
+def source(folder: Path, rows: Sequence[tuple[str, list[str], list[str]]]) -> StoredSource:
+    """A source of (query, positives, negatives), whose ids are f:0, f:1, …"""
+    names = Fields("query", "positives", ("negatives",), id="id")
+    made = [Row(i, {"id": f"f:{i}", "query": q, "positives": p, "negatives": n}) for i, (q, p, n) in enumerate(rows)]
+    reading = Reading([RowsPart("f", lambda: made)], Want(names, 1 << 20), "pairs")
+    return store("s", folder / "slot", None, lambda: reading)
 
 
 class Given:
