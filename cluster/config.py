@@ -104,7 +104,7 @@ class Recipe(Section):
             )
         self._check_losses()
         gate, evaluation, first = self.registry.gate, self.evaluation, self.data.sources[0]
-        if first.query == first.positive and not evaluation.pool and (evaluation.validation or evaluation.heldout):
+        if first.has_texts_only and not evaluation.pool and (evaluation.validation or evaluation.heldout):
             raise ValueError(
                 "data.sources.0 has texts without queries, which can't be scored by retrieval: name a source with "
                 "fields `query` and `positive` in evaluation.pool, or set evaluation.validation and "

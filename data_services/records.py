@@ -61,7 +61,8 @@ class Malformed(NamedTuple):
 class Fields(NamedTuple):
     """Names of the fields that hold the parts of a record, None where the source lacks one.
 
-    From `positive_scores` on they are named as in `Column.OPTIONAL`. A class may be =NAME, the same of every row.
+    From `positive_scores` to `modality` they are named as in `Column.OPTIONAL`. A class may be =NAME, the same of
+    every row. id: a text or whole number; none: the row's origin. title: goes before each positive, with a space.
     """
 
     query: str
@@ -74,6 +75,8 @@ class Fields(NamedTuple):
     task: str | None = None
     language: str | None = None
     modality: str | None = None
+    id: str | None = None
+    title: str | None = None
 
     @property
     def named(self) -> list[str]:
@@ -174,10 +177,12 @@ def _read(row: Row, fields: Fields) -> Record:
         raise _Unusable(f"field {fields.query!r} is a list, not one text")
     if not positives:
         raise _Unusable(f"field {fields.positive!r} is an empty list")
+    if fields.title is not None and (title := row.fields.get(fields.title)):  # a row may have none
+        positives = [f"{_text(title, fields.title)} {text}" for text in positives]
     field = fields.negatives  # a row may have none
     negatives = _texts(row.fields, field) if field is not None and row.fields.get(field) is not None else []
     return Record(
-        row.origin,
+        row.origin if fields.id is None else _name(_value(row.fields, fields.id), fields.id),
         query[0],
         positives,
         negatives,
@@ -210,6 +215,11 @@ def _text(text: Any, field: str) -> str:
     except UnicodeEncodeError:
         raise _Unusable(f"field {field!r} has half of a surrogate pair, which is no text") from None
     return text
+
+
+def _name(value: Any, field: str) -> str:
+    """An id as text."""
+    return str(value) if _is(Integral, value) else _text(value, field)
 
 
 def _scores(fields: Mapping[str, Any], field: str | None, of: str | None, texts: int) -> list[float] | None:

@@ -47,6 +47,8 @@ class SourceConfig(Section):
     query: str = Field("query", min_length=1, description="field of the query text")
     positive: str = Field("positive", min_length=1, description="field that holds the positive text, or a list")
     negatives: str | None = Field(None, min_length=1, description="field that holds hard negatives, text or list")
+    id: str | None = Field(None, min_length=1, description="field of the row's id; none: where it stands")
+    title: str | None = Field(None, min_length=1, description="field of a title that goes before each positive")
     weight: float | None = Field(None, gt=0, description="share of the mixture; none: by the number of rows")
     positive_scores: str | None = Field(
         None, min_length=1, description="field of the positives' scores, one for each: a teacher's, or graded relevance"
@@ -67,12 +69,17 @@ class SourceConfig(Section):
             raise ValueError(f"negative_scores ({self.negative_scores}) needs `negatives`, the field of their texts")
         if self.views and self.views.negatives and self.negatives is None:
             raise ValueError("views.negatives needs `negatives`, the field of their texts")
-        if self.views and self.views.pair and self.query != self.positive:
+        if self.views and self.views.pair and not self.has_texts_only:
             raise ValueError(
                 f"views.pair takes query and positive from one text, but query is {self.query!r} and positive is "
                 f"{self.positive!r}; name one field as both"
             )
         return self
+
+    @property
+    def has_texts_only(self) -> bool:
+        """Whether one field is query and positive."""
+        return self.query is not None and self.query == self.positive
 
     @property
     def fields(self) -> Fields:
@@ -87,9 +94,9 @@ class SourceConfig(Section):
     def texts_alone(self, path: str, split: str) -> SourceConfig:
         """Queries and positives at another path: what a model is scored on. Fields of the same names; where this
         source has texts without queries, `query` and `positive`."""
-        if self.query == self.positive:
+        if self.has_texts_only:
             return SourceConfig(path=path, split=split)
-        return SourceConfig(path=path, split=split, query=self.query, positive=self.positive)
+        return SourceConfig(path=path, split=split, query=self.query, positive=self.positive, title=self.title)
 
 
 class _HasColumns(Protocol):
