@@ -153,7 +153,7 @@ def embed(
     dimensions: Annotated[
         int | None, typer.Option(help="Leading dimensions that are kept.", show_default="all")
     ] = None,
-    shard_rows: Annotated[int | None, typer.Option(help="Rows of a file.", show_default="256 to 32,768")] = None,
+    shard_rows: Annotated[int | None, typer.Option(help="Rows of a file.", show_default="1,024 to 32,768")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that encode.", show_default="one for each GPU, or node")
     ] = None,

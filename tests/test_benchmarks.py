@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import caching, common, negatives, negatives_sides, padding, startup, step, step_runs
+from benchmarks import caching, common, embed, negatives, negatives_sides, padding, startup, step, step_runs
 from trainers.collectives import Group
 
 
-@pytest.mark.parametrize("name", ["step", "startup", "quality", "caching", "padding", "ema"])
+@pytest.mark.parametrize("name", ["step", "startup", "quality", "caching", "padding", "ema", "embed"])
 def test_help_tells_what_is_measured_without_importing_what_measures(name):
     code = (
         f"import runpy, sys; sys.argv[1:] = ['--help']\n"
@@ -224,3 +224,12 @@ def test_packing_is_compared_in_tokens_a_second_and_tokens_computed():
     assert figures["packed_over_random"]["median"] == 4.0
     assert figures["packed_over_sorted"]["median"] == figures["sorted_over_random"]["median"] == 2.0
     assert figures["computed_per_token"] == {"random": 3.0, "sorted": 1.05, "packed": 1.0}
+
+
+def test_embedding_compares_sides_of_one_round():
+    runs = {"ours": [30.0, 20.0], "st": [20.0, 20.0], "st_best": [25.0, 20.0], "ours_ray": [50.0, 40.0]}
+    figures = embed.summary(runs | {"st_pool": [25.0, 40.0]})
+    assert figures["over_encode"] == {"median": 1.25, "min": 1.0, "max": 1.5}
+    assert figures["over_best"]["max"] == 1.2
+    assert figures["over_pool"]["max"] == 2.0
+    assert figures["texts_per_s"]["st"]["median"] == 20.0

@@ -27,7 +27,7 @@ from data_services.embedding.texts import Field, Named, Texts
 from data_services.schema import Encoder, RunError, Section, UsageError
 
 _SAMPLED_ROWS, _SAMPLE_RUNS = 8192, 64
-_SMALLEST_SHARD, _LARGEST_SHARD = 256, 1 << 15
+_SMALLEST_SHARD, _LARGEST_SHARD = 1024, 1 << 15
 
 EncoderFactory = Callable[[], Encoder]
 
@@ -38,7 +38,9 @@ class EmbedConfig(Section):
     field: Field = pydantic.Field("document", description="side of the model that encodes, with its prompt")
     dtype: Dtype = pydantic.Field("fp32", description="type of a stored vector")
     dimensions: int | None = pydantic.Field(None, gt=0, description="leading dimensions that are kept; none: all")
-    shard_rows: int | None = pydantic.Field(None, gt=0, description="rows of a file; none: about a 64th, 256 to 32,768")
+    shard_rows: int | None = pydantic.Field(
+        None, gt=0, description="rows of a file; none: about a 64th, 1,024 to 32,768"
+    )
 
     def rows_a_shard(self, rows: int) -> int:
         return self.shard_rows or min(max(1 << (rows // 64).bit_length(), _SMALLEST_SHARD), _LARGEST_SHARD)
