@@ -92,21 +92,35 @@ def load_encoder(folder: Path, field: str) -> Encoder:
 
 
 class _Follower:
-    """Rows that are done to events of `console.Progress`, with rate and ETA."""
+    """Rows that are done to events of `console.Progress`, with rate and ETA.
+
+    The rate counts from the end of the first shard, once there are more: before it the models were loaded.
+    """
 
     def __init__(self, on_progress: Progress) -> None:
         self._tell = on_progress
-        self._began: tuple[float, int] | None = None
-        self.encoded, self.seconds = 0, 0.0
+        self._seen: list[tuple[float, int]] = []  # when the run began and when its first shard ended, rows done then
 
     def __call__(self, done: int, rows: int) -> None:
-        began, first = self._began = self._began or (time.monotonic(), done)
-        self.encoded, self.seconds = done - first, time.monotonic() - began
+        now = time.monotonic()
+        self._last = now, done
         event = {"kind": "step", "unit": "text", "step": done, "steps": rows}
         if self.encoded:
-            rate = self.encoded / max(self.seconds, 1e-9)
-            event |= {"texts_per_s": rate, "eta_s": (rows - done) / rate}
+            since, before = self._seen[-1] if done > self._seen[-1][1] else self._seen[0]
+            rate = (done - before) / max(now - since, 1e-9)
+            event |= {"texts_per_s": rate, "eta_s": (rows - done) / rate if rate else None}
+        if len(self._seen) < 2:
+            self._seen.append(self._last)
         self._tell(event)
+
+    @property
+    def encoded(self) -> int:
+        """Rows of this run."""
+        return self._last[1] - self._seen[0][1] if self._seen else 0
+
+    @property
+    def seconds(self) -> float:
+        return self._last[0] - self._seen[0][0]
 
 
 @contextlib.contextmanager

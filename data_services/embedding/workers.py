@@ -51,14 +51,32 @@ class OnRay:
             max_task_retries=3,
             scheduling_strategy="SPREAD",
             runtime_env={"env_vars": environment},
-        )(Writer)
+        )(_Actor)
         shared = ray.put(job)
-        actors: list[Any] = [actor.remote(shared) for _ in range(min(self.actors, len(numbers)))]
+        actors: list[Any] = [actor.remote() for _ in range(min(self.actors, len(numbers)))]
         with _without_trace():
             if numbers and is_ranged(job.config.dtype):
-                ray.get(actors[0].sample.remote())
+                ray.get(actors[0].sample.remote(shared))
             pool, waiting = ActorPool(actors), list[Any](numbers)
-            yield from pool.map_unordered(lambda writer, number: writer.shard.remote(number), waiting)
+            yield from pool.map_unordered(lambda writer, number: writer.shard.remote(shared, number), waiting)
+
+
+class _Actor:
+    """A `Writer` in a process of its own. The job comes with each call, so that an actor can be restarted."""
+
+    def __init__(self) -> None:
+        self._writer: Writer | None = None
+
+    def sample(self, job: Job) -> None:
+        self._of(job).sample()
+
+    def shard(self, job: Job, number: int) -> int:
+        return self._of(job).shard(number)
+
+    def _of(self, job: Job) -> Writer:
+        if self._writer is None:
+            self._writer = Writer(job)
+        return self._writer
 
 
 @contextlib.contextmanager
