@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.corpus_commands import mine
+from cluster.corpus_commands import embed, mine
 from cluster.data_commands import data_app
 from cluster.options import Json, Model, Overrides, Recipe, check_json, open_console, write_json
 
@@ -100,6 +100,9 @@ def evaluate(
     show_evaluation(open_console(), found)
 
 
+app.command(epilog="Example: gyre embed models:/quickstart@champion corpus.jsonl text=body title=title --out vectors")(
+    embed
+)
 app.command(epilog="Example: gyre mine models:/quickstart@champion pairs.jsonl --out mined --relative-margin 0.05")(
     mine
 )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from cluster.data_plan import PlannedBatch
     from cluster.doctor import Diagnosis
+    from cluster.embedding import EmbeddingResult
     from cluster.jobs import JobResult
     from cluster.models import Evaluation, QueryResult, SavedStep
     from cluster.registry import Move, Version
@@ -32,6 +33,7 @@ _FIGURES = (
     ("pairs_per_s", "pairs/s", "{:,.0f}"),
     ("tokens_per_s", "tokens/s", "{:,.0f}"),
     ("queue_age", "queue age", "{:.1f}"),
+    ("texts_per_s", "texts/s", "{:,.0f}"),
 )
 
 
@@ -39,7 +41,8 @@ class Progress:
     """Takes the events of a run (`on_progress`) and shows them; use it as a context.
 
     {"kind": "phase", "text"}, {"kind": "note", "text"}, {"kind": "table", "title", "rows": {model: {metric:
-    value}}} and {"kind": "step", "step", "steps", "loss", "pairs_per_s", "tokens_per_s", "queue_age", "eta_s"}.
+    value}}} and {"kind": "step", "step", "steps", "loss", "pairs_per_s", "tokens_per_s", "queue_age", "eta_s"}, where
+    "unit" says what is counted if not steps.
     On a terminal the newest step is one live line; otherwise there is a line at most every PLAIN_EVERY_S
     seconds, and one for the first and the last step.
     """
@@ -164,6 +167,20 @@ def show_trained(console: Console, result: Mapping[str, Any], root: Path) -> Non
 def show_evaluation(console: Console, found: Evaluation) -> None:
     title = f"{found.suite}, {found.split}: {found.queries} queries, {found.documents} candidates"
     console.print(table(found.rows, console, title), soft_wrap=True)
+
+
+def show_embedding(console: Console, found: EmbeddingResult) -> None:
+    """What there is now, where, and how to read it."""
+    corpus, earlier = found.corpus, found.corpus.rows - found.encoded
+    for line in (
+        f"{corpus.rows:,} vectors of {corpus.dimensions} dimensions, {corpus.dtype}, metric {corpus.metric}"
+        + (f"; {earlier:,} of them were there" if earlier else ""),
+        str(corpus.folder),
+        "next: pyarrow.parquet.read_table of its files, or in Python",
+        "  from data_services.embed import EmbeddedCorpus",
+        f"  EmbeddedCorpus.open(Path({str(corpus.folder)!r})).vectors(0, 10)",
+    ):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def show_versions(console: Console, versions: list[Version]) -> None:

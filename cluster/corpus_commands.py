@@ -1,12 +1,60 @@
-"""`gyre mine`: thin calls of typed functions, as in `cluster.cli`."""
+"""`gyre embed` and `gyre mine`, what a model makes of a corpus: thin calls of typed functions, as in `cluster.cli`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cluster.options import Json, Out, SourceKeys, check_json, open_console, write_json
+from cluster.options import Json, Model, Out, SourceKeys, check_json, open_console, write_json
+
+
+def embed(
+    model: Model,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A source, as a recipe's data.sources name it.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder, or one to go on with.")],
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value …]",
+            help="Keys of the source: split, query, positive, id, title; text=FIELD for a corpus without queries.",
+        ),
+    ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIDE", help="document or query: which texts, and by which prompt.", show_default="document"
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="fp32, fp16, int8, uint8, binary or ubinary.", show_default="fp32"),
+    ] = None,
+    dimensions: Annotated[
+        int | None, typer.Option(help="Leading dimensions that are kept.", show_default="all")
+    ] = None,
+    shard_rows: Annotated[int | None, typer.Option(help="Rows of a file.", show_default="1,024 to 32,768")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that encode.", show_default="one for each GPU, or node")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Embed a corpus: its vectors as Parquet shards. Killed, the same command goes on where it stood."""
+    from cluster.console import Progress, show_embedding
+    from cluster.embedding import EmbeddingJob, corpus_section, embed_source
+    from cluster.sections import parse_section
+    from data_services.embed import EmbedConfig
+
+    check_json(json_file)
+    given = {"field": field, "dtype": dtype, "dimensions": dimensions, "shard_rows": shard_rows}
+    config = parse_section(EmbedConfig, {k: v for k, v in given.items() if v is not None}, "command line")
+    job = EmbeddingJob(model, corpus_section(data, keys or []), out, config, workers)
+    console = open_console()
+    with Progress(console) as progress:
+        found = embed_source(job, on_progress=progress)
+    write_json(json_file, found.as_dict())
+    show_embedding(console, found)
 
 
 def mine(

@@ -124,9 +124,19 @@ def resolve(model: str, root: Path | None = None) -> ModelRef:
     return ModelRef(run.run_id, run.export)
 
 
+def fingerprint(folder: Path) -> str:
+    """Of a model: sha256 over its files' names and bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 @contextmanager
-def open_encoder(folder: Path) -> Iterator[Encoder]:
-    """The model of a folder as an encoder on this process's device, with its prompts, length and pooling."""
+def open_encoder(folder: Path, device: str = "cpu") -> Iterator[Encoder]:
+    """The model of a folder as an encoder, with its prompts, length and pooling."""
     from data_services.tokenizer import FolderTokenizer
     from trainers.config import ModelConfig
     from trainers.encoders.model_folder import prepare_model_folder
@@ -135,24 +145,24 @@ def open_encoder(folder: Path) -> Iterator[Encoder]:
     from trainers.encoders.towers import has_towers
 
     if (folder / SPEC_FILE).exists() or has_towers(folder):
-        yield exported_encoder(folder)
+        yield exported_encoder(folder, device)
         return
     config = ModelConfig(path=str(folder))
     with tempfile.TemporaryDirectory(prefix="gyre-") as place:
         spec = prepare_model_folder(config, Path(place) / "model")
-        encoder = build_encoder(config, Path(place) / "model")
+        encoder = build_encoder(config, Path(place) / "model").to(device)
         yield LocalEncoder(encoder, FolderTokenizer(Path(place) / "model", spec.max_tokens, spec.prompts))
 
 
-def exported_encoder(folder: Path) -> Encoder:
+def exported_encoder(folder: Path, device: str = "cpu") -> Encoder:
     """The model of a folder that gyre exported, one tower or two."""
     from cluster.prepare import tokenizer_of
     from trainers.encoders.towers import has_towers, load_towers
     from trainers.export import load_exported
 
     if has_towers(folder):
-        return local_encoder(load_towers(folder), tokenizer_of(folder / "query"))
-    return local_encoder(load_exported(folder), tokenizer_of(folder))
+        return local_encoder(load_towers(folder).to(device), tokenizer_of(folder / "query"))
+    return local_encoder(load_exported(folder).to(device), tokenizer_of(folder))
 
 
 def local_encoder(tower: TextEncoder | Towers, tokenize: TokenizePrompted) -> Encoder:
@@ -232,9 +242,7 @@ def _corpus_vectors(encoder: Encoder, folder: Path, texts: list[str], cache: Pat
     import numpy as np
 
     digest = hashlib.sha256(json.dumps(texts).encode())
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(str(file.relative_to(folder)).encode())
-        digest.update(file.read_bytes())
+    digest.update(fingerprint(folder).encode())
     kept = cache / f"{digest.hexdigest()[:32]}.npy"
     if kept.is_file():
         return np.load(kept)

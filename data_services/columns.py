@@ -64,7 +64,7 @@ _ATTRIBUTES = {Column.ID: "id", Column.QUERY: "query"}
 
 def clean(raw: pa.Table, fields: Fields, max_bytes: int) -> pa.Table | None:
     """The record table of a block, as `records.record` makes it of the rows; None where one may be malformed."""
-    if fields.relations is not None or not set(fields.named) <= set(raw.column_names):
+    if fields.relations is not None or fields.title is not None or not set(fields.named) <= set(raw.column_names):
         return None
     try:
         table = _clean(raw.combine_chunks(), fields)

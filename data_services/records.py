@@ -57,6 +57,7 @@ class Fields(NamedTuple):
     negatives  one field of a text or a list of texts, or several fields of one text each
     relations  1, -1 or 0 for each text of `positive`: it answers, it doesn't, it isn't known
     prompt     a text that goes before the query
+    title      a text that goes before each positive, with a space
 
     From `positive_scores` to `modality` they are named as in `Column.OPTIONAL`. A class may be =NAME, the same of
     every row.
@@ -75,6 +76,7 @@ class Fields(NamedTuple):
     id: str | None = None
     prompt: str | None = None
     relations: str | None = None
+    title: str | None = None
 
     @property
     def named(self) -> list[str]:
@@ -129,6 +131,8 @@ def _read(row: Mapping[str, Any], fields: Fields) -> Record:
     positives = _texts(row, fields.positive)
     if len(query) != 1:
         raise _Unusable(f"field {fields.query!r} is a list, not one text")
+    if fields.title is not None and row.get(fields.title) not in (None, ""):
+        positives = [f"{_text(row[fields.title], fields.title)} {text}" for text in positives]
     negatives = _negatives(row, fields.negatives)
     if fields.relations is not None:
         positives, judged_wrong = _by_relation(row, fields, positives)

@@ -61,6 +61,7 @@ class SourceConfig(Section):
     )
     id: str | None = Field(None, min_length=1, description="field of the row's id; none: a hash of its texts")
     prompt: str | None = Field(None, min_length=1, description="field of a text that goes before the row's query")
+    title: str | None = Field(None, min_length=1, description="field of a title that goes before each positive")
     relations: str | None = Field(
         None,
         min_length=1,

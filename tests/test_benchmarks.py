@@ -6,11 +6,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import caching, common, mine, mine_sides, negatives, negatives_sides, padding, startup, step, step_runs
+from benchmarks import (
+    caching,
+    common,
+    embed,
+    mine,
+    mine_sides,
+    negatives,
+    negatives_sides,
+    padding,
+    startup,
+    step,
+    step_runs,
+)
 from trainers.collectives import Group
 
 
-@pytest.mark.parametrize("name", ["step", "startup", "quality", "caching", "padding", "ema", "mine"])
+@pytest.mark.parametrize("name", ["step", "startup", "quality", "caching", "padding", "ema", "mine", "embed"])
 def test_help_tells_what_is_measured_without_importing_what_measures(name):
     code = (
         f"import runpy, sys; sys.argv[1:] = ['--help']\n"
@@ -247,3 +259,12 @@ def test_mining_sides_are_compared_query_by_query(tmp_path):
     for side, found in {"ours": {"a": ["x"], "b": ["y", "z"], "c": []}, "st": {"a": ["x"], "b": ["z", "y"]}}.items():
         (tmp_path / f"{side}.json").write_text(json.dumps(found))
     assert mine_sides.compare(str(tmp_path), "st") == {"share": 2 / 3}
+
+
+def test_embedding_compares_sides_of_one_round():
+    runs = {"ours": [30.0, 20.0], "st": [20.0, 20.0], "st_best": [25.0, 20.0], "ours_ray": [50.0, 40.0]}
+    figures = embed.summary(runs | {"st_pool": [25.0, 40.0]})
+    assert figures["over_encode"] == {"median": 1.25, "min": 1.0, "max": 1.5}
+    assert figures["over_best"]["max"] == 1.2
+    assert figures["over_pool"]["max"] == 2.0
+    assert figures["texts_per_s"]["st"]["median"] == 20.0

@@ -222,13 +222,17 @@ class TokenizePrompted(Protocol):
 
 
 class LocalEncoder:
-    """`Encoder` on this process's device: batches of similar length, `batch_tokens` padded tokens each.
+    """`Encoder` on its model's device: batches of similar length, `batch_tokens` padded tokens each.
+
+    batch_tokens  None: 16,384, and 1,024 on a CPU, where a layer's activations should stay in the cache
 
     A field is "query" or "document", or one of a task that has its own prompt ("sts-query").
     """
 
-    def __init__(self, encoder: TextEncoder, tokenize: TokenizePrompted, batch_tokens: int = 16384) -> None:
-        self.encoder, self.tokenize, self.batch_tokens = encoder, tokenize, batch_tokens
+    def __init__(self, encoder: TextEncoder, tokenize: TokenizePrompted, batch_tokens: int | None = None) -> None:
+        on_cpu = next(encoder.parameters()).device.type == "cpu"
+        self.encoder, self.tokenize = encoder, tokenize
+        self.batch_tokens = batch_tokens or (1024 if on_cpu else 16384)
         self.gives_tokens, self.unit_vectors = encoder.gives_tokens, encoder.spec.normalize
 
     def encode(self, texts: Sequence[str], field: str) -> np.ndarray:
