@@ -58,7 +58,7 @@ def test_what_does_not_fit_is_told(pretrained, corpus, tmp_path):
             embed_source(EmbeddingJob(str(model), source, tmp_path / "out", **settings))
         return str(caught.value)
 
-    assert "has no field 'query'; its fields are _id, body, title" in error(pretrained, corpus_section(str(corpus), []))
+    assert "has fields _id, body, title, which is no known format" in error(pretrained, corpus_section(str(corpus), []))
     assert "is no model" in error(tmp_path, corpus_section(str(corpus), ["text=body"]))
     with pytest.raises(UsageError, match="unknown key titel; did you mean title"):
         corpus_section(str(corpus), ["titel=x"])
