@@ -101,9 +101,10 @@ def ours(
     from data_services.tokenizer import FolderTokenizer
 
     source = stored(Path(folder), rows)
-    plan = plan_over(source, batch)
+    first = int(start * (rows // batch))
+    plan = plan_over(source, batch, min(first + take // batch, rows // batch))  # a feed that ends is shut down cleanly
     tokenizer = FolderTokenizer(Path(folder) / "tokenizer", MAX_TOKENS, {}) if tokenise else Nothing()
-    reader, first = BatchReader(plan, [source], tokenizer), int(start * plan.steps)
+    reader = BatchReader(plan, [source], tokenizer)
     began = time.perf_counter()
     ray.init("local", num_cpus=cores, include_dashboard=False, logging_level="error", log_to_driver=False)
     seconds = time.perf_counter() - began
@@ -113,7 +114,7 @@ def ours(
         return worker_batches(shard, 0, first, plan.steps)
 
     try:
-        return measured(feed, batch, min(take, (plan.steps - first) * batch)) | {"cluster_start_s": seconds}
+        return measured(feed, batch, (plan.steps - first) * batch) | {"cluster_start_s": seconds}
     finally:
         ray.shutdown()
 
@@ -148,11 +149,11 @@ def stored(root: Path, rows: int) -> StoredSource:
     )
 
 
-def plan_over(source: StoredSource, batch: int) -> Plan:
+def plan_over(source: StoredSource, batch: int, steps: int) -> Plan:
     from data_services.order import Plan, RowGroups, SourceShape
 
     shape = SourceShape(source.name, source.rows, RowGroups.of(source.row_groups), source.fingerprint)
-    return Plan(0, batch, [shape], epochs=1, ids={source.fingerprint: source})
+    return Plan(0, batch, [shape], steps=steps, ids={source.fingerprint: source})
 
 
 def dataloader(folder: str, rows: int, batch: int, take: int, cores: int, tokenise: bool) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def ray_data(folder: str, rows: int, batch: int, take: int, cores: int, tokenise
     ray.data.DataContext.get_current().enable_progress_bars = False
 
     def feed() -> Iterator[Any]:
-        data = ray.data.read_parquet(str(Path(folder) / "plain"))
+        data = ray.data.read_parquet(str(Path(folder) / "plain")).limit(take)
         if tokenise:
             data = data.map_batches(PaddedColumns(folder), batch_size=batch, zero_copy_batch=True)
         return iter(data.iter_batches(batch_size=batch, prefetch_batches=2))
