@@ -9,6 +9,8 @@ import torch
 from benchmarks import (
     caching,
     common,
+    data,
+    data_sides,
     embed,
     mine,
     mine_sides,
@@ -22,7 +24,7 @@ from benchmarks import (
 from trainers.collectives import Group
 
 
-@pytest.mark.parametrize("name", ["step", "startup", "quality", "caching", "padding", "ema", "mine", "embed"])
+@pytest.mark.parametrize("name", ["step", "startup", "quality", "caching", "padding", "ema", "mine", "embed", "data"])
 def test_help_tells_what_is_measured_without_importing_what_measures(name):
     code = (
         f"import runpy, sys; sys.argv[1:] = ['--help']\n"
@@ -268,3 +270,32 @@ def test_embedding_compares_sides_of_one_round():
     assert figures["over_best"]["max"] == 1.2
     assert figures["over_pool"]["max"] == 2.0
     assert figures["texts_per_s"]["st"]["median"] == 20.0
+
+
+def test_the_feed_is_compared_in_rows_a_second_tokenising_and_not():
+    def result(speed: float) -> dict:
+        return {"rows_per_s": speed, "first_batch_s": 10 / speed, "peak_bytes": 1, "cluster_start_s": 3.0}
+
+    speeds = {"ours": 8.0, "dataloader": 4.0, "ray_data": 2.0, "streaming": 5.0, "tokenizer": 10.0}
+    with_tokens = {side: [result(speed)] for side, speed in speeds.items()}
+    without = {side: [result(10 * speed)] for side, speed in speeds.items() if side not in ("tokenizer", "streaming")}
+    figures = data.summary({True: with_tokens, False: without})
+    medians = {key: figures[key]["median"] for key in ("over_dataloader", "over_ray_data", "over_streaming")}
+    assert medians == {"over_dataloader": 2.0, "over_ray_data": 4.0, "over_streaming": 1.6}
+    assert figures["share_of_tokenizer"]["median"] == 0.8
+    assert figures["first_batch_s"]["median"] == 1.25
+    assert "over_streaming" not in figures["without_tokenising"]
+
+
+def test_generated_rows_are_the_same_from_any_first_and_without_duplicates():
+    pool = data_sides.sentences()
+    table = data_sides.records(pool, 0, 500)
+    assert table.slice(200, 100).to_pylist() == data_sides.records(pool, 200, 100).to_pylist()
+    assert len(set(table["query"].to_pylist())) == len(set(table["query_id"].to_pylist())) == 500
+
+
+def test_a_watch_counts_the_batches_after_those_that_warm_up():
+    found = data_sides.measured(lambda: iter(range(100)), 10, 1000)
+    assert found["rows_per_s"] > 0
+    assert found["first_batch_s"] >= 0
+    assert found["peak_bytes"] > 1 << 20

@@ -202,6 +202,23 @@ def test_a_plan_avoids_duplicates_in_every_batch_mixed_or_not_through_stages():
     np.testing.assert_array_equal(again.rows(71), plan(ids=ids).rows(71))
 
 
+class Endless:
+    """The id columns of a source of any size, made up from the row numbers: every document in eight rows."""
+
+    def ids(self, groups):
+        rows = (1000 * groups[:, None] + np.arange(1000)).ravel()
+        return rows, rows // 8, np.ones(len(rows), np.int64)
+
+
+def test_a_plan_over_a_billion_rows_avoids_duplicates_at_the_cost_of_three_windows():
+    source = SourceShape("a", 10**9, RowGroups(((1000, 10**6),)), "f")
+    plan = Plan(0, 1024, [source], epochs=3, ids={"f": Endless()})
+    for t in (0, 1_000_003, 2_929_000):
+        rows = np.concatenate([plan.rows(t + i) for i in range(4)])[:, 1].reshape(4, 1024)
+        assert len(np.unique(rows)) == 4096
+        assert all(len(np.unique(batch // 8)) == 1024 for batch in rows)
+
+
 def test_a_plan_that_avoids_duplicates_is_not_read_without_the_ids():
     table = table_of(range(64), range(64), 16)
     plan = Plan(0, 8, [table.shape()], steps=8, ids={"content of a": table})

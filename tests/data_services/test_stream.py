@@ -142,9 +142,9 @@ def test_a_batch_holds_the_texts_of_the_planned_rows_in_order():
         assert batch.rows.tolist() == [int(s) << SOURCE_SHIFT | int(r) for s, r in read.plan.rows(t)]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_workers_together_hold_the_global_batch_whatever_their_number(world_size):
-    read = reader()
+    read = reader(steps=6)
     streams = [LocalStream(read, world_size, rank, BUDGET)(0) for rank in range(world_size)]
     for t, shares in enumerate(zip(*streams, strict=True)):
         whole = read(t)
