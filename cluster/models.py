@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin:stdlib-code"
 MAX_FILE_BYTES = 1_000_000
+BATCH_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,11 @@ def resolve(model: str, root: Path | None = None) -> ModelRef:
 
 
 @contextmanager
-def open_encoder(folder: Path) -> Iterator[Encoder]:
-    """The model of a folder as an encoder on this process's device, with its prompts, length and pooling."""
+def open_encoder(folder: Path, batch_tokens: int = BATCH_TOKENS) -> Iterator[Encoder]:
+    """The model of a folder as an encoder on this process's device, with its prompts, length and pooling.
+
+    batch_tokens  computed at once, padding included
+    """
     from data_services.tokenizer import FolderTokenizer
     from trainers.config import ModelConfig
     from trainers.encoders.model_folder import prepare_model_folder
@@ -135,34 +139,34 @@ def open_encoder(folder: Path) -> Iterator[Encoder]:
     from trainers.encoders.towers import has_towers
 
     if (folder / SPEC_FILE).exists() or has_towers(folder):
-        yield exported_encoder(folder)
+        yield exported_encoder(folder, batch_tokens)
         return
     config = ModelConfig(path=str(folder))
     with tempfile.TemporaryDirectory(prefix="gyre-") as place:
         spec = prepare_model_folder(config, Path(place) / "model")
         encoder = build_encoder(config, Path(place) / "model")
-        yield LocalEncoder(encoder, FolderTokenizer(Path(place) / "model", spec.max_tokens, spec.prompts))
+        yield LocalEncoder(encoder, FolderTokenizer(Path(place) / "model", spec.max_tokens, spec.prompts), batch_tokens)
 
 
-def exported_encoder(folder: Path) -> Encoder:
+def exported_encoder(folder: Path, batch_tokens: int = BATCH_TOKENS) -> Encoder:
     """The model of a folder that gyre exported, one tower or two."""
     from cluster.prepare import tokenizer_of
     from trainers.encoders.towers import has_towers, load_towers
     from trainers.export import load_exported
 
     if has_towers(folder):
-        return local_encoder(load_towers(folder), tokenizer_of(folder / "query"))
-    return local_encoder(load_exported(folder), tokenizer_of(folder))
+        return local_encoder(load_towers(folder), tokenizer_of(folder / "query"), batch_tokens)
+    return local_encoder(load_exported(folder), tokenizer_of(folder), batch_tokens)
 
 
-def local_encoder(tower: TextEncoder | Towers, tokenize: TokenizePrompted) -> Encoder:
+def local_encoder(tower: TextEncoder | Towers, tokenize: TokenizePrompted, batch_tokens: int = BATCH_TOKENS) -> Encoder:
     """A tower, or two, on this process's device."""
     from trainers.encoders.text import LocalEncoder
     from trainers.encoders.towers import LocalTowers, Towers
 
     if isinstance(tower, Towers):
-        return LocalTowers(LocalEncoder(tower.query, tokenize), LocalEncoder(tower.document, tokenize))
-    return LocalEncoder(tower, tokenize)
+        return LocalTowers(*(LocalEncoder(t, tokenize, batch_tokens) for t in (tower.query, tower.document)))
+    return LocalEncoder(tower, tokenize, batch_tokens)
 
 
 def evaluate(

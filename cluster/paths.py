@@ -46,6 +46,7 @@ class RunPaths:
     startup      when rank 0 entered training and when its model and engine stood, seconds since 1970, and what
                  the run chose: cached, precision, reduction (JSON)
     failure      a worker's last sentence, where it failed in a way that a restart would repeat
+    mined        hard negatives mined while training, a folder for each step they were mined after
     stop_request created to ask the workers to checkpoint and stop
     """
 
@@ -90,6 +91,10 @@ class RunPaths:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def mined(self) -> Path:
+        return self.root / "mined"
 
     @property
     def stop_request(self) -> Path:

@@ -22,7 +22,7 @@ from trainers.checkpoint import write_json
 if TYPE_CHECKING:
     from data_services.order import Plan
     from data_services.store import StoredSource
-    from data_services.stream import BatchReader
+    from data_services.stream import Reader
     from data_services.tokenizer import FolderTokenizer
 
 TOKENIZER_RECORDS = 200_000  # more don't change a vocabulary of thousands
@@ -47,11 +47,13 @@ class Prepared:
     tokenize: FolderTokenizer
 
     @property
-    def reader(self) -> BatchReader:
+    def reader(self) -> Reader:
+        from data_services.refresh import RefreshedReader
         from data_services.stream import BatchReader
 
-        data = self.recipe.data
-        return BatchReader(self.plan, self.sources, self.tokenize, data.negatives, data.positives)
+        data, mine = self.recipe.data, self.recipe.mine
+        reader = BatchReader(self.plan, self.sources, self.tokenize, data.negatives, data.positives)
+        return reader if mine.every_steps is None else RefreshedReader(reader, mine, self.run.mined)
 
     def lineage(self) -> dict[str, Any]:
         """What a checkpoint says of its origin; the tracker's run is in the run's folder."""

@@ -113,11 +113,20 @@ class BatchReader:
         return table.select(self.columns)
 
 
+class Reader(Protocol):
+    """Global batch t of a plan, tokenised; pickles."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    def __call__(self, t: int) -> GlobalBatch: ...
+
+
 @dataclass(frozen=True)
 class LocalStream:
     """A BatchStream without Ray: every worker reads and tokenises the global batch and keeps its share."""
 
-    reader: BatchReader
+    reader: Reader
     world_size: int
     rank: int
     budget_tokens: int
@@ -190,7 +199,7 @@ class Units:
 
 
 @functools.lru_cache(maxsize=2)
-def _unpickled(reader: bytes) -> BatchReader:
+def _unpickled(reader: bytes) -> Reader:
     """One reader a process: unpickling opens tokenizer and files, and every task brings the pickle along."""
     return pickle.loads(reader)
 
@@ -207,7 +216,7 @@ def _deal_unit(
 
 
 def ray_dataset(
-    reader: BatchReader,
+    reader: Reader,
     world_size: int,
     start: int,
     budget_tokens: int,

@@ -24,6 +24,7 @@ class Job:
     """What a loop runs.
 
     save             writes and commits a checkpoint of the state before the step it is given
+    after_step       is called with the number of steps taken, before a checkpoint of them; collective
     flops_per_token  of a text of so many tokens, in training
     peak_flops       of one worker's device, a second
     """
@@ -33,6 +34,7 @@ class Job:
     start: int
     stop: int
     save: Callable[[int], Any]
+    after_step: Callable[[int], Any]
     checkpoint: CheckpointConfig
     group: Group
     sink: MetricsSink
@@ -52,6 +54,7 @@ def run(job: Job) -> int:
         metrics = job.step(batch)
         reached = batch.step + 1
         stopping = report(job, batch, metrics, clock)
+        job.after_step(reached)
         if reached == job.stop or stopping or reached % job.checkpoint.every_steps == 0:
             job.save(reached)
         if reached == job.stop or stopping:
