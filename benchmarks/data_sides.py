@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -103,15 +104,15 @@ def ours(
     source = stored(Path(folder), rows)
     first = int(start * (rows // batch))
     plan = plan_over(source, batch, min(first + take // batch, rows // batch))  # a feed that ends is shut down cleanly
-    tokenizer = FolderTokenizer(Path(folder) / "tokenizer", MAX_TOKENS, {}) if tokenise else Nothing()
+    tokenizer: Any = FolderTokenizer(Path(folder) / "tokenizer", MAX_TOKENS, {}) if tokenise else Nothing()
     reader = BatchReader(plan, [source], tokenizer)
     began = time.perf_counter()
-    ray.init("local", num_cpus=cores, include_dashboard=False, logging_level="error", log_to_driver=False)
+    ray.init("local", num_cpus=cores, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     seconds = time.perf_counter() - began
 
     def feed() -> Iterator[Any]:
-        (shard,) = ray_dataset(reader, 1, first, 1 << 14).streaming_split(1, equal=False)
-        return worker_batches(shard, 0, first, plan.steps)
+        splits: list[Any] = ray_dataset(reader, 1, first, 1 << 14).streaming_split(1, equal=False)
+        return worker_batches(splits[0], 0, first, plan.steps)
 
     try:
         return measured(feed, batch, (plan.steps - first) * batch) | {"cluster_start_s": seconds}
@@ -172,7 +173,7 @@ def ray_data(folder: str, rows: int, batch: int, take: int, cores: int, tokenise
     """Plain Ray Data: read, tokenise in batches, iterate, in the order of the files."""
     import ray
 
-    ray.init("local", num_cpus=cores, include_dashboard=False, logging_level="error", log_to_driver=False)
+    ray.init("local", num_cpus=cores, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
     def feed() -> Iterator[Any]:
@@ -221,7 +222,8 @@ class Padded:
     """A collate function: token ids of queries and positives, padded tensors."""
 
     def __init__(self, folder: str) -> None:
-        self.folder, self._backend = folder, None
+        self.folder = folder
+        self._backend: Any = None
 
     def __call__(self, rows: list[dict[str, str]]) -> dict[str, Any]:
         import torch

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 MAX_TOKENS, WARM_UP = 64, 32  # as in benchmarks.data_sides
 
@@ -28,7 +29,8 @@ class Padded:
     """A collate function: token ids of queries and positives, padded tensors."""
 
     def __init__(self, folder: str) -> None:
-        self.folder, self._backend = folder, None
+        self.folder = folder
+        self._backend: Any = None
 
     def __call__(self, rows):
         import torch
@@ -73,4 +75,5 @@ def run(folder: str, batch: int, take: int, cores: int, tokenise: bool) -> dict[
 
 if __name__ == "__main__":
     name, arguments = sys.argv[1:]
-    print(json.dumps({"prepare": prepare, "run": run}[name](**json.loads(arguments))), flush=True)
+    functions: dict[str, Any] = {"prepare": prepare, "run": run}
+    print(json.dumps(functions[name](**json.loads(arguments))), flush=True)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cluster.recipe_file import apply_overrides, read_yaml
+from data_services.refresh import RefreshConfig
 from data_services.schema import Section, UsageError
 from data_services.sources import columns_available
 from data_services.stream import DataConfig
@@ -68,6 +69,7 @@ class Recipe(Section):
     layers: Layers | None = Field(None, description="the losses on the vectors of several layers")
     graded_weights: GradedWeights | None = Field(None, description="weights pairs by the grades of their positives")
     masked_lm: MaskedLM | None = Field(None, description="an auxiliary loss on token states")
+    mine: RefreshConfig = RefreshConfig()
     queue: QueueConfig = QueueConfig()
     momentum: MomentumConfig = MomentumConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -90,6 +92,7 @@ class Recipe(Section):
                 f"({self.data.steps}); lower it"
             )
         self._check_losses()
+        self._check_mining()
         gate, evaluation, first = self.registry.gate, self.evaluation, self.data.sources[0]
         if first.one_text and not evaluation.pool and (evaluation.validation or evaluation.heldout):
             raise ValueError(
@@ -107,6 +110,15 @@ class Recipe(Section):
                     f"choose one of {', '.join(measured)}, or change evaluation.k"
                 )
         return self
+
+    def _check_mining(self) -> None:
+        """What is mined while training is read, by one vector a text."""
+        if self.mine.every_steps is None:
+            return
+        if not self.data.negatives:
+            raise ValueError("mine.every_steps needs data.negatives above 0: no batch would show what was mined")
+        if self.model.pooling == "tokens":
+            raise ValueError("mine.every_steps needs one vector a text: choose another model.pooling than tokens")
 
     def _check_losses(self) -> None:
         """Losses get what they need of the data and the model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -80,7 +80,7 @@ def mine(
     guide: Annotated[str | None, typer.Option(metavar="MODEL", help="A second opinion: a model, or bm25.")] = None,
     cross_encoder: Annotated[str | None, typer.Option(metavar="MODEL", help="A cross-encoder as the guide.")] = None,
     guide_use: Annotated[
-        str, typer.Option(metavar="filter|rescore", help="filter: drop what it puts above the positive.")
+        Literal["filter", "rescore"], typer.Option(help="filter: drop what it puts above the positive.")
     ] = "filter",
     guide_margin: Annotated[float, typer.Option(help="filter: and what is so close below.")] = 0.0,
     choose: Annotated[str, typer.Option(metavar="top|random", help="The nearest of the window, or any.")] = "top",
@@ -103,7 +103,7 @@ def mine(
     check_json(json_file)
     filters: dict[str, Any] = {"negatives": negatives, "from_rank": from_rank, "to_rank": to_rank, "seed": seed}
     filters |= {"absolute_margin": absolute_margin, "relative_margin": relative_margin, "choose": choose}
-    filters |= {"max_score": max_score, "min_score": min_score, "guide_use": guide_use, "guide_margin": guide_margin}
+    filters |= {"max_score": max_score, "min_score": min_score}
     filters["same_text"] = same_text
     search: dict[str, Any] = {"index": index, "probes": probes, "shard_rows": shard_rows}
     job = MiningJob(
@@ -115,6 +115,8 @@ def mine(
         corpora=tuple(source_section(path, []) for path in corpus or []),
         guide=guide,
         cross_encoder=cross_encoder,
+        guide_use=guide_use,
+        guide_margin=guide_margin,
         workers=workers,
     )
     console = open_console()

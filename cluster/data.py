@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from data_services.splitting import By as SideBy
     from data_services.statistics import CountTokens, SourceStats
 
-DEDUPED, SPLIT = "deduped.json", "split.json"
+DEDUPED, SPLIT = "_deduped.json", "_split.json"
 _ANY_LENGTH = 1 << 30  # tokens: nothing is cut before it is counted
 
 

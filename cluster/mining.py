@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.models import open_encoder, resolve
 from cluster.paths import home
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from data_services.store import StoredSource
 
 BM25 = "bm25"
-MANIFEST = "mined.json"
+MANIFEST = "_mined.json"  # other readers of a folder of Parquet pass over names with _
 _CROSS_ENCODER_BATCH = 32
 
 
@@ -40,6 +40,7 @@ class MiningJob:
     model          as everywhere, or `bm25`
     corpora        sources whose documents are candidates too
     guide          a second model; cross_encoder: a folder or hub id that Sentence Transformers loads. One at most
+    guide_use, guide_margin: see `scorers.Guide`
     workers        Ray actors that search; 1 without a cluster: in this process
     """
 
@@ -51,6 +52,8 @@ class MiningJob:
     corpora: tuple[SourceConfig, ...] = ()
     guide: str | None = None
     cross_encoder: str | None = None
+    guide_use: Literal["filter", "rescore"] = "filter"
+    guide_margin: float = 0.0
     workers: int = 1
 
 
@@ -80,16 +83,30 @@ def mine(job: MiningJob, root: Path | None = None, on_progress: Progress = lambd
         raise UsageError("--index ivf searches vectors, and bm25 has none: leave it out")
     source, corpora = open_source(job.source, root), [open_source(c, root) for c in job.corpora]
     with ExitStack() as stack:
+        from data_services.mining.scorers import Guide
+
         making = new_folder(job.out)
         stack.callback(shutil.rmtree, making, ignore_errors=True)
         texts = MiningTexts.of(source, corpora, making)
         opened = _Opened(texts, job, root, stack, on_progress)
         miner, model = opened.miner()
-        guide, of_guide = opened.guide()
+        second, of_guide = opened.second_opinion()
+        guide = Guide(second, job.guide_use, job.guide_margin) if second else None
         mined = find_negatives(texts, miner, job.filters, guide, job.search.query_block, on_progress)
         found = report(texts, mined, job.filters)
         write_source(texts, mined, making / "source")
-        publish(making, job.out, _manifest(job, source, corpora, {"model": model, "guide": of_guide}, found), MANIFEST)
+        publish(
+            making,
+            job.out,
+            _manifest(
+                job,
+                source,
+                corpora,
+                {"model": model, "guide": of_guide, "guide_use": job.guide_use, "guide_margin": job.guide_margin},
+                found,
+            ),
+            MANIFEST,
+        )
     return MiningResult(job.out.absolute(), model["name"], recipe_keys(written_columns(source)), found)
 
 
@@ -125,7 +142,7 @@ class _Opened:
         (queries, documents), about = self._vectors(self.job.model)
         return VectorMiner(queries, documents, self._search(queries, documents)), about
 
-    def guide(self) -> tuple[Scorer | None, dict[str, str] | None]:
+    def second_opinion(self) -> tuple[Scorer | None, dict[str, str] | None]:
         from data_services.mining.scorers import PairScorer, VectorScorer
 
         if self.job.cross_encoder:

@@ -47,6 +47,7 @@ class RunPaths:
                  the run chose: cached, precision, reduction (JSON)
     failure      a worker's last sentence, where it failed in a way that a restart would repeat
     quarantine   rows that could not be decoded while training, a JSON file each
+    mined        hard negatives mined while training, a folder for each step they were mined after
     stop_request created to ask the workers to checkpoint and stop
     """
 
@@ -95,6 +96,10 @@ class RunPaths:
     @property
     def quarantine(self) -> Path:
         return self.root / "quarantine"
+
+    @property
+    def mined(self) -> Path:
+        return self.root / "mined"
 
     @property
     def stop_request(self) -> Path:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from data_services.order import Plan
     from data_services.sources import SourceConfig
     from data_services.store import StoredSource
-    from data_services.stream import BatchReader
+    from data_services.stream import Reader
     from data_services.tokenizer import FolderTokenizer
 
 TOKENIZER_RECORDS = 200_000  # more don't change a vocabulary of thousands
@@ -49,12 +49,16 @@ class Prepared:
     tokenize: FolderTokenizer
 
     @property
-    def reader(self) -> BatchReader:
+    def reader(self) -> Reader:
+        from data_services.refresh import RefreshedReader
         from data_services.stream import BatchReader
 
-        data = self.recipe.data
+        data, mine = self.recipe.data, self.recipe.mine
         views = [source.views for source in data.sources]
-        return BatchReader(self.plan, self.sources, self.tokenize, data.negatives, data.positives, self.bad_rows, views)
+        reader = BatchReader(
+            self.plan, self.sources, self.tokenize, data.negatives, data.positives, self.bad_rows, views
+        )
+        return reader if mine.every_steps is None else RefreshedReader(reader, mine, self.run.mined)
 
     @property
     def bad_rows(self) -> BadRows:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
 from cluster.paths import RunPaths
+from cluster.refresh import Refresher
 from data_services.imports import import_object
 from data_services.schema import BatchStream, UsageError
 
@@ -65,6 +66,12 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
     if group.rank == 0:
         write_json(task.run.startup, {"entered": entered, "built": time.time(), **chosen})
     start = restore(step, newest) if newest else 0
+
+    def snapshot(folder: Path) -> None:
+        write_model(task, step, group, folder, averaged=True)
+
+    refresher = Refresher(task.run, task.recipe, task.steps, group.rank, snapshot)
+    refresher.resume(start)
     store = CheckpointStore(task.run.checkpoints, task.recipe.checkpoint, group)
 
     def save(at: int) -> None:
@@ -77,6 +84,7 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
             start=start,
             stop=task.steps,
             save=save,
+            after_step=refresher,
             checkpoint=task.recipe.checkpoint,
             group=group,
             sink=MetricsLog(task.run.metrics, start) if group.rank == 0 else lambda step, metrics: None,
@@ -86,7 +94,7 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
         )
     )
     if reached == task.steps:
-        export(task, step, group)
+        write_model(task, step, group, task.run.export, task.recipe.momentum.export)
     return reached
 
 
@@ -220,24 +228,24 @@ def restore(step: ContrastiveStep, checkpoint: Checkpoint) -> int:
     return checkpoint.state["step"]
 
 
-def export(task: Task, step: ContrastiveStep, group: Group) -> None:
-    """The trained weights, or their average where the recipe says so, as a Sentence Transformers folder."""
+def write_model(task: Task, step: ContrastiveStep, group: Group, folder: Path, averaged: bool) -> None:
+    """The trained weights as a Sentence Transformers folder. averaged: the momentum encoder's, where there is one."""
     from trainers.encoders.spec import ModelSpec
     from trainers.encoders.towers import export_towers
     from trainers.export import export_sentence_transformer
     from trainers.model import TOWER
 
-    source = step.memory.encoder if step.memory and task.recipe.momentum.export else step.engine
+    source = step.memory.encoder if step.memory and averaged else step.engine
     weights = {name.removeprefix(TOWER): w for name, w in source.full_weights().items() if name.startswith(TOWER)}
     model, run = task.recipe.model, task.run
 
-    def one(of: Mapping[str, Any], spec: ModelSpec, folder: Path, out: Path) -> Path:
-        return export_sentence_transformer(of, spec, folder, out, model)
+    def one(of: Mapping[str, Any], spec: ModelSpec, made_of: Path, out: Path) -> Path:
+        return export_sentence_transformer(of, spec, made_of, out, model)
 
     if group.rank == 0:
         spec = ModelSpec.load(run.model)
         if model.towers == "separate":
-            export_towers(weights, spec, run.model, run.export, one)
+            export_towers(weights, spec, run.model, folder, one)
         else:
-            one(weights, spec, run.model, run.export)
+            one(weights, spec, run.model, folder)
     group.barrier()

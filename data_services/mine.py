@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from data_services.mining import report as reporting
 from data_services.mining.filters import Block, Fate, FilterConfig, by_guide, by_score, choose, known_false
 from data_services.mining.report import Example, MiningReport
-from data_services.mining.scorers import Miner, Scorer
+from data_services.mining.scorers import Guide, Miner, Scorer
 from data_services.mining.search import best
 from data_services.mining.texts import Lists, TextTable, positives_of, write_texts
 from data_services.rewrite import replaced, rewrite
@@ -94,11 +94,11 @@ def find_negatives(
     texts: MiningTexts,
     miner: Miner,
     config: FilterConfig,
-    guide: Scorer | None = None,
+    guide: Guide | None = None,
     queries_at_once: int = _QUERIES_AT_ONCE,
     on_progress: Progress = lambda what, done, of: None,
 ) -> Mined:
-    """The negatives of every query. guide: a second opinion, used as `config.guide_use` says."""
+    """The negatives of every query."""
     q, window = len(texts.queries), config.window(texts.most_positives, guide is not None)
     depth = min(window[1] + texts.most_positives, len(texts.documents))
     mined = Mined(
@@ -109,13 +109,14 @@ def find_negatives(
     for start in range(0, q, queries_at_once):
         stop = min(start + queries_at_once, q)
         block = texts.block(start, stop, *miner.search(start, stop, depth), miner)
-        if guide is not None and config.guide_use == "rescore":
-            block = _rescored(texts, block, start, guide)
+        if guide is not None and guide.use == "rescore":
+            block = _rescored(texts, block, start, guide.scorer)
         fates = known_false(block, config)
         by_score(block, fates, config)
-        if guide is not None and config.guide_use == "filter":
-            positive = guide.scores(block.positives.owners + start, block.positives.values)
-            by_guide(fates, _alive_scores(block, fates, start, guide), block.of_hardest(positive), config.guide_margin)
+        if guide is not None and guide.use == "filter":
+            positive = guide.scorer.scores(block.positives.owners + start, block.positives.values)
+            alive = _alive_scores(block, fates, start, guide.scorer)
+            by_guide(fates, alive, block.of_hardest(positive), guide.margin)
         taken = choose(block, fates, window, config)
         scores = np.where(taken, block.scores, -np.inf)
         mined.negatives[start:stop], mined.scores[start:stop] = _first(block.candidates, scores, taken, config)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from data_services.collate import from_arrow, share_batch, to_arrow
 from data_services.schema import Batch, RunError
-from data_services.stream import BatchReader
+from data_services.stream import Reader
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -68,7 +68,7 @@ class Units:
 
 
 @functools.lru_cache(maxsize=2)
-def _unpickled(reader: bytes) -> BatchReader:
+def _unpickled(reader: bytes) -> Reader:
     """One reader a process: unpickling opens tokenizer and files, and every task brings the pickle along."""
     return pickle.loads(reader)
 
@@ -85,7 +85,7 @@ def _deal_unit(
 
 
 def ray_dataset(
-    reader: BatchReader,
+    reader: Reader,
     world_size: int,
     start: int,
     budget_tokens: int,

@@ -166,11 +166,20 @@ class BatchReader:
         return table.select(self.columns)
 
 
+class Reader(Protocol):
+    """Global batch t of a plan, tokenised; pickles."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    def __call__(self, t: int) -> GlobalBatch: ...
+
+
 @dataclass(frozen=True)
 class LocalStream:
     """A BatchStream without Ray: every worker reads and tokenises the global batch and keeps its share."""
 
-    reader: BatchReader
+    reader: Reader
     world_size: int
     rank: int
     budget_tokens: int

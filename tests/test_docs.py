@@ -431,6 +431,7 @@ def _metrics_of_a_step() -> dict[str, float]:
             start=0,
             stop=1,
             save=lambda at: None,
+            after_step=lambda at: None,
             checkpoint=CheckpointConfig(),
             group=group,
             sink=lambda at, metrics: seen.update(metrics),

@@ -24,6 +24,7 @@ class Job:
     """What a loop runs.
 
     save             writes and commits a checkpoint of the state before the step it is given
+    after_step       is called with the number of steps taken, before a checkpoint of them; collective
     flops_per_token  of a text of so many tokens, in training
     peak_flops       of one worker's device, a second
     """
@@ -39,6 +40,7 @@ class Job:
     stop_requested: Callable[[], bool]
     flops_per_token: Callable[[float], float]
     peak_flops: float
+    after_step: Callable[[int], Any] = lambda taken: None
 
 
 def run(job: Job) -> int:
@@ -52,6 +54,7 @@ def run(job: Job) -> int:
         metrics = job.step(batch)
         reached = batch.step + 1
         stopping = report(job, batch, metrics, clock)
+        job.after_step(reached)
         if reached == job.stop or stopping or reached % job.checkpoint.every_steps == 0:
             job.save(reached)
         if reached == job.stop or stopping:

@@ -39,11 +39,9 @@ class Fate(IntEnum):
 class FilterConfig(Section):
     """Which candidates are negatives, and how many are taken.
 
-    Scores are the miner's; with `guide_use: rescore` the guide's. A positive's score is that of the query's
-    hardest one, the smallest. Ranks count what the other filters let through, from 0, the nearest.
-
-    The relative margin is the one of Moreira et al. 2024 (NV-Retriever, arXiv 2407.15831), TopK-PercPos; the guide
-    filter that of Solatorio 2024 (GISTEmbed, arXiv 2402.16829).
+    A positive's score is that of the query's hardest one, the smallest. Ranks count what the other filters let through,
+    from 0, the nearest. The relative margin is the one of Moreira et al. 2024 (NV-Retriever, arXiv 2407.15831),
+    TopK-PercPos.
     """
 
     negatives: int = Field(5, ge=1, description="negatives of a query")
@@ -59,12 +57,6 @@ class FilterConfig(Section):
     max_score: float | None = Field(None, description="largest score of a negative")
     min_score: float | None = Field(None, description="smallest score of a negative")
     same_text: bool = Field(True, description="leave out the query's and positives' texts in other case or spacing")
-    guide_use: Literal["filter", "rescore"] = Field(
-        "filter",
-        description="filter: leave out what the guide scores above its positive; rescore: margins, order and written "
-        "scores are the guide's",
-    )
-    guide_margin: float = Field(0.0, description="filter: as absolute_margin, on the guide's scores")
     choose: Literal["top", "random"] = Field("top", description="the nearest of the window, or any")
     seed: int = Field(0, ge=0, description="of the random choice, a function of it, the query and the document")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -21,6 +21,19 @@ class Scorer(Protocol):
     """Scores of pairs. of, to [m] int64 positions of queries and documents -> [m] float32."""
 
     def scores(self, of: np.ndarray, to: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A second opinion.
+
+    use  filter: what it scores above the query's hardest positive less `margin` is no negative (Solatorio 2024,
+         GISTEmbed, arXiv 2402.16829); rescore: margins, order and written scores are its own
+    """
+
+    scorer: Scorer
+    use: Literal["filter", "rescore"] = "filter"
+    margin: float = 0.0
 
 
 class Miner(Scorer, Protocol):

@@ -49,7 +49,7 @@ def test_dedupe_leaves_a_source_that_is_read_again(gyre, pairs, tmp_path):
     assert "positive: positives" in out
     back = open_source(SourceConfig(path=str(tmp_path / "clean"), positive="positives"), tmp_path)
     assert back.table().column(Column.QUERY).to_pylist() == ["first question", "second question"]
-    assert json.loads((tmp_path / "clean" / "deduped.json").read_text())["counts"] == counts
+    assert json.loads((tmp_path / "clean" / "_deduped.json").read_text())["counts"] == counts
     assert gyre("data", "dedupe", *pairs, "--out", "clean")[0] == 2
 
 

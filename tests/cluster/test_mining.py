@@ -38,7 +38,7 @@ def test_the_command_writes_a_source_and_says_how_a_recipe_names_it(gyre, pairs,
     assert all(line in out for line in ("query: query", "positive: positives", "negatives: negatives"))
     assert "  + " in out
     assert "  - " in out
-    manifest = json.loads((tmp_path / "mined" / "mined.json").read_text())
+    manifest = json.loads((tmp_path / "mined" / "_mined.json").read_text())
     assert manifest["source"]["positive"] == "answer"
     assert manifest["filters"] == FilterConfig().model_dump()
     keys = {"positive": "positives", "negatives": "negatives"}
@@ -99,7 +99,7 @@ def test_vectors_of_tokens_are_refused(monkeypatch, pairs, tmp_path):
 
     (tmp_path / "late").mkdir()
     (tmp_path / "late" / "config.json").write_text("{}")
-    monkeypatch.setattr(mining, "open_encoder", lambda folder: nullcontext(SimpleNamespace(gives_tokens=True)))
+    monkeypatch.setattr(mining, "open_encoder", lambda folder, tokens: nullcontext(SimpleNamespace(gives_tokens=True)))
     job = MiningJob(str(tmp_path / "late"), SourceConfig(path=str(pairs), positive="answer"), tmp_path / "out")
     with pytest.raises(UsageError, match="needs one vector a text"):
         mine(job, tmp_path / "home")

@@ -19,7 +19,7 @@ from data_services.mine import (
     write_source,
 )
 from data_services.mining.filters import FilterConfig
-from data_services.mining.scorers import BM25Miner, PairScorer, VectorScorer
+from data_services.mining.scorers import BM25Miner, Guide, PairScorer, VectorScorer
 from data_services.mining.vectors import encode_to_file
 from data_services.rewrite import new_folder, publish
 from data_services.schema import Column, RunError, UsageError, text_id
@@ -57,10 +57,10 @@ margins = st.none() | st.sampled_from([-2.0, 0.0, 0.5, 2.0])
         max_score=st.none() | st.just(4.0),
         min_score=st.none() | st.just(-4.0),
         same_text=st.booleans(),
-        guide_margin=st.sampled_from([0.0, 1.0]),
     ),
+    margin=st.sampled_from([0.0, 1.0]),
 )
-def test_the_miner_is_its_naive_twin(tmp_path_factory, seed, guided, cut, config):
+def test_the_miner_is_its_naive_twin(tmp_path_factory, seed, guided, cut, config, margin):
     folder = tmp_path_factory.mktemp("m")
     rows, vectors = random_world(seed)
     guide = random_world(seed + 1)[1] if guided else None
@@ -68,11 +68,11 @@ def test_the_miner_is_its_naive_twin(tmp_path_factory, seed, guided, cut, config
     scorer = None
     if guide is not None:
         (folder / "g").mkdir()
-        scorer = vector_miner(texts, Given(guide), folder / "g")
+        scorer = Guide(vector_miner(texts, Given(guide), folder / "g"), margin=margin)
     mined = find_negatives(texts, vector_miner(texts, Given(vectors), folder), config, scorer, queries_at_once=cut)
     # Equal scores stand in the order of the corpus, which here is that of the row groups' columns.
     corpus = texts.documents.read(0, len(texts.documents))[1]
-    expected = naive(rows, vectors, config, guide, corpus)
+    expected = naive(rows, vectors, config, corpus, guide, margin)
     assert mined_texts(texts, mined) == expected
     assert mined.fates.sum() == len(texts.queries) * min(
         config.window(texts.most_positives, guided)[1] + texts.most_positives, len(texts.documents)
@@ -128,7 +128,7 @@ def test_planted_false_negatives_are_filtered_by_margin_and_by_guide(tmp_path):
     texts, model, guide = planted(tmp_path)
     miner = vector_miner(texts, model, tmp_path)
     (tmp_path / "g").mkdir()
-    second = vector_miner(texts, guide, tmp_path / "g")
+    second = Guide(vector_miner(texts, guide, tmp_path / "g"))
 
     def of(prefix: str, config: FilterConfig, scorer=None) -> int:
         """Queries with their planted text of this kind among the negatives."""
@@ -152,9 +152,9 @@ def test_a_guide_that_rescores_gives_the_scores_the_margins_and_the_order(tmp_pa
     texts = MiningTexts.of(source(tmp_path, rows), [], tmp_path)
     (tmp_path / "g").mkdir()
     n = len(texts.documents)  # every document is a candidate: then only the guide decides
-    config = FilterConfig(negatives=3, to_rank=n, relative_margin=0.1, guide_use="rescore")
+    config = FilterConfig(negatives=3, to_rank=n, relative_margin=0.1)
     guide = vector_miner(texts, Given(other), tmp_path / "g")
-    mined = find_negatives(texts, vector_miner(texts, Given(vectors), tmp_path), config, guide)
+    mined = find_negatives(texts, vector_miner(texts, Given(vectors), tmp_path), config, Guide(guide, "rescore"))
     alone = find_negatives(texts, guide, config)
     assert np.array_equal(mined.negatives, alone.negatives)
     assert np.array_equal(mined.scores, alone.scores)
@@ -168,13 +168,13 @@ def test_a_cross_encoder_reads_the_pairs(tmp_path):
     def predict(queries, documents):
         return [float(np.dot(vectors[q], vectors[d])) for q, d in zip(queries, documents, strict=True)]
 
-    pairs = PairScorer(texts.queries, texts.documents, predict)
+    pairs = Guide(PairScorer(texts.queries, texts.documents, predict))
     miner = vector_miner(texts, Given(vectors), tmp_path)
-    by_vectors = find_negatives(texts, miner, FilterConfig(), VectorScorer(miner.queries, miner.documents))
+    by_vectors = find_negatives(texts, miner, FilterConfig(), Guide(VectorScorer(miner.queries, miner.documents)))
     assert np.array_equal(find_negatives(texts, miner, FilterConfig(), pairs).negatives, by_vectors.negatives)
     with pytest.raises(RunError, match="one number for each"):
         find_negatives(
-            texts, miner, FilterConfig(), PairScorer(texts.queries, texts.documents, lambda q, d: np.zeros(1))
+            texts, miner, FilterConfig(), Guide(PairScorer(texts.queries, texts.documents, lambda q, d: np.zeros(1)))
         )
 
 
@@ -202,8 +202,8 @@ def test_the_written_source_is_the_source_with_its_negatives(tmp_path):
     mined = find_negatives(texts, vector_miner(texts, Given(vectors), tmp_path), FilterConfig(negatives=3, max_score=5))
     making = new_folder(tmp_path / "out")
     write_source(texts, mined, making / "source")
-    publish(making, tmp_path / "out", {"model": "m"}, "mined.json")
-    assert json.loads((tmp_path / "out" / "mined.json").read_text()) == {"model": "m"}
+    publish(making, tmp_path / "out", {"model": "m"}, "_mined.json")
+    assert json.loads((tmp_path / "out" / "_mined.json").read_text()) == {"model": "m"}
     back = open_source(SourceConfig(path=str(tmp_path / "out"), **FIELDS, positive_scores="positive_scores"), tmp_path)
     assert back.quarantined == {}
     found = mined_texts(texts, mined)

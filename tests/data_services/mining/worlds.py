@@ -71,8 +71,9 @@ def naive(
     rows: Sequence[tuple[str, list[str], list[str]]],
     vectors: Mapping[str, np.ndarray],
     config: FilterConfig,
-    guide: Mapping[str, np.ndarray] | None,
     corpus: Sequence[str],
+    guide: Mapping[str, np.ndarray] | None = None,
+    guide_margin: float = 0.0,
 ) -> dict[str, list[tuple[str, float]]]:
     """{query: [(negative, score)]} by the definition, one candidate after another; `choose: top` only.
 
@@ -102,7 +103,7 @@ def naive(
             out |= config.max_score is not None and s > config.max_score
             out |= config.min_score is not None and s < config.min_score
             if guide is not None:
-                line = min(score(query, p, guide) for p in answers) - config.guide_margin
+                line = min(score(query, p, guide) for p in answers) - guide_margin
                 out |= score(query, text, guide) > line
             if not out:
                 left.append((text, s))
