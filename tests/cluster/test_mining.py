@@ -99,9 +99,10 @@ def test_vectors_of_tokens_are_refused(monkeypatch, pairs, tmp_path):
 
     (tmp_path / "late").mkdir()
     (tmp_path / "late" / "config.json").write_text("{}")
-    monkeypatch.setattr(mining, "open_encoder", lambda folder, tokens: nullcontext(SimpleNamespace(gives_tokens=True)))
+    of_tokens = SimpleNamespace(gives_tokens=True)
+    monkeypatch.setattr("cluster.embedding.open_encoder", lambda folder, device: nullcontext(of_tokens))
     job = MiningJob(str(tmp_path / "late"), SourceConfig(path=str(pairs), positive="answer"), tmp_path / "out")
-    with pytest.raises(UsageError, match="needs one vector a text"):
+    with pytest.raises(UsageError, match="a vector for each token"):
         mine(job, tmp_path / "home")
     assert not (tmp_path / "out").exists()
 
