@@ -253,7 +253,8 @@ def test_vectors_are_one_file_made_from_an_embedding_once(tmp_path):
 
     found = kept(tmp_path / "q.f32", embedded)
     assert (found.rows, found.dimensions) == (11, 3)
-    np.testing.assert_array_equal(found.block(0, 11), np.stack([numbers[t] for t in texts.read(0, 11)[1]]).astype("<f4"))
+    wanted = np.stack([numbers[text] for text in texts.read(0, 11)[1]]).astype("<f4")
+    np.testing.assert_array_equal(found.block(0, 11), wanted)
     assert kept(tmp_path / "q.f32", embedded) == found
     assert len(asked) == 1
     assert not asked[0].exists()
