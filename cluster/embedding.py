@@ -60,7 +60,7 @@ def embed_source(
     ref = resolve(job.model, root)
     texts = SourceTexts(open_source(job.source, root or home()), job.config.field)
     follower = _Follower(on_progress)
-    with _workers(job) as workers:
+    with workers_on(job.workers, job.out.absolute().parent) as workers:
         corpus = embed(
             texts,
             partial(load_encoder, ref.folder, job.config.field),
@@ -86,7 +86,7 @@ def load_encoder(folder: Path, field: str) -> Encoder:
 
     with open_encoder(folder, "cuda" if torch.cuda.is_available() else "cpu") as encoder:
         if getattr(encoder, "gives_tokens", False):
-            raise UsageError(f"{folder} has a vector for each token of a text; `gyre embed` stores one for each text")
+            raise UsageError(f"{folder} has a vector for each token of a text; one for each text is needed here")
         encoder.encode(["."], field)  # loads the tokenizer while its folder is there
         return encoder
 
@@ -124,27 +124,30 @@ class _Follower:
 
 
 @contextlib.contextmanager
-def _workers(job: EmbeddingJob) -> Iterator[Workers]:
-    """Where shards are written: in this process where it is one worker without a cluster, else on Ray."""
+def workers_on(asked: int | None, storage: Path) -> Iterator[Workers]:
+    """Where shards are written: in this process where it is one worker without a cluster, else on Ray.
+
+    asked  processes; None: one for each GPU, where there is none one for each node
+    """
     from cluster.session import check_placement, cluster_address, connect
 
     here = ClusterConfig()
     if cluster_address(here) is None:
-        actors, gpus = _on_this_machine(job.workers)
+        actors, gpus = _on_this_machine(asked)
         if actors == 1:
             yield in_process
             return
         threads = max((os.cpu_count() or 1) // actors, 1)
         config = ClusterConfig(workers=actors, cpus_per_worker=threads, gpus_per_worker=gpus)
-        with connect(config, job.out.absolute().parent):
+        with connect(config, storage):
             yield OnRay(actors, threads, gpus)
         return
-    with connect(here, job.out.absolute().parent):
+    with connect(here, storage):
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cards = int(sum(node.get("GPU", 0) for node in nodes))
-        actors = job.workers or cards or len(nodes)
+        actors = asked or cards or len(nodes)
         cpus = sum(node.get("CPU", 0) for node in nodes)
         threads, gpus = max(int(cpus - 1) // actors, 1), 1 if cards else 0
         check_placement(ClusterConfig(workers=actors, cpus_per_worker=threads, gpus_per_worker=gpus), nodes)

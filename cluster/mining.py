@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cluster.models import open_encoder, resolve
+from cluster.models import fingerprint, resolve
 from cluster.paths import home
 from data_services.mine import MiningTexts, Progress, find_negatives, report, write_source, written_columns
 from data_services.mining.filters import FilterConfig
 from data_services.mining.report import MiningReport
 from data_services.mining.search import ClusterSearch, LocalSearch, Search, SearchConfig, shards
 from data_services.rewrite import new_folder, publish, recipe_keys
-from data_services.schema import Encoder, UsageError
+from data_services.schema import UsageError
 from data_services.sources import SourceConfig, open_source
 
 if TYPE_CHECKING:
+    from data_services.embed import EmbeddedCorpus, Workers
     from data_services.mining.scorers import Miner, Scorer
     from data_services.mining.texts import TextTable
     from data_services.mining.vectors import Vectors
@@ -41,7 +41,7 @@ class MiningJob:
     corpora        sources whose documents are candidates too
     guide          a second model; cross_encoder: a folder or hub id that Sentence Transformers loads. One at most
     guide_use, guide_margin: see `scorers.Guide`
-    workers        Ray actors that search; 1 without a cluster: in this process
+    workers        Ray actors that encode, and search; 1 without a cluster: this process
     """
 
     model: str
@@ -164,18 +164,31 @@ class _Opened:
 
     def _vectors(self, model: str) -> tuple[tuple[Vectors, Vectors], dict[str, str]]:
         """Those of queries and documents, kept under HOME/vectors by the contents of model and texts."""
-        from data_services.mining.vectors import encode_to_file
+        from cluster.embedding import load_encoder
+        from data_services.embed import EmbedConfig, embed
+        from data_services.mining.vectors import kept
 
         ref = resolve(model, self.root)
-        fingerprint = folder_fingerprint(ref.folder)
-        with lazily_opened(ref.folder, model) as encoder:
+        of_model = fingerprint(ref.folder)
 
-            def encoded(texts: TextTable, name: str) -> Vectors:
-                folder = self.root / "vectors" / f"{fingerprint[:16]}-{name}-{texts.fingerprint[:16]}"
-                return encode_to_file(texts, encoder, name, folder, partial(self.on_progress, f"encoding {name} texts"))
+        def encoded(texts: TextTable, side: Literal["query", "document"]) -> Vectors:
+            def embedded(folder: Path) -> EmbeddedCorpus:
+                load, config = partial(load_encoder, ref.folder, side), EmbedConfig(field=side)
+                tell = partial(self.on_progress, f"encoding {side} texts")
+                return embed(texts, load, folder, config, model=of_model, workers=self.workers, on_progress=tell)
 
-            both = encoded(self.texts.queries, "query"), encoded(self.texts.documents, "document")
-        return both, {"name": ref.name, "fingerprint": fingerprint}
+            return kept(self.root / "vectors" / f"{of_model[:16]}-{side}-{texts.fingerprint[:16]}.f32", embedded)
+
+        both = encoded(self.texts.queries, "query"), encoded(self.texts.documents, "document")
+        return both, {"name": ref.name, "fingerprint": of_model}
+
+    @cached_property
+    def workers(self) -> Workers:
+        """Where texts are encoded."""
+        from cluster.embedding import workers_on
+
+        one_here = self.job.workers == 1 and not os.environ.get("RAY_ADDRESS")
+        return self.stack.enter_context(workers_on(1 if one_here else self.job.workers, self.root))
 
     def _search(self, queries: Vectors, documents: Vectors) -> Search:
         workers = self.job.workers
@@ -187,32 +200,6 @@ class _Opened:
 
         self.stack.enter_context(connect(ClusterConfig(workers=workers), self.root))
         return ClusterSearch(parts, workers)
-
-
-@contextmanager
-def lazily_opened(folder: Path, name: str) -> Iterator[Callable[[], Encoder]]:
-    """The model of a folder, opened at the first call: where every vector is there already it stays closed."""
-    with ExitStack() as stack:
-        opened: list[Encoder] = []
-
-        def encoder() -> Encoder:
-            if not opened:
-                opened.append(stack.enter_context(open_encoder(folder)))
-                if getattr(opened[0], "gives_tokens", False):
-                    raise UsageError(f"{name} has a vector for each token; mining needs one vector a text")
-            return opened[0]
-
-        yield encoder
-
-
-def folder_fingerprint(folder: Path) -> str:
-    """Of the names and contents of all files of a model."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(str(file.relative_to(folder)).encode())
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
 
 
 def cross_encoder(model: str) -> Callable[[Sequence[str], Sequence[str]], Any]:

@@ -128,9 +128,13 @@ def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None) -> Prepared:
 
 def pools_of(recipe: Recipe) -> dict[str, SourceConfig]:
     """What the finished model is scored on, by split."""
+    from data_services.sources import SourceConfig
+
     evaluation, first = recipe.evaluation, recipe.data.sources[0]
-    path = evaluation.pool or first.path
-    return {s: first.texts_alone(path, s) for s in (evaluation.validation, evaluation.heldout) if s}
+    splits, pool = [s for s in (evaluation.validation, evaluation.heldout) if s], evaluation.pool
+    if pool is None or isinstance(pool, str):
+        return {split: first.texts_alone(pool or first.path, split) for split in splits}
+    return {split: SourceConfig(split=split, **pool.model_dump()) for split in splits}
 
 
 def check_sources(recipe: Recipe, root: Path) -> None:

@@ -16,12 +16,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from cluster.config import Recipe
 from cluster.paths import RunPaths
 from data_services.refresh import FAILED, MINED, step_folder
 from data_services.schema import RunError, UsageError
 from data_services.store import StoredSource
+
+if TYPE_CHECKING:
+    from data_services.mining.texts import TextTable
 
 
 class Refresher:
@@ -87,15 +91,20 @@ def mine_step(run: RunPaths, step: int) -> None:
 
 def _mine_source(source: StoredSource, recipe: Recipe, folder: Path, work: Path) -> None:
     from cluster.models import exported_encoder
+    from data_services.embed import EmbedConfig, embed
     from data_services.mine import MiningTexts, find_negatives, write_source
     from data_services.mining.scorers import VectorMiner
     from data_services.mining.search import LocalSearch, shards
-    from data_services.mining.vectors import encode_to_file
+    from data_services.mining.vectors import Vectors, kept
 
     config = recipe.mine
     texts, encoder = MiningTexts.of(source, [], work), exported_encoder(folder / "model")
-    queries = encode_to_file(texts.queries, lambda: encoder, "query", work / "query")
-    documents = encode_to_file(texts.documents, lambda: encoder, "document", work / "document")
+
+    def encoded(table: TextTable, side: Literal["query", "document"]) -> Vectors:
+        config = EmbedConfig(field=side)
+        return kept(work / f"{side}.f32", lambda into: embed(table, lambda: encoder, into, config))
+
+    queries, documents = encoded(texts.queries, "query"), encoded(texts.documents, "document")
     search = LocalSearch(shards(queries, documents, config.search))
     mined = find_negatives(texts, VectorMiner(queries, documents, search), config.filters)
     write_source(texts, mined, work / "source")

@@ -160,7 +160,7 @@ class SourceConfig(Section):
         source has texts without queries, as its layout has them."""
         if self.one_text:
             return SourceConfig(path=path, split=split)
-        kept = ("format", "query", "positive", "corpus", "max_bytes", "quarantine_share")
+        kept = ("format", "query", "positive", "title", "prompt", "corpus", "max_bytes", "quarantine_share")
         return SourceConfig(path=path, split=split, **{name: getattr(self, name) for name in kept})
 
     @property

@@ -37,10 +37,22 @@ class BM25Config(Section):
 _BM25 = BM25Config()
 
 
+class PoolConfig(Section):
+    """What a model is scored on, where it isn't laid out as the first of `data.sources`."""
+
+    path: str = Field(min_length=1, description="as in data.sources")
+    query: str | None = Field(None, min_length=1, description="field of the query; none: as the layout has it")
+    positive: str | None = Field(None, min_length=1, description="field of the positives; none: as the layout has it")
+
+
 class EvaluationConfig(Section):
     """`evaluation:` what a run is measured on. The held-out split is scored once, at the end of a run."""
 
-    pool: str | None = Field(None, description="source of queries and documents; None: the first of `data.sources`")
+    pool: str | PoolConfig | None = Field(
+        None,
+        description="source of queries and documents: a path, with fields as the first of `data.sources` has them, or "
+        "{path, query, positive}; None: the first of `data.sources`",
+    )
     validation: str | None = Field("validation", description="split that gates and choices look at; null: none")
     heldout: str | None = Field("heldout", description="split of the final table; null: none")
     k: int = Field(10, ge=1, description="cutoff of ndcg@k, mrr@k and recall@k")

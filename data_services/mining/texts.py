@@ -42,6 +42,9 @@ class TextTable:
         self._file = pa.ipc.open_file(pa.memory_map(str(path)))
         self._sorted = np.argsort(ids)
 
+    def __reduce__(self) -> tuple[type[TextTable], tuple[Path, np.ndarray, np.ndarray]]:
+        return TextTable, (self.path, self.ids, self.plain_ids)
+
     def __len__(self) -> int:
         return len(self.ids)
 

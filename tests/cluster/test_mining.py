@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from cluster import mining
 from cluster.mining import MiningJob, mine
 from cluster.show_data import Counts
 from data_services.mining.filters import FilterConfig
@@ -83,7 +82,7 @@ def test_a_model_mines_and_its_vectors_are_kept_for_other_filters_and_for_a_clus
 
     first = mine(job("first"), tmp_path / "home")
     assert first.report.negatives_a_query == {4: 5}
-    monkeypatch.setattr(mining, "open_encoder", None)  # not needed again
+    monkeypatch.setattr("cluster.embedding.open_encoder", None)  # not needed again
     other = mine(job("other", filters=FilterConfig(relative_margin=0.5), guide=str(pretrained)), tmp_path / "home")
     assert other.report.fates["relative_margin"] > 0
     with connect(ClusterConfig(workers=2), tmp_path / "home"):
@@ -99,9 +98,10 @@ def test_vectors_of_tokens_are_refused(monkeypatch, pairs, tmp_path):
 
     (tmp_path / "late").mkdir()
     (tmp_path / "late" / "config.json").write_text("{}")
-    monkeypatch.setattr(mining, "open_encoder", lambda folder, tokens: nullcontext(SimpleNamespace(gives_tokens=True)))
+    of_tokens = SimpleNamespace(gives_tokens=True)
+    monkeypatch.setattr("cluster.embedding.open_encoder", lambda folder, device: nullcontext(of_tokens))
     job = MiningJob(str(tmp_path / "late"), SourceConfig(path=str(pairs), positive="answer"), tmp_path / "out")
-    with pytest.raises(UsageError, match="needs one vector a text"):
+    with pytest.raises(UsageError, match="a vector for each token"):
         mine(job, tmp_path / "home")
     assert not (tmp_path / "out").exists()
 

@@ -1,6 +1,7 @@
 """Mining: the naive twin, known answers, the peer's own function, and the source that is written."""
 
 import json
+import pickle
 import sys
 import types
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from data_services.embed import EmbedConfig, embed
 from data_services.mine import (
     Mined,
     MiningTexts,
@@ -20,7 +22,7 @@ from data_services.mine import (
 )
 from data_services.mining.filters import FilterConfig
 from data_services.mining.scorers import BM25Miner, Guide, PairScorer, VectorScorer
-from data_services.mining.vectors import encode_to_file
+from data_services.mining.vectors import kept
 from data_services.rewrite import new_folder, publish
 from data_services.schema import Column, RunError, UsageError, text_id
 from data_services.sources import SourceConfig, open_source
@@ -240,39 +242,29 @@ def test_classes_scores_and_weights_of_the_source_stay(tmp_path):
         assert back.table().column(name).to_pylist() == original.table().column(name).to_pylist()
 
 
-def test_a_killed_encoding_goes_on_where_it_stood_and_gives_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_services.mining.vectors._ENCODED_AT_ONCE", 4)
+def test_vectors_are_one_file_made_from_an_embedding_once(tmp_path):
     texts = MiningTexts.of(source(tmp_path, [(f"q{i}", [f"p{i}"], []) for i in range(11)]), [], tmp_path).queries
-    vectors = {f"q{i}": np.random.default_rng(i).normal(size=3) for i in range(11)}
-    whole = encode_to_file(texts, lambda: Given(vectors), "query", tmp_path / "whole")
+    numbers = {f"q{i}": np.random.default_rng(i).normal(size=3) for i in range(11)}
+    asked = []
 
-    class Dies(Given):
-        def encode(self, texts, field):
-            if len(self.calls) == 2:
-                raise KeyboardInterrupt
-            return super().encode(texts, field)
+    def embedded(folder):
+        asked.append(folder)
+        return embed(texts, lambda: Given(numbers), folder, EmbedConfig(field="query", shard_rows=4))
 
-    with pytest.raises(KeyboardInterrupt):
-        encode_to_file(texts, lambda: Dies(vectors), "query", tmp_path / "cut")
-    with (tmp_path / "cut" / "vectors.f32").open("ab") as file:
-        file.write(b"half a vector")
-    second = Given(vectors)
-    again = encode_to_file(texts, lambda: second, "query", tmp_path / "cut")
-    assert second.calls == [3]
-    assert again.path.read_bytes() == whole.path.read_bytes()
-
-    def never():
-        raise AssertionError("every vector is there")
-
-    assert encode_to_file(texts, never, "query", tmp_path / "cut") == again
+    found = kept(tmp_path / "q.f32", embedded)
+    assert (found.rows, found.dimensions) == (11, 3)
+    wanted = np.stack([numbers[text] for text in texts.read(0, 11)[1]]).astype("<f4")
+    np.testing.assert_array_equal(found.block(0, 11), wanted)
+    assert kept(tmp_path / "q.f32", embedded) == found
+    assert len(asked) == 1
+    assert not asked[0].exists()
 
 
-@pytest.mark.parametrize("bad", [np.zeros((1, 3)), np.zeros(11), np.full((11, 3), np.nan)])
-def test_an_encoder_that_gives_nonsense_is_told_so(tmp_path, bad):
-    texts = MiningTexts.of(source(tmp_path, [(f"q{i}", ["p"], []) for i in range(11)]), [], tmp_path).queries
-    encoder = types.SimpleNamespace(encode=lambda texts, field: bad)
-    with pytest.raises(RunError, match=r"one row for each|NaN"):
-        encode_to_file(texts, lambda: encoder, "query", tmp_path / "v")
+def test_texts_travel_to_workers_as_their_path(tmp_path):
+    texts = MiningTexts.of(source(tmp_path, [("q", ["p", "r"], ["n"])]), [], tmp_path).documents
+    there = pickle.loads(pickle.dumps(texts))
+    assert there.fingerprint == texts.fingerprint
+    assert there.read(0, 3)[1] == texts.read(0, 3)[1] == ["p", "r", "n"]
 
 
 def test_an_output_that_is_there_is_refused_and_what_a_killed_run_left_is_swept(tmp_path):

@@ -31,22 +31,20 @@ def load_backbone(
     """
     import torch
     from transformers import AutoConfig, AutoModel
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # one bar a load would drown a run's own lines
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     config.use_cache = False
     options = {"trust_remote_code": trust_remote_code, "dtype": torch.float32, **_class_options(config)}
     try:
         options["attn_implementation"] = _attention(attention, config)
         if any(folder.glob("model*.safetensors")):
-            model = AutoModel.from_pretrained(folder, config=config, use_safetensors=True, **options)
+            model = _loaded(folder, config=config, **options)
         else:
             model = AutoModel.from_config(config, **options)
             if lexical_init:
                 _begin_lexical(model)
     except (ValueError, ImportError) as error:
-        if "attention" not in str(error).lower():
+        if isinstance(error, UsageError) or "attention" not in str(error).lower():
             raise
         raise UsageError(f"model.attention: {attention} is not to be had here: {error}") from error
     return model
@@ -99,7 +97,7 @@ def _output_projections(model: PreTrainedModel) -> list[Tensor]:
 
 def pretrained_backbone(source: Path, trust_remote_code: bool) -> PreTrainedModel:
     """The transformer of a folder in transformers' format, in the type it was saved in."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
 
     if not (source / "config.json").exists():
         raise UsageError(f"model.path: {source} has no config.json, so it is no transformers model")
@@ -110,13 +108,27 @@ def pretrained_backbone(source: Path, trust_remote_code: bool) -> PreTrainedMode
         raise UsageError(
             f"model.path: {config.model_type} in {source} is an encoder-decoder; give a decoder or an encoder"
         )
-    return AutoModel.from_pretrained(
-        source,
-        trust_remote_code=trust_remote_code,
-        dtype="auto",
-        use_safetensors=True,
-        **_class_options(config),
-    )
+    return _loaded(source, trust_remote_code=trust_remote_code, dtype="auto", **_class_options(config))
+
+
+def _loaded(folder: Path, **options: Any) -> PreTrainedModel:
+    """A folder's model, every weight of it from there; without Transformers' bars and reports."""
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one bar a load would drown a run's own lines
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, info = AutoModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(info["missing_keys"]):
+        raise UsageError(
+            f"model.path: {folder} lacks {len(missing)} weights of its {type(model).__name__}, {missing[0]} among "
+            "them, which would begin at random; give the whole model, or one of another architecture in config.json"
+        )
+    return model
 
 
 def added_dropout(tower: FromConfig | None, config: PretrainedConfig) -> float:

@@ -40,6 +40,19 @@ def test_pickled_weights_are_refused(minilm, tmp_path):
         prepare_model_folder(ModelConfig(path=str(source)), tmp_path / "m")
 
 
+def test_weights_that_would_begin_at_random_are_refused(minilm, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text((minilm / "config.json").read_text())
+    weights = load_file(minilm / "model.safetensors")
+    del weights["encoder.layer.2.output.dense.bias"]
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"lacks 1 weights of its BertModel, encoder.layer.2.output.dense.bias"):
+        prepare_model_folder(ModelConfig(path=str(source)), tmp_path / "m")
+
+
 def test_an_attention_that_is_not_installed_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"model.attention: flash_attention_2"):
         tiny(tmp_path / "m", attention="flash_attention_2")
