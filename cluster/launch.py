@@ -121,8 +121,12 @@ def imported_meanwhile(*modules: str) -> Iterator[Callable[[], None]]:
 
     def run() -> None:
         for module in modules:
-            if not ended.is_set():
-                importlib.import_module(module)
+            try:
+                if not ended.is_set():
+                    importlib.import_module(module)
+            except Exception:
+                if not ended.is_set():  # else the interpreter is about to end, and what is imported can't begin
+                    raise
 
     thread = threading.Thread(target=run, name="imports")
     thread.start()
