@@ -186,9 +186,10 @@ def query(
     from cluster.console import show_hits
 
     check_json(json_file)
-    found = models.query(text, model, corpus, k)
+    console = open_console()
+    found = models.query(text, model, corpus, k, on_progress=lambda line: console.print(line, highlight=False))
     write_json(json_file, found.as_dict())
-    show_hits(open_console(), found)
+    show_hits(console, found)
 
 
 @app.command(epilog="Example: gyre doctor --json doctor.json")

@@ -40,9 +40,9 @@ _FIGURES = (
 class Progress:
     """Takes the events of a run (`on_progress`) and shows them; use it as a context.
 
-    {"kind": "phase", "text"}, {"kind": "note", "text"}, {"kind": "table", "title", "rows": {model: {metric:
-    value}}} and {"kind": "step", "step", "steps", "loss", "pairs_per_s", "tokens_per_s", "queue_age", "eta_s"}, where
-    "unit" says what is counted if not steps.
+    {"kind": "phase", "text"}, {"kind": "note", "text"}, {"kind": "parts", "finished", "parts"} of a conversion,
+    {"kind": "table", "title", "rows": {model: {metric: value}}} and {"kind": "step", "step", "steps", "loss",
+    "pairs_per_s", "tokens_per_s", "queue_age", "eta_s"}, where "unit" says what is counted if not steps.
     On a terminal the newest step is one live line; otherwise there is a line at most every PLAIN_EVERY_S
     seconds, and one for the first and the last step.
     """
@@ -51,6 +51,7 @@ class Progress:
         self._console, self._clock = console, clock
         self._live: Live | None = None
         self._printed_at = -PLAIN_EVERY_S
+        self._parts_began: tuple[float, int] | None = None
 
     def __enter__(self) -> Progress:
         return self
@@ -62,6 +63,9 @@ class Progress:
         kind = event["kind"]
         if kind == "step":
             self._step(event)
+            return
+        if kind == "parts":
+            self._parts(event["finished"], event["parts"])
             return
         self._end_live()
         if kind == "table":
@@ -81,6 +85,17 @@ class Progress:
         elif now - self._printed_at >= PLAIN_EVERY_S or event["step"] >= event["steps"]:
             self._printed_at = now
             self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _parts(self, finished: int, parts: int) -> None:
+        """Parts of a conversion; nothing where it is one, or where all were there before."""
+        now = self._clock()
+        began, before = self._parts_began = self._parts_began or (now, finished)
+        left = (parts - finished) * (now - began) / (finished - before) if finished > before else None
+        if parts > 1 and before < parts:
+            self._step({"unit": "part", "step": finished, "steps": parts, "eta_s": left})
+        if finished == parts:
+            self._parts_began = None
+            self._end_live()
 
     def _end_live(self) -> None:
         if self._live is not None:

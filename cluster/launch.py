@@ -63,7 +63,7 @@ def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | 
     """Trains, evaluates, registers and exports; blocks until done.
 
     resume       id or folder of a run to go on with; the recipe must be the one it was made with
-    on_progress  receives {"kind": "phase" | "step" | "table" | "note", …} as things happen
+    on_progress  receives {"kind": "phase" | "parts" | "step" | "table" | "note", …} as things happen
 
     Raises UsageError for a recipe or resume that can't be, RunError for a run that failed or was stopped (its
     checkpoints stay), within seconds where it is the cluster that can't hold the workers.
@@ -82,7 +82,7 @@ def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | 
     with before, imported_meanwhile(*IMPORTED_AHEAD) as wait_for_imports, connect(recipe.cluster, root):
         wait_for_imports()
         tell({"kind": "phase", "text": "preparing data and model"})
-        ready = prepare(recipe, root, earlier)
+        ready = prepare(recipe, root, earlier, lambda n, of: tell({"kind": "parts", "finished": n, "parts": of}))
         with training(ready, tell) as follow:
             tracker = open_tracker(ready, root)
             tell({"kind": "phase", "text": f"run {ready.run.run_id}: {ready.plan.steps} steps"})

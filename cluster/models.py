@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -194,7 +194,14 @@ def evaluate(
     return Evaluation(ref.name, suite, split, len(pool.queries), len(pool.documents), rows)
 
 
-def query(text: str, model: str, corpus: str = BUILTIN, k: int = 5, root: Path | None = None) -> QueryResult:
+def query(
+    text: str,
+    model: str,
+    corpus: str = BUILTIN,
+    k: int = 5,
+    root: Path | None = None,
+    on_progress: Callable[[str], None] = lambda line: None,
+) -> QueryResult:
     """The k documents of a corpus nearest to `text`.
 
     corpus: the built-in one, or a folder of text files (one document a file). The corpus's vectors are kept
@@ -207,7 +214,7 @@ def query(text: str, model: str, corpus: str = BUILTIN, k: int = 5, root: Path |
     ref = resolve(model, root)
     names, texts = _corpus(corpus, root or home())
     with open_encoder(ref.folder) as encoder:
-        documents = _corpus_vectors(encoder, ref.folder, texts, (root or home()) / "vectors")
+        documents = _corpus_vectors(encoder, ref.folder, texts, (root or home()) / "vectors", on_progress)
         positions, scores = rank(encoder.encode([text], "query"), documents, min(k, len(texts)))
     hits = [Hit(float(s), names[i], texts[i]) for i, s in zip(positions[0], scores[0], strict=True)]
     return QueryResult(text, ref.name, corpus, len(texts), hits)
@@ -238,7 +245,9 @@ def _text_of(path: Path) -> str | None:
         return None
 
 
-def _corpus_vectors(encoder: Encoder, folder: Path, texts: list[str], cache: Path) -> np.ndarray:
+def _corpus_vectors(
+    encoder: Encoder, folder: Path, texts: list[str], cache: Path, on_progress: Callable[[str], None]
+) -> np.ndarray:
     import numpy as np
 
     digest = hashlib.sha256(json.dumps(texts).encode())
@@ -246,6 +255,7 @@ def _corpus_vectors(encoder: Encoder, folder: Path, texts: list[str], cache: Pat
     kept = cache / f"{digest.hexdigest()[:32]}.npy"
     if kept.is_file():
         return np.load(kept)
+    on_progress(f"embedding {len(texts):,} documents, once for this model and corpus")
     vectors = encoder.encode(texts, "document")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=cache, suffix=".making", delete=False) as making:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from data_services.faults import BadRows
     from data_services.order import Plan
     from data_services.sources import SourceConfig
-    from data_services.store import StoredSource
+    from data_services.store import Report, StoredSource
     from data_services.stream import Reader
     from data_services.tokenizer import FolderTokenizer
 
@@ -94,14 +94,17 @@ def check_resumable(run: RunPaths, recipe: Recipe) -> None:
         )
 
 
-def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None) -> Prepared:
-    """Sources as Parquet, the model folder, the plan. A new run's folder appears only once all of that is there."""
+def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None, report: Report | None = None) -> Prepared:
+    """Sources as Parquet, the model folder, the plan. A new run's folder appears only once all of that is there.
+
+    report  takes (finished parts, parts) of each source that is converted
+    """
     from data_services.sources import open_source
     from data_services.stream import plan_of
 
-    sources = tuple(open_source(source, root) for source in recipe.data.sources)
+    sources = tuple(open_source(source, root, report) for source in recipe.data.sources)
     # What the finished model is scored on, too, so that a fault in it is told before training.
-    pools = {split: open_source(pool, root) for split, pool in pools_of(recipe).items()}
+    pools = {split: open_source(pool, root, report) for split, pool in pools_of(recipe).items()}
     plan = plan_of(recipe.data, sources, recipe.seed)
     if recipe.optimizer.warmup_steps >= plan.steps:
         raise UsageError(

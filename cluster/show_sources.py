@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -19,19 +18,11 @@ _SHOWN_CHARACTERS, _SHOWN_TEXTS = 100, 3
 class PartsDone(Progress):
     """Takes (finished parts, parts) of a conversion and shows them with the time that is left."""
 
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
-        self._began: tuple[float, int] | None = None
-
     def __enter__(self) -> PartsDone:
         return self
 
     def __call__(self, finished: int, parts: int) -> None:  # type: ignore[override]
-        now = time.monotonic()
-        began, before = self._began = self._began or (now, finished)
-        left = (parts - finished) * (now - began) / (finished - before) if finished > before else None
-        if parts > 1:
-            super().__call__({"kind": "step", "unit": "part", "step": finished, "steps": parts, "eta_s": left})
+        super().__call__({"kind": "parts", "finished": finished, "parts": parts})
 
 
 def show_inspection(console: Console, found: Inspection, source: str) -> None:

@@ -26,7 +26,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,12 @@ class StoredSource:
 
     @property
     def rows(self) -> int:
-        return sum(self.row_groups)
+        return int(self._ends[-1]) if self.row_groups else 0
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """[groups] the row after each row group's last."""
+        return np.cumsum(self.row_groups)
 
     def read(self, rows: np.ndarray) -> pa.Table:
         """Those rows [m], in that order, repetitions included, as a table of `SCHEMA`.
@@ -85,7 +90,7 @@ class StoredSource:
         if rows.min() < 0 or rows.max() >= self.rows:
             wrong = rows[(rows < 0) | (rows >= self.rows)][0]
             raise ValueError(f"row {wrong} is not among the {self.rows} rows of source {self.name}")
-        ends = np.cumsum(self.row_groups)
+        ends = self._ends
         groups = np.searchsorted(ends, rows, side="right")
         # By group, so that none is copied whole; then back to the order asked for.
         order = np.argsort(groups, kind="stable")

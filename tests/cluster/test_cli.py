@@ -194,6 +194,16 @@ def test_plain_lines_follow_the_clock():
     assert [line.split(" ·")[0] for line in lines] == ["step 1/300", "step 6/300", "step 11/300"]
 
 
+def test_parts_of_a_conversion_are_shown_with_the_time_that_is_left():
+    now = [0.0]
+    console = Console(file=io.StringIO(), width=80)
+    progress = Progress(console, clock=lambda: now[0])
+    for finished, parts in ((1, 1), (3, 3), (1, 3), (2, 3), (3, 3), (0, 2)):  # the first two were there before
+        progress({"kind": "parts", "finished": finished, "parts": parts})
+        now[0] += 10
+    assert console.file.getvalue().splitlines() == ["part 1/3", "part 2/3 · ETA 10 s", "part 3/3 · ETA 0 s", "part 0/2"]
+
+
 def test_the_step_line_leaves_out_what_is_not_known():
     assert step_line({**STEP, "step": 120, "eta_s": 75}) == (
         "step 120/300 · loss 0.4313 · 1,204 pairs/s · 98,000 tokens/s · ETA 1:15"
