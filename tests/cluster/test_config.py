@@ -230,3 +230,8 @@ def test_views_are_read_by_kind_and_texts_alone_need_a_pool(recipe):
     neither = ["evaluation.validation=null", "evaluation.heldout=null"]
     texts = load_recipe(sources(crop), neither).data.sources[0]
     assert texts.texts_alone("pairs", "heldout").positive is None  # as the layout has it
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_that_comes_along_is_one(file):
+    assert load_recipe(file, []).name == file.stem.replace("_", "-")
