@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,17 +47,24 @@ def export_sentence_transformer(
     model_folder  what `prepare_model_folder` made
     model         the recipe's section, needed where it has an adapter
     """
+    with whole_folder(out) as making:
+        _write(weights, spec.exported(), model_folder, making, model)
+    return out
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write in, which takes the place of `out` at the end. RunError where the disk fails."""
     making = out.with_name(f".{out.name}.making-{os.getpid()}")
     try:
         making.mkdir(parents=True)
-        _write(weights, spec.exported(), model_folder, making, model)
+        yield making
         shutil.rmtree(out, ignore_errors=True)
         making.rename(out)
     except OSError as error:
         raise RunError(f"the export to {out} failed: {error}") from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    return out
 
 
 def load_exported(folder: Path, attention: str = "auto") -> TextEncoder:

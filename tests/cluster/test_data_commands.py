@@ -2,28 +2,8 @@
 
 import gzip
 import json
-import sys
 
 import pytest
-
-from cluster import cli
-
-
-@pytest.fixture
-def gyre(monkeypatch, capsys, tmp_path):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GYRE_HOME", str(tmp_path / "home"))
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gyre", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out = capsys.readouterr()
-        return caught.value.code or 0, out.out, out.err
-
-    return run
-
 
 ROWS = [{"anchor": f"a{i}", "positive": f"p{i} " + "long " * 40, "negative": f"n{i}", "more": 1} for i in range(19)]
 

@@ -13,7 +13,6 @@ it weights, else it starts as a copy. The export is a Sentence Transformers fold
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -24,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_services.schema import RunError, UsageError
+from data_services.schema import UsageError
 from trainers.encoders.backbone import saved_shapes
 from trainers.encoders.model_folder import prepare_model_folder
 from trainers.encoders.spec import ModelSpec
 from trainers.encoders.text import LocalEncoder, TextEncoder, build_encoder
-from trainers.export import export_sentence_transformer, load_exported
+from trainers.export import export_sentence_transformer, load_exported, whole_folder
 
 if TYPE_CHECKING:
     from trainers.config import ModelConfig
@@ -186,19 +185,12 @@ def export_towers(
     `SentenceTransformer(out)` encodes queries by `encode_query` and documents by `encode_document`; with pooling
     "tokens" `MultiVectorEncoder(out)` does.
     """
-    making = out.with_name(f".{out.name}.making-{os.getpid()}")
-    try:
+    with whole_folder(out) as making:
         for field in (QUERY, DOCUMENT):
             prefix = f"{field}."
             own = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
             export(own, spec, _own_folder(model_folder, field), making / field)
         _write_router(making)
-        shutil.rmtree(out, ignore_errors=True)
-        making.rename(out)
-    except OSError as error:
-        raise RunError(f"the export to {out} failed: {error}") from error
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
     return out
 
 
