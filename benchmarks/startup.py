@@ -19,10 +19,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.common import (
     QUICKSTART,
@@ -67,6 +69,7 @@ def main() -> None:
 def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
     rounds = 1 if args.quick else args.rounds
     runs: dict[str, list[dict[str, float]]] = {"starts_a_cluster": [], "running_cluster": []}
+    cpu: dict[str, list[float]] = {kind: [] for kind in runs}
     first = parts_of(start(home, args.workers, {}))
     print(f"  first run in an empty home: {sum(first.values()):.1f} s", flush=True)
     for i, kind in in_turns(list(runs), rounds):
@@ -76,11 +79,13 @@ def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
         else:
             ends = start(home, args.workers, {})
         runs[kind].append(parts_of(ends))
+        cpu[kind].append(ends["cpu_s"])
         print(f"  round {i + 1}, {kind}: {sum(runs[kind][-1].values()):.1f} s", flush=True)
     figures: dict[str, Any] = {
         kind: {
             "to_first_step_s": spread([sum(run.values()) for run in its]),
             "parts_s": {part: spread([run[part] for run in its]) for part in PARTS},
+            "cpu_s": spread(cpu[kind]),
         }
         for kind, its in runs.items()
     }
@@ -98,6 +103,8 @@ def show(figures: dict[str, Any]) -> None:
     print(", ".join(f"{name} {value}" for name, value in figures["setting"].items()))
     for kind in ("starts_a_cluster", "running_cluster"):
         print(f"{kind.replace('_', ' ')}: {shown(figures[kind]['to_first_step_s'], '{:.1f}')} s to the first step")
+        cpu, cores = figures[kind]["cpu_s"], os.cpu_count() or 1
+        print(f"  {shown(cpu, '{:.1f}')} s of CPU by then, {cpu['median'] / cores:.1f} s if it kept {cores} cores busy")
         for part, what in PARTS.items():
             print(f"  {shown(figures[kind]['parts_s'][part], '{:5.1f}'):>24} s  {what}")
     print(f"first run in an empty home: {figures['first_run']['to_first_step_s']:.1f} s")
@@ -135,9 +142,20 @@ def start(home: Path, workers: int, env: dict[str, str]) -> dict[str, float]:
                 sys.exit("the run came to no first step:\n" + "".join(said[-15:]))
             time.sleep(0.02)
         ends["stepped"] = time.time()
+        ends["cpu_s"] = cpu_seconds(process.pid)
     finally:
         _stop(process)
     return ends | ends_in(run, ends["stepped"])
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process and all that it has started have computed; a cluster that was there before isn't among it."""
+    total = 0.0
+    for process in (command := psutil.Process(pid), *command.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def _stepped(home: Path, earlier: set[Path]) -> Path | None:

@@ -121,7 +121,7 @@ def peak_memory_bytes() -> int:
 
 def measured_peak_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.2) -> float:
     """Multiply-adds x 2 a second of a large matrix product on this worker: the denominator of utilisation."""
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 512  # on a CPU short enough to come through between other processes
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
     end = time.perf_counter() + seconds
