@@ -27,7 +27,13 @@ from trainers.objectives.sections.numbers import Term
 from trainers.objectives.sections.wrappers import GradedWeights, Layers, MaskedLM, Matryoshka
 
 # The column of a source for what a loss needs of each pair.
-CLASS_OF = {"labels": "label", "tasks": "task", "languages": "language", "modalities": "modality"}
+COLUMN_OF = {
+    "labels": "label",
+    "tasks": "task",
+    "languages": "language",
+    "modalities": "modality",
+    "frequencies": "frequency",
+}
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 
 
@@ -131,7 +137,7 @@ class Recipe(Section):
             where = f"terms.{i - 1}" if i else "objective"
             for need in sorted(term.needs):
                 columns = {"scores": ["positive_scores"] + ["negative_scores"] * (self.data.most_negatives > 0)}
-                for column in columns.get(need, [CLASS_OF[need]] if need in CLASS_OF else []):
+                for column in columns.get(need, [COLUMN_OF[need]] if need in COLUMN_OF else []):
                     if column not in there:
                         raise ValueError(
                             f"{where} needs {column} of every pair: name its field in every one of "

@@ -112,6 +112,7 @@ def tokenise(
         ),
         scores=_scores(table, right, wrong, places),
         weights=known(Column.WEIGHT, 1.0),
+        frequencies=known(Column.FREQUENCY, 1.0),
         labels=known(Column.LABEL, UNKNOWN),
         tasks=tasks,
         languages=known(Column.LANGUAGE, UNKNOWN),

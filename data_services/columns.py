@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
         (Column.POSITIVE_SCORES, pa.list_(pa.float32())),
         (Column.NEGATIVE_SCORES, pa.list_(pa.float32())),
         (Column.WEIGHT, pa.float32()),
+        (Column.FREQUENCY, pa.float32()),
         *((name, pa.int64()) for name in Column.CLASSES),
     ]
 )
@@ -96,6 +97,9 @@ def _clean(raw: pa.Table, fields: Fields) -> pa.Table:
             made[name] = _scores(column(field), texts)
     if fields.weight is not None:
         made[Column.WEIGHT] = _weights(column(fields.weight))
+    if fields.frequency is not None:
+        made[Column.FREQUENCY] = frequencies = _weights(column(fields.frequency))
+        _sure(bool((frequencies.to_numpy() > 0).all()))
     for name in Column.CLASSES:
         field = getattr(fields, name)
         if field is not None:

@@ -37,6 +37,7 @@ class Record(NamedTuple):
     positive_scores: list[float] | None = None
     negative_scores: list[float] | None = None
     weight: float | None = None
+    frequency: float | None = None
     label: int | None = None
     task: int | None = None
     language: int | None = None
@@ -69,6 +70,7 @@ class Fields(NamedTuple):
     positive_scores: str | None = None
     negative_scores: str | None = None
     weight: str | None = None
+    frequency: str | None = None
     label: str | None = None
     task: str | None = None
     language: str | None = None
@@ -150,6 +152,7 @@ def _read(row: Mapping[str, Any], fields: Fields) -> Record:
         _scores(row, fields.positive_scores, fields.positive, len(positives)),
         _scores(row, fields.negative_scores, ", ".join(fields.negatives), len(negatives)),
         _weight(row, fields.weight),
+        _frequency(row, fields.frequency),
         **{name: _class(row, getattr(fields, name)) for name in Column.CLASSES},
     )
 
@@ -238,6 +241,13 @@ def _weight(fields: Mapping[str, Any], field: str | None) -> float | None:
     if weight < 0:
         raise _Unusable(f"field {field!r} is a negative weight")
     return weight
+
+
+def _frequency(fields: Mapping[str, Any], field: str | None) -> float | None:
+    frequency = _weight(fields, field)
+    if frequency == 0:
+        raise _Unusable(f"field {field!r} is a frequency of 0, of a row that is there")
+    return frequency
 
 
 def _class(fields: Mapping[str, Any], field: str | None) -> int | None:

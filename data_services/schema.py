@@ -61,17 +61,19 @@ class Column:
     positive_scores list<float32>  how well each positive answers the query: a teacher's score, a graded relevance
     negative_scores list<float32>  the same of the negatives
     weight          float32        of the record in a loss's means, not negative
+    frequency       float32        how often the positives are drawn, 1 as usual; above 0
     label, task, language, modality
                     int64          classes (`class_id`); UNKNOWN in a row that has none
     """
 
     ID, QUERY, POSITIVES, NEGATIVES = "id", "query", "positives", "negatives"
     QUERY_ID, POSITIVE_IDS, NEGATIVE_IDS = "query_id", "positive_ids", "negative_ids"
-    POSITIVE_SCORES, NEGATIVE_SCORES, WEIGHT = "positive_scores", "negative_scores", "weight"
+    POSITIVE_SCORES, NEGATIVE_SCORES = "positive_scores", "negative_scores"
+    WEIGHT, FREQUENCY = "weight", "frequency"
     LABEL, TASK, LANGUAGE, MODALITY = "label", "task", "language", "modality"
     NEEDED = (QUERY, POSITIVES, NEGATIVES, QUERY_ID, POSITIVE_IDS, NEGATIVE_IDS)
     CLASSES = (LABEL, TASK, LANGUAGE, MODALITY)
-    OPTIONAL = (POSITIVE_SCORES, NEGATIVE_SCORES, WEIGHT, *CLASSES)
+    OPTIONAL = (POSITIVE_SCORES, NEGATIVE_SCORES, WEIGHT, FREQUENCY, *CLASSES)
 
 
 def text_id(text: str) -> int:
@@ -150,11 +152,14 @@ class Pairs:
 
     scores         [d] float32, how well a document answers its owner; NaN: not known
     weights        [b] float32 of each query's record in the means; 1 where its source has none
+    frequencies    [b] float32 of each query's positives, 1 as usual and where its source has none
     labels, tasks, languages, modalities
                    [b] int64 classes of each query's record; UNKNOWN equals nothing
     """
 
-    OF_QUERIES: ClassVar = ("query_ids", "rows", "weights", "labels", "tasks", "languages", "modalities")
+    OF_QUERIES: ClassVar = (
+        "query_ids", "rows", "weights", "frequencies", "labels", "tasks", "languages", "modalities"
+    )  # fmt: skip
     OF_DOCUMENTS: ClassVar = ("document_ids", "owners", "relations", "scores")
 
     step: int
@@ -168,6 +173,7 @@ class Pairs:
     prompt_tokens: np.ndarray
     scores: np.ndarray | None = None
     weights: np.ndarray | None = None
+    frequencies: np.ndarray | None = None
     labels: np.ndarray | None = None
     tasks: np.ndarray | None = None
     languages: np.ndarray | None = None

@@ -85,6 +85,12 @@ class SourceConfig(Section):
     )
     negative_scores: str | None = Field(None, min_length=1, description="field of the hard negatives' scores")
     pair_weight: str | None = Field(None, min_length=1, description="field of the row's weight in the loss, 0 or more")
+    frequency: str | None = Field(
+        None,
+        min_length=1,
+        description="field that says how often the row's positives come in the data, 1 as usual: for "
+        "objective.sampling_correction",
+    )
     label: str | None = Field(None, pattern=_CLASS, description="field of the row's class, or =NAME for all rows")
     task: str | None = Field(
         None, pattern=_CLASS, description="field of the row's task, or =NAME for all rows; none: the source's name"

@@ -103,6 +103,9 @@ def keys_of(batch: Batch, lengths: Tensor | None, device: torch.device) -> tuple
     rejects = np.where(batch.relations < 0, batch.query_ids[batch.owners], UNKNOWN)
     queries = {"query_ids": batch.query_ids, "document_ids": batch.document_ids[:b]}
     documents = {"query_ids": batch.answers, "document_ids": batch.document_ids, "rejects": rejects}
+    if batch.frequencies is not None:  # a hard negative was chosen, not drawn: it counts as a usual one
+        of_documents = np.where(batch.relations > 0, batch.frequencies[batch.owners], 1)
+        documents["log_q"] = np.log(of_documents).astype(np.float32)
     queries |= {name: of_queries for name, (of_queries, _) in classes.items()}
     documents |= {name: of_documents for name, (_, of_documents) in classes.items()}
     both = [Keys(**{name: _there(column, device) for name, column in side.items()}) for side in (queries, documents)]

@@ -235,3 +235,11 @@ def test_views_are_read_by_kind_and_texts_alone_need_a_pool(recipe):
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_that_comes_along_is_one(file):
     assert load_recipe(file, []).name == file.stem.replace("_", "-")
+
+
+def test_a_sampling_correction_needs_to_know_how_often_documents_are_drawn(recipe):
+    path = recipe()
+    with pytest.raises(UsageError, match=r"objective needs frequency of every pair: name its field"):
+        load_recipe(path, ["objective.sampling_correction=true"])
+    corrected = load_recipe(path, ["objective.sampling_correction=true", "data.sources.0.frequency=count"])
+    assert corrected.objective.needs == {"frequencies"}

@@ -20,6 +20,7 @@ FIELDS = Fields(
     ("n", "m"),
     "ps",
     weight="w",
+    frequency="f",
     label="l",
     task="=nli",
     language="g",
@@ -37,7 +38,8 @@ def by_rows(rows, fields):
 
 good_text = st.sampled_from(["a", "b c", "über", "日本", "\U0001f600", " x "])
 good = st.fixed_dictionaries(
-    {"q": good_text, "p": good_text, "w": st.sampled_from([0, 1, 2.5]), "i": st.sampled_from(["1", "x"])},
+    {"q": good_text, "p": good_text, "w": st.sampled_from([0, 1, 2.5]), "i": st.sampled_from(["1", "x"])}
+    | {"f": st.sampled_from([1, 0.25, 8])},
     optional={
         "n": st.none() | good_text,
         "m": st.none() | st.lists(good_text, max_size=3),
@@ -69,6 +71,8 @@ faults = st.sampled_from(
         {"ps": 1e39},
         {"ps": float("nan")},
         {"w": -1},
+        {"f": 0},
+        {"f": "often"},
         {"w": float("inf")},
         {"l": 2**63},
         {"l": -(2**63)},
@@ -100,7 +104,8 @@ def test_json_lines_by_columns_are_what_they_are_row_by_row(tmp_path_factory, ro
 
 def test_what_has_no_fault_goes_by_columns(tmp_path):
     rows = [
-        {"q": f"q{i}", "p": ["a", "b"], "n": None, "m": ["x"] * (i % 3), "ps": [1, 2], "w": 1, "i": i} for i in range(9)
+        {"q": f"q{i}", "p": ["a", "b"], "n": None, "m": ["x"] * (i % 3), "ps": [1, 2], "w": 1, "f": 2, "i": i}
+        for i in range(9)
     ]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row | {"l": 1, "g": None, "r": "x"}) + "\r\n" for row in rows))

@@ -228,15 +228,26 @@ def test_scores_of_hard_negatives_need_the_field_of_the_negatives():
 
 
 RICH = [
-    {"query": "a", "positive": ["x", "y"], "hard": ["z"], "p": [1, 0.5], "n": [0.25], "w": 2, "class": 3, "lang": "en"},
-    {"query": "b", "positive": "x", "hard": None, "p": 1.5, "n": None, "w": 0.5, "class": "c", "lang": "de"},
-    {"query": "c", "positive": "x", "hard": "z", "p": [0], "n": -1, "w": 0, "class": None, "lang": None},
+    {
+        "query": "a",
+        "positive": ["x", "y"],
+        "hard": ["z"],
+        "p": [1, 0.5],
+        "n": [0.25],
+        "w": 2,
+        "f": 1,
+        "class": 3,
+        "lang": "en",
+    },
+    {"query": "b", "positive": "x", "hard": None, "p": 1.5, "n": None, "w": 0.5, "f": 9, "class": "c", "lang": "de"},
+    {"query": "c", "positive": "x", "hard": "z", "p": [0], "n": -1, "w": 0, "f": 0.5, "class": None, "lang": None},
 ]
 RICH_FIELDS = {
     "negatives": "hard",
     "positive_scores": "p",
     "negative_scores": "n",
     "pair_weight": "w",
+    "frequency": "f",
     "label": "class",
     "task": "=nli",
     "language": "lang",
@@ -256,6 +267,7 @@ def test_scores_weights_and_classes_come_from_the_fields_that_the_recipe_names(t
     assert table[Column.POSITIVE_SCORES].to_pylist() == [[1, 0.5], [1.5], [0]]
     assert table[Column.NEGATIVE_SCORES].to_pylist() == [[0.25], [], [-1]]
     assert table[Column.WEIGHT].to_pylist() == [2, 0.5, 0]
+    assert table[Column.FREQUENCY].to_pylist() == [1, 9, 0.5]
     labels = [3, text_id("c"), UNKNOWN] if name == "a.jsonl" else [3, 3, 3]
     assert table[Column.LABEL].to_pylist() == labels
     assert table[Column.TASK].to_pylist() == [text_id("nli")] * 3

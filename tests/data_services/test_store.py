@@ -99,6 +99,7 @@ def test_columns_that_a_source_has_besides_are_kept_and_named(tmp_path):
         Column.POSITIVE_SCORES: [0.5, -2.0],
         Column.NEGATIVE_SCORES: [],
         Column.WEIGHT: 0.25,
+        Column.FREQUENCY: 3.0,
         Column.LABEL: -(2**63) + 1,
         Column.TASK: 2**63 - 1,
         Column.LANGUAGE: None,
@@ -213,7 +214,13 @@ def test_the_fingerprint_follows_every_field(tmp_path, change):
 
 @pytest.mark.parametrize("column", Column.OPTIONAL)
 def test_the_fingerprint_follows_every_column_that_a_source_may_have(tmp_path, column):
-    values = [[1.0, 2.0], [1.0, 2.5], [2.0, 1.0]] if column.endswith("scores") else [0, 1, 2]
+    values = (
+        [[1.0, 2.0], [1.0, 2.5], [2.0, 1.0]]
+        if column.endswith("scores")
+        else [0.5, 1, 2]
+        if column == Column.FREQUENCY
+        else [0, 1, 2]
+    )
     rows = [Row(1, {"q": "q", "p": ["a", "b"], "n": ["c", "d"], "id": "1", "more": value}) for value in values]
     fields = FIELDS._replace(**{column: "more"})
     found = {stored_rows(tmp_path / "slot", [r], fields=fields).fingerprint for r in rows}

@@ -119,7 +119,8 @@ class Harder:
 
 class Sampled:
     """Divides each candidate's exponential by the probability with which it was sampled (the logQ correction of
-    sampled soft-max: Bengio & Senecal 2008; Yi et al. 2019), from `Keys.log_q`."""
+    sampled soft-max: Bengio & Senecal 2008; Yi et al. 2019), from `Keys.log_q`. The positive, which wasn't sampled, is
+    left as it is."""
 
     symmetric = False
 

@@ -81,7 +81,9 @@ class ContrastiveSection(Term):
     false_negatives: FalseNegatives | None = Field(None, description="hides candidates too close to the positive")
     debiased: Debiased | None = Field(None, description="reweights hard negatives and corrects for false ones")
     harder: float = Field(0.0, ge=0, description="weights each negative by exp(harder * logit), as a constant")
-    sampling_correction: bool = Field(False, description="divide by the probability with which it was sampled (logQ)")
+    sampling_correction: bool = Field(
+        False, description="divide a negative's exponential by how often it is drawn (logQ), data.sources.frequency"
+    )
     mask_same_document: bool = Field(True, description="a candidate equal to the query's positive is no negative")
     mask_same_query: bool = Field(True, description="a document of an equal query is no negative")
     mask_same_label: bool = Field(False, description="a candidate of the query's label is no negative")
@@ -110,7 +112,8 @@ class ContrastiveSection(Term):
     @property
     def needs(self) -> frozenset[str]:
         labels = self.mask_same_label or (self.positives is not None and self.positives.same_label)
-        return frozenset((*self.only_same, *(["labels"] if labels else [])))
+        more = ["labels"] * labels + ["frequencies"] * self.sampling_correction
+        return frozenset((*self.only_same, *more))
 
     @model_validator(mode="after")
     def _can_be_combined(self) -> ContrastiveSection:
