@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -52,12 +53,13 @@ def prepare_model_folder(config: ModelConfig, folder: Path, train_tokenizer: Tra
 
 
 def _prepare(config: ModelConfig, folder: Path, train_tokenizer: TrainTokenizer | None) -> ModelSpec:
-    model, tokenizer, settings = _origin(config, folder, train_tokenizer)
+    model, tokenizer, settings, source = _origin(config, folder, train_tokenizer)
     if config.init_from is not None:
         load_init_from(model, tokenizer, Path(config.init_from))
     spec = spec_of(config, settings, model, tokenizer)
     check(config, spec, model, tokenizer)
-    if config.config is not None and config.init_from is None:
+    as_it_is = config.init_from is None and not config.trust_remote_code  # remote code lies beside the weights
+    if as_it_is and (source is None or _copy_weights(source, folder)):
         model.config.save_pretrained(folder)
     else:
         model.save_pretrained(folder)
@@ -99,7 +101,8 @@ def read_readout(folder: Path) -> dict[str, Tensor]:
 
 def _origin(
     config: ModelConfig, folder: Path, train_tokenizer: TrainTokenizer | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Settings | None]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Settings | None, Path | None]:
+    """The model, its tokenizer, what a Sentence Transformers folder says, and the folder of pretrained weights."""
     if config.config is not None:
         if config.init_from is not None:
             tokenizer = _tokenizer(Path(config.init_from), config.trust_remote_code)
@@ -109,13 +112,29 @@ def _origin(
             train_tokenizer(config.config.vocabulary, folder)
             tokenizer = _tokenizer(folder, config.trust_remote_code)
         longest = max_tokens(config, None, None)
-        return random_backbone(config.config, tokenizer, longest), tokenizer, None
+        return random_backbone(config.config, tokenizer, longest), tokenizer, None, None
     assert config.path is not None, "ModelConfig has exactly one of path and config"
     root = resolve(config.path, config.trust_remote_code)
     settings = read_settings(root)
     source = root / settings.transformer if settings else root
     model = pretrained_backbone(source, config.trust_remote_code)
-    return model, _tokenizer(source, config.trust_remote_code), settings
+    return model, _tokenizer(source, config.trust_remote_code), settings, source
+
+
+def _copy_weights(source: Path, folder: Path) -> bool:
+    """Copies the files that a model's weights lie in; False where they have unusual names.
+
+    Writing them anew would hold them in memory twice, and Transformers imports DeepSpeed for it.
+    """
+    index = source / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.exists():
+        names = {index.name, *json.loads(index.read_text())["weight_map"].values()}
+    if not all((source / name).is_file() for name in names):
+        return False
+    for name in names:
+        shutil.copyfile(source / name, folder / name)
+    return True
 
 
 def resolve(path: str, trust_remote_code: bool = False, key: str = "model.path") -> Path:
