@@ -78,15 +78,20 @@ def mine_step(run: RunPaths, step: int) -> None:
     sources = [open_source(source, run.root.parent) for source in recipe.data.sources]
     fingerprints = []
     for number, source in enumerate(sources):
-        work = folder / f"{number}.making"
+        # Of this process alone: the miner of an attempt that was killed may live on for a moment.
+        work = folder / f"{number}.making-{os.getpid()}"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         _mine_source(source, recipe, folder, work)
         fingerprints.append(_fingerprint(sorted((work / "source").iterdir())))
-        shutil.rmtree(folder / str(number), ignore_errors=True)
-        (work / "source").rename(folder / str(number))
-        shutil.rmtree(work)
+        try:
+            (work / "source").rename(folder / str(number))
+        except OSError:
+            if not (folder / str(number)).exists():  # else an earlier attempt came so far, with the same
+                raise
     write_json(folder / MINED, {"of": [s.fingerprint for s in sources], "fingerprints": fingerprints})
+    for work in folder.glob("*.making-*"):
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _mine_source(source: StoredSource, recipe: Recipe, folder: Path, work: Path) -> None:
@@ -118,11 +123,13 @@ def _fingerprint(files: list[Path]) -> str:
 
 
 def main() -> None:
-    run, step = RunPaths(Path(sys.argv[1])), int(sys.argv[2])
-    threading.Thread(target=_end_with, args=(int(sys.argv[3]),), daemon=True).start()
+    run, step, parent = RunPaths(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         mine_step(run, step)
     except (UsageError, RunError, OSError) as error:
+        if os.getppid() != parent:  # the next attempt has a miner of its own
+            os._exit(1)
         (step_folder(run.mined, step) / FAILED).write_text(" ".join(str(error).split()))
         sys.exit(1)
 
