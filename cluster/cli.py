@@ -6,6 +6,7 @@ imported inside the commands, so that help answers at once.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -239,6 +240,10 @@ def _explain(error: Exception) -> int:
     if code is not None:
         print(f"gyre: {error}", file=sys.stderr)
         return code
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" of {error.filename}" if error.filename else ""
+        print(f"gyre: no space left on the disk{where}; make room and run the same command again", file=sys.stderr)
+        return FAILED
     what = " ".join(f"{type(error).__name__}: {error}".split())
     print(f"gyre: unexpected {what[:300]} (traceback: {_save_traceback(error)})", file=sys.stderr)
     return FAILED

@@ -65,7 +65,7 @@ class Progress:
             self._step(event)
             return
         if kind == "parts":
-            self._parts(event["finished"], event["parts"])
+            self.parts(event["finished"], event["parts"])
             return
         self._end_live()
         if kind == "table":
@@ -86,8 +86,8 @@ class Progress:
             self._printed_at = now
             self._console.print(line, highlight=False, soft_wrap=True)
 
-    def _parts(self, finished: int, parts: int) -> None:
-        """Parts of a conversion; nothing where it is one, or where all were there before."""
+    def parts(self, finished: int, parts: int) -> None:
+        """Finished parts of a conversion, with the time that is left; nothing of a single one, or of what was there."""
         now = self._clock()
         began, before = self._parts_began = self._parts_began or (now, finished)
         left = (parts - finished) * (now - began) / (finished - before) if finished > before else None
@@ -150,6 +150,12 @@ def show_table(console: Console, header: Iterable[str], rows: Iterable[Iterable[
         console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
 
 
+def show_lines(console: Console, *lines: str) -> None:
+    """As they are: no markup, no colours, never cut at a width."""
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 def show_trained(console: Console, result: Mapping[str, Any], root: Path) -> None:
     """The last lines of a training: where everything is and what to type next. root: the run's home."""
     registered, aliases = result["model_name"], ", ".join(result["aliases"])
@@ -187,15 +193,15 @@ def show_evaluation(console: Console, found: Evaluation) -> None:
 def show_embedding(console: Console, found: EmbeddingResult) -> None:
     """What there is now, where, and how to read it."""
     corpus, earlier = found.corpus, found.corpus.rows - found.encoded
-    for line in (
+    show_lines(
+        console,
         f"{corpus.rows:,} vectors of {corpus.dimensions} dimensions, {corpus.dtype}, metric {corpus.metric}"
         + (f"; {earlier:,} of them were there" if earlier else ""),
         str(corpus.folder),
         "next: pyarrow.parquet.read_table of its files, or in Python",
         "  from data_services.embed import EmbeddedCorpus",
         f"  EmbeddedCorpus.open(Path({str(corpus.folder)!r})).vectors(0, 10)",
-    ):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    )
 
 
 def show_versions(console: Console, versions: list[Version]) -> None:
@@ -239,12 +245,12 @@ def show_planned(console: Console, planned: PlannedBatch, characters: int = 60) 
     weights = ", ".join(f"{name} {weight:.3g}" for name, weight in planned.weights.items())
     by_worker = " + ".join(map(str, planned.tokens))
     shared = f"{planned.duplicates} rows share their query or a positive with one before: the loss masks them"
-    for line in (
+    show_lines(
+        console,
         f"step {planned.step} of {planned.steps}: {len(planned.rows)} rows; weights: {weights}",
         f"{sum(planned.tokens)} tokens, by worker {by_worker}",
         shared if planned.duplicates else "no two rows share their query or a positive",
-    ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    )
 
 
 def show_diagnosis(console: Console, found: Diagnosis) -> None:

@@ -150,15 +150,16 @@ def inspect(
 @data_app.command(epilog="Example: gyre data convert 's3://bucket/pairs/*.jsonl.zst' format=flagembedding")
 def convert(source: Source, keys: SourceKeys = None, json_file: Json = None) -> None:
     """Convert a source to Parquet, as training would at its start; a killed conversion goes on."""
+    from cluster.console import Progress
     from cluster.paths import home
     from cluster.sections import source_section
-    from cluster.show_sources import PartsDone, show_conversion
+    from cluster.show_sources import show_conversion
     from data_services.inspection import convert as convert_source
 
     check_json(json_file)
     console = open_console()
-    with PartsDone(console) as report:
-        done = convert_source(source_section(source, keys or []), home(), report)
+    with Progress(console) as progress:
+        done = convert_source(source_section(source, keys or []), home(), progress.parts)
     write_json(json_file, done.as_dict())
     show_conversion(console, done, source)
 
@@ -166,15 +167,16 @@ def convert(source: Source, keys: SourceKeys = None, json_file: Json = None) -> 
 @data_app.command(epilog="Example: gyre data validate pairs.jsonl quarantine_share=0.01 --json validation.json")
 def validate(source: Source, keys: SourceKeys = None, json_file: Json = None) -> None:
     """Read every row and list what is malformed, by reason; exit 1 where it is more than quarantine_share."""
+    from cluster.console import Progress
     from cluster.paths import home
     from cluster.sections import source_section
-    from cluster.show_sources import PartsDone, show_validation
+    from cluster.show_sources import show_validation
     from data_services.inspection import validate as validate_source
 
     check_json(json_file)
     console = open_console()
-    with PartsDone(console) as report:
-        found = validate_source(source_section(source, keys or []), home(), report)
+    with Progress(console) as progress:
+        found = validate_source(source_section(source, keys or []), home(), progress.parts)
     write_json(json_file, found.as_dict())
     show_validation(console, found)
     if not found.passed:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """A row of the batch: where it is stored, what it says, which worker gets it, its texts' tokens."""
+    """A row of the batch: where it is stored, what it says, which worker gets it, the tokens of what it shows
+    of its texts."""
 
     source: str
     row: int
@@ -63,7 +64,7 @@ def planned_batch(recipe: Recipe, step: int, workers: int | None = None, run: st
          plan doesn't have.
     """
     from data_services.sources import open_source
-    from data_services.stream import BatchReader, plan_of
+    from data_services.stream import plan_of, reader_of
 
     root = run_home(recipe.cluster.storage)
     world_size, data = workers or recipe.cluster.workers, recipe.data
@@ -73,7 +74,7 @@ def planned_batch(recipe: Recipe, step: int, workers: int | None = None, run: st
     plan = plan_of(data, sources, recipe.seed)
     if not 0 <= step < plan.steps:
         raise UsageError(f"--step {step}: the plan has steps 0 … {plan.steps - 1}")
-    reader = BatchReader(plan, sources, _tokenizer(recipe, sources, root, run), data.negatives, data.positives)
+    reader = reader_of(data, plan, sources, _tokenizer(recipe, sources, root, run))
     return _described(plan, *reader.records(step), reader(step), world_size)
 
 

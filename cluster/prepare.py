@@ -51,13 +51,10 @@ class Prepared:
     @property
     def reader(self) -> Reader:
         from data_services.refresh import RefreshedReader
-        from data_services.stream import BatchReader
+        from data_services.stream import reader_of
 
-        data, mine = self.recipe.data, self.recipe.mine
-        views = [source.views for source in data.sources]
-        reader = BatchReader(
-            self.plan, self.sources, self.tokenize, data.negatives, data.positives, self.bad_rows, views
-        )
+        mine = self.recipe.mine
+        reader = reader_of(self.recipe.data, self.plan, self.sources, self.tokenize, self.bad_rows)
         return reader if mine.every_steps is None else RefreshedReader(reader, mine, self.run.mined)
 
     @property

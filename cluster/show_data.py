@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from cluster.console import PLAIN_EVERY_S, duration, show_table
+from cluster.console import PLAIN_EVERY_S, duration, show_lines, show_table
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -66,7 +66,7 @@ class Counts:
 def show_mined(console: Console, found: MiningResult) -> None:
     """Figures, a sample, where the source is and how a recipe names it."""
     report = found.report
-    _lines(
+    show_lines(
         console,
         f"{report.rows:,} rows, {report.queries:,} queries, {report.documents:,} documents",
         *([f"{report.replaced:,} hard negatives of the source were candidates like others"] if report.replaced else []),
@@ -83,19 +83,19 @@ def show_mined(console: Console, found: MiningResult) -> None:
     show_table(console, ("candidates", "share"), fates)
     for example in report.examples:
         _show_example(console, example)
-    next_lines(console, found.folder, found.keys)
+    nextshow_lines(console, found.folder, found.keys)
 
 
-def next_lines(console: Console, folder: object, keys: Mapping[str, str]) -> None:
+def nextshow_lines(console: Console, folder: object, keys: Mapping[str, str]) -> None:
     """Where the written source is, and how a recipe names it."""
-    _lines(console, str(folder), "", "in a recipe:", "  data:", "    sources:", f"      - path: {folder}")
-    _lines(console, *(f"        {key}: {field}" for key, field in keys.items()))
+    show_lines(console, str(folder), "", "in a recipe:", "  data:", "    sources:", f"      - path: {folder}")
+    show_lines(console, *(f"        {key}: {field}" for key, field in keys.items()))
 
 
 def _show_example(console: Console, example: Example) -> None:
     console.print(f"[bold]{escape(_short(example.query))}[/]", highlight=False, soft_wrap=True)
     for sign, documents in (("+", example.positives), ("-", example.negatives)):
-        _lines(console, *(f"  {sign} {score:.4f}  {_short(text)}" for score, text in documents))
+        show_lines(console, *(f"  {sign} {score:.4f}  {_short(text)}" for score, text in documents))
     console.print()
 
 
@@ -103,16 +103,11 @@ def _short(text: str) -> str:
     return textwrap.shorten(text, _WIDTH, placeholder=" …")
 
 
-def _lines(console: Console, *lines: str) -> None:
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
 def show_stats(console: Console, found: SourceStats, unit: str) -> None:
     """Every figure of a source. unit: what its tokens are."""
     left_out = sum(found.quarantined.values())
-    _lines(console, f"{found.rows:,} rows" + (f", {left_out:,} more quarantined" if left_out else ""))
-    _lines(console, *(f"  {n:,} × {reason}" for reason, n in found.quarantined.items()))
+    show_lines(console, f"{found.rows:,} rows" + (f", {left_out:,} more quarantined" if left_out else ""))
+    show_lines(console, *(f"  {n:,} × {reason}" for reason, n in found.quarantined.items()))
     texts = ([side, f"{it['texts']:,}", f"{it['unique']:,}"] for side, it in found.texts.items())
     show_table(console, ("side", "texts", "unique"), texts)
     rows = [
@@ -123,23 +118,23 @@ def show_stats(console: Console, found: SourceStats, unit: str) -> None:
     names = next(iter(next(iter(found.lengths.values())).values()))
     show_table(console, ("side", "length in", *names), [[unit if c == "tokens" else c for c in row] for row in rows])
     for name, counts in found.a_row.items():
-        _lines(console, f"{name} of a row: " + ", ".join(f"{n} in {rows:,} rows" for n, rows in counts.items()))
+        show_lines(console, f"{name} of a row: " + ", ".join(f"{n} in {rows:,} rows" for n, rows in counts.items()))
     for name, classes in found.classes.items():
         show_table(console, (name, "rows", "share"), shares_of(classes))
-    _lines(console, f"duplicates: {found.duplicates['exact']:,} exact, {found.duplicates['near']:,} near")
+    show_lines(console, f"duplicates: {found.duplicates['exact']:,} exact, {found.duplicates['near']:,} near")
     if found.contaminated is not None:
         held = found.contaminated
-        _lines(console, f"in the evaluation source: {held['exact']:,} exactly, {held['near']:,} nearly")
+        show_lines(console, f"in the evaluation source: {held['exact']:,} exactly, {held['near']:,} nearly")
     for row in found.examples:
-        _lines(console, "", f"{row['id']}: {_short(row['query'])}")
-        _lines(console, *(f"  + {_short(text)}" for text in row["positives"]))
-        _lines(console, *(f"  - {_short(text)}" for text in row["negatives"]))
+        show_lines(console, "", f"{row['id']}: {_short(row['query'])}")
+        show_lines(console, *(f"  + {_short(text)}" for text in row["positives"]))
+        show_lines(console, *(f"  - {_short(text)}" for text in row["negatives"]))
 
 
 def show_written(console: Console, done: Written, sides: bool = False) -> None:
     """What became of the rows, and how a recipe names the result. sides: it has splits."""
     show_table(console, ("side" if sides else "rows", "rows" if sides else "", "share"), shares_of(done.counts))
-    next_lines(console, done.folder, ({"split": next(iter(done.counts))} if sides else {}) | done.keys)
+    nextshow_lines(console, done.folder, ({"split": next(iter(done.counts))} if sides else {}) | done.keys)
 
 
 def shares_of(counts: Mapping[str, int]) -> list[list[str]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from cluster.console import Progress, show_table
+from cluster.console import show_lines, show_table
 
 if TYPE_CHECKING:
     from data_services.inspection import Conversion, Inspection, Validation
@@ -15,40 +15,30 @@ if TYPE_CHECKING:
 _SHOWN_CHARACTERS, _SHOWN_TEXTS = 100, 3
 
 
-class PartsDone(Progress):
-    """Takes (finished parts, parts) of a conversion and shows them with the time that is left."""
-
-    def __enter__(self) -> PartsDone:
-        return self
-
-    def __call__(self, finished: int, parts: int) -> None:  # type: ignore[override]
-        super().__call__({"kind": "parts", "finished": finished, "parts": parts})
-
-
 def show_inspection(console: Console, found: Inspection, source: str) -> None:
-    _lines(console, f"source {found.source}, read as {found.layout}")
+    show_lines(console, f"source {found.source}, read as {found.layout}")
     if found.present:
-        _lines(console, f"fields {', '.join(found.present)}")
+        show_lines(console, f"fields {', '.join(found.present)}")
     named = [[part, _cell(field)] for part, field in found.fields.items()]
     show_table(console, ("part of a record", "field"), named)
     for number, example in enumerate(found.examples, start=1):
-        _lines(console, f"record {number}")
+        show_lines(console, f"record {number}")
         for part, value in example.items():
             texts = value if isinstance(value, list) else [value]
-            _lines(console, *(f"  {part:15} {_short(text)}" for text in texts[:_SHOWN_TEXTS]))
+            show_lines(console, *(f"  {part:15} {_short(text)}" for text in texts[:_SHOWN_TEXTS]))
             if len(texts) > _SHOWN_TEXTS:
-                _lines(console, f"  {'':15} and {len(texts) - _SHOWN_TEXTS} more")
+                show_lines(console, f"  {'':15} and {len(texts) - _SHOWN_TEXTS} more")
     for malformed in found.malformed:
-        _lines(console, f"malformed  {malformed}")
+        show_lines(console, f"malformed  {malformed}")
     if found.rows is None:
-        _lines(console, "", f"count and check every row: gyre data validate {source}")
+        show_lines(console, "", f"count and check every row: gyre data validate {source}")
     else:
-        _lines(console, "", f"converted: {found.rows:,} rows, {found.quarantined:,} quarantined")
+        show_lines(console, "", f"converted: {found.rows:,} rows, {found.quarantined:,} quarantined")
 
 
 def show_conversion(console: Console, done: Conversion, source: str) -> None:
     quarantined = sum(done.quarantined.values())
-    _lines(
+    show_lines(
         console,
         f"source {done.source}, read as {done.layout}",
         f"rows in   {done.rows_in:,} = {done.rows_out:,} out + {quarantined:,} quarantined",
@@ -62,7 +52,7 @@ def show_validation(console: Console, found: Validation) -> None:
     if rows:
         show_table(console, ("rows", "reason", "first"), rows)
     quarantined = found.rows_in - found.rows_out
-    _lines(
+    show_lines(
         console,
         f"rows in {found.rows_in:,} = {found.rows_out:,} out + {quarantined:,} quarantined",
         f"{'passed' if found.passed else 'failed'}: {found.share:.2%} malformed, quarantine_share allows "
@@ -78,8 +68,3 @@ def _cell(field: object) -> str:
 def _short(value: object) -> str:
     text = " ".join(str(value).split())
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
-
-
-def _lines(console: Console, *lines: str) -> None:
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -175,6 +175,14 @@ class Reader(Protocol):
     def __call__(self, t: int) -> GlobalBatch: ...
 
 
+def reader_of(
+    config: DataConfig, plan: Plan, sources: Sequence[Rows], tokenize: Tokenize, bad_rows: BadRows | None = None
+) -> BatchReader:
+    """What reads a recipe's batches; bad_rows takes the rows that can't be decoded; none: only the log tells."""
+    views = [source.views for source in config.sources]
+    return BatchReader(plan, sources, tokenize, config.negatives, config.positives, bad_rows or BadRows(), views)
+
+
 @dataclass(frozen=True)
 class LocalStream:
     """A BatchStream without Ray: every worker reads and tokenises the global batch and keeps its share."""

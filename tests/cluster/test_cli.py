@@ -1,5 +1,6 @@
 """The command line: exit codes, one sentence for each error, --json, and what a person sees."""
 
+import errno
 import io
 import json
 import subprocess
@@ -90,6 +91,17 @@ def test_an_unexpected_error_is_one_sentence_and_its_traceback_a_file(gyre, monk
     (log,) = (tmp_path / "home" / "logs").iterdir()
     assert str(log) in err
     assert "Traceback" in log.read_text()
+
+
+@pytest.mark.parametrize("file", [None, "vectors/part"])
+def test_a_full_disk_is_a_sentence_whichever_command_meets_it(gyre, monkeypatch, file):
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device", file)
+
+    monkeypatch.setattr("cluster.doctor.examine", fail)
+    where = f" of {file}" if file else ""
+    told = f"gyre: no space left on the disk{where}; make room and run the same command again\n"
+    assert gyre("doctor") == (1, "", told)
 
 
 def test_an_interrupt_is_quiet(gyre, monkeypatch):

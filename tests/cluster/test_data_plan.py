@@ -43,6 +43,17 @@ def test_a_batch_is_the_same_rows_for_any_workers_and_holds_no_duplicates(recipe
     assert any(planned_batch(allowed, step).duplicates for step in range(3))
 
 
+def test_tokens_are_those_of_what_the_views_show(recipe, tmp_path, monkeypatch):
+    from cluster.config import load_recipe
+    from cluster.data_plan import planned_batch
+
+    monkeypatch.setenv("GYRE_HOME", str(tmp_path / "home"))
+    cropped = load_recipe(recipe, ["data.sources.0.views={positive: [{kind: crop, min_share: 0.1, max_share: 0.2}]}"])
+    whole, less = planned_batch(load_recipe(recipe, []), 4), planned_batch(cropped, 4)
+    assert [r.row for r in whole.rows] == [r.row for r in less.rows]
+    assert sum(less.tokens) < sum(whole.tokens)
+
+
 def test_the_command_prints_every_row_and_refuses_a_step_beyond_the_plan(recipe, tmp_path, monkeypatch, capsys):
     import sys
 

@@ -83,7 +83,8 @@ def test_more_workers_than_the_cluster_can_ever_place(refused, recipe, ray_here)
     assert "cluster.workers=4 of 1 CPU can never be placed: the cluster can have 3 CPUs and 0 GPUs on 1 node" in told
 
 
-def test_a_source_that_is_not_there(refused, recipe, pairs):
+def test_a_source_that_is_not_there_is_told_before_a_cluster_is_started(refused, recipe, pairs, monkeypatch):
+    monkeypatch.setattr("cluster.session.connect", None)
     told = refused("train", recipe, f"data.sources.0.path={pairs / 'trian.jsonl'}")
     assert told.startswith(f"source {pairs / 'trian.jsonl'} does not exist")
 
