@@ -16,7 +16,7 @@ from data_services.schema import Column, RunError, UsageError, class_id
 from data_services.sources import SourceConfig, open_source
 
 if TYPE_CHECKING:
-    from data_services.duplicates import By as SameBy
+    from data_services.near_duplicates import By as SameBy
     from data_services.splitting import By as SideBy
     from data_services.statistics import CountTokens, SourceStats
 
@@ -47,7 +47,7 @@ def stats(
 ) -> SourceStats:
     """What is in a source. near: similarity from which on rows are near duplicates, None: only exact ones are sought;
     tokenizer: a MODEL whose tokens are counted, words without one."""
-    from data_services.duplicates import find_duplicates
+    from data_services.near_duplicates import find_duplicates
     from data_services.statistics import count_words, describe
 
     root = root or home()
@@ -81,7 +81,7 @@ def dedupe(
 
     Raises UsageError where `out` is there and not empty, RunError where no row would be left.
     """
-    from data_services.duplicates import find_duplicates
+    from data_services.near_duplicates import find_duplicates
 
     root = root or home()
     opened, elsewhere = open_source(source, root), open_source(against, root) if against else None

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_services.duplicates import Duplicates
+from data_services.near_duplicates import Duplicates
 from data_services.schema import UNKNOWN, Column, text_id
 from data_services.store import StoredSource
 

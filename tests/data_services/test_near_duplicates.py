@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from data_services.duplicates import find_duplicates, row_text, shingles, signatures
+from data_services.near_duplicates import find_duplicates, row_text, shingles, signatures
 from tests.data_services.mining.worlds import source
 
 WORDS = [f"word{i}" for i in range(400)]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from data_services.duplicates import find_duplicates
+from data_services.near_duplicates import find_duplicates
 from data_services.schema import class_id
 from data_services.sources import SourceConfig, open_source
 from data_services.statistics import count_words, describe, percentiles
