@@ -25,8 +25,9 @@ lint: install
 test: lint
 	$(BIN)/python -m pytest -m "not proof and not gpu"
 
-# The exhaustive matrices: world sizes x ZeRO stages x caching x queue.
+# The exhaustive matrices: world sizes x ZeRO stages x caching x queue; and the property tests on fresh examples.
 proof: install
+	$(BIN)/python -m pytest -m "not gpu" --hypothesis-profile fresh $$(grep -rl '^from hypothesis' tests --include 'test_*.py')
 	$(BIN)/python -m pytest -m proof --timeout 3600
 
 test-gpu: install

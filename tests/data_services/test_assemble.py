@@ -136,7 +136,7 @@ def test_scores_of_one_side_alone_are_not_mistaken_for_those_of_the_other():
     np.testing.assert_array_equal(scores, [np.nan, np.nan, np.nan, 1, 2, 4])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 3)), min_size=1, max_size=9), st.data())
 def test_a_table_in_pieces_gives_the_same_batch(counts, data):
     """Chunked and sliced columns, as reading and concatenating leave them."""

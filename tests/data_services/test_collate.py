@@ -98,7 +98,6 @@ def cheapest(lengths: list[int], budget: int) -> float:
     return best(0)
 
 
-@settings(deadline=None)
 @given(lengths_of(max_size=40), st.integers(10, 400))
 def test_a_cut_holds_every_text_once_under_the_budget_at_the_least_cost(lengths, budget):
     chunks, array = cut(np.array(lengths), budget), np.array(lengths)
@@ -126,7 +125,6 @@ def test_a_split_makes_the_count_without_losing_a_text_or_padding_more(lengths, 
     assert filled == sorted(filled, reverse=True)
 
 
-@settings(deadline=None)
 @given(batches, st.integers(1, 4), st.integers(20, 200))
 def test_shares_hold_the_batch_once_and_each_text_keeps_what_is_known_of_it(batch, world_size, budget):
     shares = share_batch(batch, world_size, budget)
@@ -155,7 +153,6 @@ def test_shares_hold_the_batch_once_and_each_text_keeps_what_is_known_of_it(batc
     assert len({len(s.chunks) for s in shares}) == 1
 
 
-@settings(deadline=None)
 @given(batches, st.integers(1, 4), st.integers(1, 200), st.booleans())
 def test_workers_have_equally_many_chunks_of_each_kind_within_any_budget(batch, world_size, budget, by_field):
     """Also a budget below the shortest text, which then is a chunk by itself."""
@@ -187,7 +184,7 @@ def test_a_column_of_the_wrong_length_is_named():
             replace(batch, **{name: np.zeros(rows, np.int64)})
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(batches, st.integers(1, 4), st.booleans())
 def test_a_batch_survives_its_arrow_row(batch, world_size, by_field):
     for rank, share in enumerate(share_batch(batch, world_size, 60, by_field)):

@@ -85,7 +85,7 @@ faults = st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(rows=st.lists(good, min_size=1, max_size=8), wrong=st.none() | faults, place=st.integers(0, 7))
 def test_json_lines_by_columns_are_what_they_are_row_by_row(tmp_path_factory, rows, wrong, place):
     if wrong is not None:

@@ -52,7 +52,7 @@ def lines_of(file, start, stop, want):
     return found
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     data=st.lists(
         st.sampled_from(['{"query": "a", "positive": "b"}', '{"query": "é"}', "", " ", "{", "\xff", "x" * 90, "\r"]),

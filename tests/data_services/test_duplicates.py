@@ -74,7 +74,7 @@ def near(table: Table, order, spacing: int, before=(), after=()) -> int:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tables(), st.integers(1, 6), st.integers(0, 99))
 def test_arranging_is_a_permutation_and_what_is_left_no_exchange_of_two_rows_mends(table, spacing, seed):
     n = len(table.queries)
@@ -144,7 +144,7 @@ def test_a_query_and_a_document_of_the_same_text_are_no_duplicates():
     assert len(duplicate_rows(carried)) == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tables())
 def test_duplicate_rows_are_those_that_share_something_with_a_row_before(table):
     found = duplicate_rows(Carried.of(*table.ids(range(len(table.sizes)))))
@@ -166,7 +166,7 @@ def test_windows_next_to_each_other_keep_their_edges_apart():
     assert near(table, alone, spacing) > 0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(tables(), st.integers(1, 8), st.integers(1, 4), st.data())
 def test_any_position_is_the_same_from_anywhere(table, spacing, window_groups, data):
     n = len(table.queries)

@@ -195,7 +195,7 @@ matrices = st.integers(0, 2**32 - 1).map(
 )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(matrices, matrices)
 def test_bytes_are_those_of_sentence_transformers(vectors, sample):
     from sentence_transformers.util.quantization import quantize_embeddings
@@ -210,7 +210,8 @@ def test_bytes_are_those_of_sentence_transformers(vectors, sample):
 def test_restored_vectors_are_as_near_as_their_type_allows(vectors):
     ranges = ranges_of(vectors)
     assert (restore(quantise(vectors, "fp32"), "fp32", 19) == vectors).all()
-    np.testing.assert_allclose(restore(quantise(vectors, "fp16"), "fp16", 19), vectors, rtol=1e-3)
+    # Eleven bits of a normal number; below 2^-14 the steps are of one size.
+    np.testing.assert_allclose(restore(quantise(vectors, "fp16"), "fp16", 19), vectors, rtol=2**-11, atol=2**-25)
     for dtype in ("int8", "uint8"):
         apart = np.abs(restore(quantise(vectors, dtype, ranges), dtype, 19, ranges) - vectors)
         assert (apart <= (ranges[1] - ranges[0]) / 255 * 0.51 + 1e-6).all()

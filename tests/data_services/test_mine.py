@@ -45,7 +45,7 @@ def mined_texts(texts: MiningTexts, mined: Mined) -> dict[str, list[tuple[str, f
 margins = st.none() | st.sampled_from([-2.0, 0.0, 0.5, 2.0])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 10**6),
     guided=st.booleans(),

@@ -44,7 +44,7 @@ def sequence(plan: Plan, source: int, steps: range) -> np.ndarray:
     return rows[rows[:, 0] == source, 1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans(), st.data())
 def test_batch_t_is_the_same_from_any_step_and_after_any_other(plan, data):
     in_order = [plan.rows(t) for t in range(plan.steps)]
@@ -54,7 +54,7 @@ def test_batch_t_is_the_same_from_any_step_and_after_any_other(plan, data):
         np.testing.assert_array_equal(Plan.from_state(json.loads(json.dumps(plan.state()))).rows(t), in_order[t])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans())
 def test_every_row_of_an_epoch_comes_exactly_once_and_every_batch_is_full(plan):
     assert all(plan.rows(t).shape == (plan.batch, 2) for t in range(plan.steps))
@@ -66,14 +66,14 @@ def test_every_row_of_an_epoch_comes_exactly_once_and_every_batch_is_full(plan):
             assert set(epoch) <= set(range(of.rows))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(plans())
 def test_a_homogeneous_batch_has_one_source(plan):
     sources = [len(set(plan.rows(t)[:, 0])) for t in range(plan.steps)]
     assert not plan.segments[0].homogeneous or set(sources) == {1}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(plans(), st.data())
 def test_positions_count_the_draws_of_each_source(plan, data):
     t = data.draw(st.integers(0, plan.steps))
@@ -81,7 +81,7 @@ def test_positions_count_the_draws_of_each_source(plan, data):
     assert plan.positions(t).tolist() == counted
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(0.01, 1.0), min_size=1, max_size=5),
     st.integers(0, 5000),

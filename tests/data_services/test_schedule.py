@@ -80,7 +80,7 @@ def test_stages_and_scheduled_weights_go_together():
     assert [s.homogeneous for s in plan.segments] == [True, True, True, False, False]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(12, 40), st.one_of(st.none(), st.integers(8, 60))), min_size=1, max_size=3),
     st.booleans(),

@@ -32,7 +32,7 @@ def test_shares_are_kept_and_keys_fall_alike_whatever_else_is_there():
     assert (grown[found == 0] == 0).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), by=st.sampled_from(["query", "document", "both"]))
 def test_what_rows_share_stands_on_one_side(tmp_path_factory, seed, by):
     stored = source(tmp_path_factory.mktemp("s"), world(seed, 40))
@@ -46,7 +46,7 @@ def test_what_rows_share_stands_on_one_side(tmp_path_factory, seed, by):
     assert all(len(its) == 1 for its in at.values())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.integers(-5, 5), min_size=1, max_size=3), min_size=1, max_size=12))
 def test_components_are_those_of_merging_one_row_after_another(ids):
     groups: list[set[int]] = []

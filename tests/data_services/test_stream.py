@@ -44,7 +44,7 @@ def test_workers_together_hold_the_global_batch_whatever_their_number(world_size
 columns_of = st.frozensets(st.sampled_from(Column.OPTIONAL))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 4), columns_of, columns_of, st.integers(1, 3), st.integers(0, 23), st.booleans())
 def test_each_text_reaches_its_worker_with_what_its_source_says_of_it(world_size, a, b, positives, t, sent):
     """Every worker's share against the records themselves, one document at a time; through Arrow or not."""

@@ -354,7 +354,7 @@ def test_a_pair_view_comes_before_the_others_of_each_side():
 
 
 @given(st.permutations(range(6)), st.integers(1, 5))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_a_row_is_shown_the_same_whatever_else_is_in_the_batch(order, count):
     table = pa.table(
         {

@@ -35,7 +35,7 @@ def rankings(draw):
     return np.array(rows), relevant, k
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rankings())
 def test_every_metric_equals_its_definition(case):
     ranking, relevant, k = case

@@ -204,7 +204,7 @@ def test_a_smaller_queue_takes_up_the_newest_of_a_larger_one():
     assert sorted(smaller.rows(1)["documents"].numbers.tolist()) == list(range(14, 20))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     capacity=st.integers(1, 20),
     counts=st.lists(st.integers(0, 25), max_size=20),
@@ -218,7 +218,7 @@ def test_any_sequence_of_sizes_leaves_the_newest_rows(capacity, counts, kind):
         _assert_equal(ranks, twins, step + 1, step + 1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(changes=st.lists(st.tuples(st.integers(0, 6), st.lists(st.integers(0, 20)))), room=st.integers(0, 9))
 def test_a_store_holds_what_entered_and_has_not_left(changes, room):
     store, there, entered = RowStore(room), set(), 0

@@ -21,7 +21,7 @@ def brute(queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[list[list
     return positions, scores
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 12), st.integers(1, 30), st.integers(1, 4))
 def test_any_shards_give_what_one_by_one_comparison_gives(tmp_path_factory, seed, n, k, shard_rows, workers):
     """Small whole numbers: half of the documents share their scores with others."""

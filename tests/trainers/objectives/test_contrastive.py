@@ -150,7 +150,7 @@ def piece(whole, rows: slice):
     return replace(whole, **cut, owners=torch.arange(rows.stop - rows.start))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     counts=st.tuples(st.integers(1, 6), st.integers(0, 5)),
     queued=st.integers(0, 15),

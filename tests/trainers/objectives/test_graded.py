@@ -232,7 +232,7 @@ def test_without_two_grades_the_loss_and_its_gradient_are_zero(objective):
     assert metrics["loss"] == 0.0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     counts=st.tuples(st.integers(0, 4), st.integers(0, 7)),
     grades=st.integers(1, 4),

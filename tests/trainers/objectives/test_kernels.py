@@ -71,7 +71,7 @@ def test_logits_hundreds_apart_move_the_anchors_and_lose_nothing(interpreted, sh
     interpreted(check_chunk_by_chunk, case)
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.builds(
         Case,

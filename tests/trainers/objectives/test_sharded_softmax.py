@@ -105,7 +105,7 @@ def test_an_unknown_class_equals_nothing_and_is_no_other_class_either():
 # The hardest share.
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20), st.data())
 def test_the_kth_largest_is_that_of_a_sorted_list(values, data):
     x = torch.tensor([values], dtype=torch.float32)
