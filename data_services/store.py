@@ -37,6 +37,7 @@ import pyarrow.parquet as pq
 
 from data_services.columns import SCHEMA
 from data_services.convert import assemble
+from data_services.items import TEXT, Kinds
 from data_services.parallel import convert_parts
 from data_services.readers.blocks import Part, Want
 from data_services.schema import Column, RunError, UsageError
@@ -57,6 +58,7 @@ class StoredSource:
     quarantined      rows left out, by reason
     columns          which of `Column.OPTIONAL` it has; the others are null in every row
     layout           of its rows as they were read (`layouts`)
+    kinds            what its queries and documents are
     """
 
     name: str
@@ -68,6 +70,7 @@ class StoredSource:
     quarantined: dict[str, int]
     columns: frozenset[str] = frozenset()
     layout: str = ""
+    kinds: Kinds = TEXT
 
     @property
     def rows(self) -> int:

@@ -88,8 +88,54 @@ class AdapterConfig(Section):
     )
 
 
+class ImageFromConfig(Section):
+    """A vision transformer built from a config with random weights."""
+
+    architecture: str = Field("siglip_vision_model", description="a vision model_type known to transformers")
+    image_size: int = Field(224, gt=0, description="pixels of a side; images are resized to it")
+    patch_size: int = Field(16, gt=0, description="pixels of a patch's side")
+    hidden: int = Field(256, gt=0, description="width of the residual stream")
+    layers: int = Field(4, gt=0)
+    heads: int = Field(4, gt=0)
+    intermediate: int = Field(768, gt=0, description="width of the feed-forward layer")
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> ImageFromConfig:
+        if self.image_size % self.patch_size or self.hidden % self.heads:
+            raise ValueError(
+                f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size}), and hidden "
+                f"({self.hidden}) of heads ({self.heads})"
+            )
+        return self
+
+
+class ImageConfig(Section):
+    """`model.image:` a tower for images beside the text tower. Exactly one of `path` and `config`."""
+
+    path: str | None = Field(None, description="folder or hub id of a vision model, or of a CLIP or SigLIP")
+    config: ImageFromConfig | None = Field(None, description="build from random weights instead")
+    pooling: Literal["own", "mean", "cls", "max", "tokens"] | None = Field(
+        None,
+        description="own: as the architecture pools, cls: its first token, tokens: a vector a patch (late interaction); "
+        "None: own of a pretrained CLIP or SigLIP, tokens where the texts have them, else mean",
+    )
+    adapter: AdapterConfig | None = Field(None, description="train low-rank updates only; None: every weight")
+    freeze: list[str] = Field(
+        [], description='patterns of weight names that training leaves alone; ["backbone.*"]: only the projection trains'
+    )
+    gradient_checkpointing: bool = Field(False, description="as model.gradient_checkpointing")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ImageConfig:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give exactly one of `path` (a pretrained model) and `config` (random weights)")
+        if self.adapter is not None and (self.path is None or self.freeze):
+            raise ValueError("an `adapter` needs a `path`, and leaves the weights alone without `freeze`")
+        return self
+
+
 class ModelConfig(Section):
-    """`model:` the text tower. Exactly one of `path` and `config`."""
+    """`model:` the text tower, and others beside it. Exactly one of `path` and `config`."""
 
     path: str | None = Field(None, description="folder or hub id of a pretrained model or Sentence Transformers folder")
     config: FromConfig | None = Field(None, description="build from random weights instead")
@@ -174,6 +220,7 @@ class ModelConfig(Section):
     document_path: str | None = Field(
         None, description="what the document tower starts from; None: the weights that the query tower starts from"
     )
+    image: ImageConfig | None = Field(None, description="a tower for images; its vectors are as wide as the texts'")
     freeze: list[str] = Field(
         [], description="patterns of weight names that training leaves alone, e.g. backbone.embed_tokens.*"
     )
@@ -189,6 +236,21 @@ class ModelConfig(Section):
             raise ValueError("an `adapter` leaves random weights as they are; give a `path`, or remove it")
         if self.adapter is not None and not self.adapter.merge and self.towers != "tied":
             raise ValueError("an `adapter` of each of two towers can't stand alone; leave `adapter.merge` true")
+        return self
+
+    @model_validator(mode="after")
+    def _image_tower(self) -> ModelConfig:
+        if self.image is not None:
+            alone = self.adapter is not None and not self.adapter.merge
+            for wrong, told in (
+                (self.towers == "separate", "towers: an item's kind says its tower; leave it out"),
+                (self.layers, "layers: the image tower has one vector; remove it"),
+                (self.head and self.head.use == "training", "head.use: the image tower has no such head; set it to kept"),
+                (alone, "adapter.merge: an adapter of one of several towers can't stand alone; leave it true"),
+                (self.packing == "on", "packing: not beside an image tower; set it to off"),
+            ):
+                if wrong:
+                    raise ValueError(f"beside `image`, {told}")
         return self
 
     @model_validator(mode="after")

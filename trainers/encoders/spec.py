@@ -53,6 +53,8 @@ class ModelSpec:
     query_length       with pooling "tokens": mask tokens fill shorter queries up to it
     mask_id            the token that does; None where there is no query_length
     skipped            with pooling "tokens": by word, the tokens that have no vector in a document
+    reads              kind of the items: "text", "image", …
+    own_pooling        the backbone's own pooled vector stands in the place of its token vectors
     """
 
     architecture: str
@@ -73,6 +75,8 @@ class ModelSpec:
     query_length: int | None = None
     mask_id: int | None = None
     skipped: dict[str, int] = field(default_factory=dict)
+    reads: str = "text"
+    own_pooling: bool = False
 
     @property
     def hidden(self) -> int:
