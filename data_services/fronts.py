@@ -50,7 +50,9 @@ class ImageFront:
                 "resizes to a height and width, or the shortest_edge and crops to a height and width"
             )
         if shortest is not None and shortest < max(final.values()):
-            raise UsageError(f"{folder / PREPROCESSOR} crops {final} from a shortest_edge of {shortest}, which is smaller")
+            raise UsageError(
+                f"{folder / PREPROCESSOR} crops {final} from a shortest_edge of {shortest}, which is smaller"
+            )
         return cls(final["height"], final["width"], shortest, int(config.get("resample", 3)), tokens)
 
     def __call__(self, items: Sequence[Item], field: str, tasks: Sequence[int] | None = None) -> Inputs:
@@ -91,3 +93,13 @@ def _sides(size: int | dict[str, int] | None) -> dict[str, int]:
     if isinstance(size, int):
         return {"shortest_edge": size, "height": size, "width": size}
     return size or {}
+
+
+def thumbnails(items: Sequence[Item], side: int = 16) -> np.ndarray:
+    """[n, side·side] float32 of images: grey, both sides resized."""
+    from PIL import Image
+
+    front = ImageFront(side, side, None, int(Image.Resampling.BOX), 1)
+    return np.stack(
+        [front.pixels(item).mean(axis=2).ravel() for item in items if isinstance(item, Media)], dtype=np.float32
+    )

@@ -116,12 +116,13 @@ class ImageConfig(Section):
     config: ImageFromConfig | None = Field(None, description="build from random weights instead")
     pooling: Literal["own", "mean", "cls", "max", "tokens"] | None = Field(
         None,
-        description="own: as the architecture pools, cls: its first token, tokens: a vector a patch (late interaction); "
+        description="own: as the architecture pools, cls: its first token, tokens: one a patch (late interaction); "
         "None: own of a pretrained CLIP or SigLIP, tokens where the texts have them, else mean",
     )
     adapter: AdapterConfig | None = Field(None, description="train low-rank updates only; None: every weight")
     freeze: list[str] = Field(
-        [], description='patterns of weight names that training leaves alone; ["backbone.*"]: only the projection trains'
+        [],
+        description='patterns of weight names that training leaves alone; ["backbone.*"]: only the projection trains',
     )
     gradient_checkpointing: bool = Field(False, description="as model.gradient_checkpointing")
 
@@ -238,6 +239,11 @@ class ModelConfig(Section):
             raise ValueError("an `adapter` of each of two towers can't stand alone; leave `adapter.merge` true")
         return self
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of items that there is a tower for."""
+        return ("text",) if self.image is None else ("text", "image")
+
     @model_validator(mode="after")
     def _image_tower(self) -> ModelConfig:
         if self.image is not None:
@@ -245,7 +251,10 @@ class ModelConfig(Section):
             for wrong, told in (
                 (self.towers == "separate", "towers: an item's kind says its tower; leave it out"),
                 (self.layers, "layers: the image tower has one vector; remove it"),
-                (self.head and self.head.use == "training", "head.use: the image tower has no such head; set it to kept"),
+                (
+                    self.head and self.head.use == "training",
+                    "head.use: the image tower has no such head; set it to kept",
+                ),
                 (alone, "adapter.merge: an adapter of one of several towers can't stand alone; leave it true"),
                 (self.packing == "on", "packing: not beside an image tower; set it to off"),
             ):

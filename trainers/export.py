@@ -24,15 +24,15 @@ from data_services.schema import RunError, UsageError
 from trainers.encoders.adapters import ADAPTER_FILE, base_of, load_adapted, merged, write_adapter
 from trainers.encoders.backbone import class_options, saved_shapes
 from trainers.encoders.choices import readout_shapes
-from trainers.encoders.model_folder import read_readout
+from trainers.encoders.model_folder import READOUT_FILE, read_readout
 from trainers.encoders.sentence_transformer import ACTIVATIONS, POOLING, POOLING_FLAGS
-from trainers.encoders.spec import ModelSpec
+from trainers.encoders.spec import TOWERS_FILE, ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainers.config import ModelConfig
-    from trainers.encoders.text import TextEncoder
+    from trainers.encoders.tower import Tower
 
 BACKBONE, READOUT = "backbone.", "readout."  # before the names of their weights in TextEncoder.state_dict()
 _LATENT_CODE = Path(__file__).parent / "encoders" / "latent_attention.py"
@@ -67,12 +67,15 @@ def whole_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(making, ignore_errors=True)
 
 
-def load_exported(folder: Path, attention: str = "auto") -> TextEncoder:
+def load_exported(folder: Path, attention: str = "auto") -> Tower:
     """The encoder of a folder that `export_sentence_transformer` wrote, in evaluation mode, on the CPU."""
     from trainers.encoders.backbone import load_backbone
+    from trainers.encoders.image import load_image_encoder
     from trainers.encoders.text import TextEncoder
 
     spec = ModelSpec.load(folder)
+    if spec.reads == "image":
+        return load_image_encoder(folder, attention)
     if (folder / ADAPTER_FILE).exists():
         backbone = load_adapted(folder, attention, spec.trust_remote_code)
     elif (folder / "model.safetensors").exists():
@@ -88,13 +91,16 @@ def _write(
     weights: Mapping[str, Tensor], spec: ModelSpec, model_folder: Path, out: Path, model: ModelConfig | None
 ) -> None:
     for file in model_folder.iterdir():
-        if file.is_file() and ".safetensors" not in file.name:
+        if file.is_file() and ".safetensors" not in file.name and file.name != TOWERS_FILE:
             shutil.copy(file, out)
     spec.save(out)
     config = json.loads((out / "config.json").read_text())
     _write_json(out / "config.json", config | {"dtype": "float32"})
     base = _write_backbone(weights, spec, model_folder, out, model)
-    _write_modules(spec, _chosen(weights, READOUT, readout_shapes(spec)), out)
+    readout = _chosen(weights, READOUT, readout_shapes(spec))
+    _write_modules(spec, readout, out)
+    if spec.reads != "text" and readout:
+        _save(readout, out / READOUT_FILE)
     _write_json(
         out / "config_sentence_transformers.json",
         {
@@ -113,7 +119,8 @@ def _write_backbone(
     weights: Mapping[str, Tensor], spec: ModelSpec, model_folder: Path, out: Path, model: ModelConfig | None
 ) -> str:
     """The backbone's weights, or its adapter alone: then the base that this one names, else nothing."""
-    adapter = model.adapter if model else None
+    of_tower = model.image if model and spec.reads == "image" else model
+    adapter = of_tower.adapter if of_tower else None
     own = {name.removeprefix(BACKBONE): t for name, t in weights.items() if name.startswith(BACKBONE)}
     if model is not None and adapter is not None and not adapter.merge:
         base = base_of(model, model_folder)
@@ -170,6 +177,13 @@ def _write_modules(spec: ModelSpec, readout: Mapping[str, Tensor], out: Path) ->
 
 
 def _transformer(spec: ModelSpec, out: Path) -> dict[str, Any]:
+    if spec.reads != "text":
+        output = "pooler_output" if spec.own_pooling else "last_hidden_state"
+        return {
+            "model_args": class_options(out),
+            "modality_config": {spec.reads: {"method": "forward", "method_output_name": output}},
+            "module_output_name": "sentence_embedding" if spec.own_pooling else "token_embeddings",
+        }
     settings = {
         "max_seq_length": spec.max_tokens,
         "do_lower_case": False,
@@ -192,7 +206,7 @@ def _modules(spec: ModelSpec, readout: Mapping[str, Tensor], out: Path) -> Itera
         own = {name.removeprefix("latent."): t for name, t in readout.items() if name.startswith("latent.")}
         sizes = {"hidden": spec.hidden, "count": spec.latent.count, "heads": spec.latent.heads}
         yield _Module(f"{_LATENT_CODE.stem}.LatentAttentionModule", sizes, own)
-    if not tokens:
+    if not tokens and not spec.own_pooling:
         yield _Module("sentence_transformers.models.Pooling", _pooling(spec))
     for i, layer in enumerate(spec.head):
         settings = {
@@ -236,6 +250,12 @@ def _card(spec: ModelSpec, base: str) -> str:
     rests = f"It is an adapter of {base}, which adapter_config.json names and must go on naming.\n" if base else ""
     trusted = ", trust_remote_code=True" if spec.trust_remote_code or spec.latent else ""
     use = _TOKENS if spec.pooling == "tokens" else _VECTORS
+    if spec.reads == "image":
+        return f"""# The image tower of an embedding model trained with gyre
+
+{_IMAGES}
+{spec.architecture}, {"its own" if spec.own_pooling else spec.pooling} pooling, {spec.dim} dimensions.
+"""
     return f"""# A text embedding model trained with gyre
 
 {use.replace("TRUSTED", trusted)}
@@ -251,6 +271,14 @@ model = SentenceTransformer("this folder"TRUSTED)
 queries = model.encode(["how to read a file"], prompt_name="query")
 documents = model.encode(["def read(path): ..."], prompt_name="document")
 similarity = model.similarity(queries, documents)
+```
+"""
+_IMAGES = """```python
+from PIL import Image
+from sentence_transformers import SentenceTransformer  # version 6 or later
+
+model = SentenceTransformer("this folder")
+vectors = model.encode([Image.open("cat.png").convert("RGB")])
 ```
 """
 _TOKENS = """A vector for each token; two texts are compared by the sum over query tokens of the nearest document token.
@@ -270,7 +298,7 @@ With gyre itself:
 from pathlib import Path
 
 from data_services.tokenizer import FolderTokenizer
-from trainers.encoders.text import LocalEncoder
+from trainers.encoders.local import LocalEncoder
 from trainers.export import load_exported
 
 folder = Path("this folder")

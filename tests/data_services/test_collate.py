@@ -160,7 +160,8 @@ def with_towers(batch: GlobalBatch, towers: int) -> GlobalBatch:
         tokens = getattr(batch, name)
         places = first + np.arange(len(tokens))
         of = (places * 7 % 5 % towers).astype(np.int8)
-        pixels = [np.full((place % 3 * (tower == 1), 2, 3), place % 251, np.uint8) for place, tower in zip(places, of)]
+        rows = places % 3 * (of == 1)
+        pixels = [np.full((n, 2, 3), place % 251, np.uint8) for n, place in zip(rows, places, strict=True)]
         offsets = np.cumsum([0, *map(len, pixels)])
         sides[name] = Inputs(tokens.values, tokens.offsets, {"pixels": Ragged(np.concatenate(pixels), offsets)}, of)
         first += len(tokens)

@@ -46,17 +46,12 @@ _PREPROCESSING: dict[str, Any] = {
 class ImageEncoder(Tower):
     """The tower of images, see `Tower`. Of a chunk it reads `arrays["pixels"]` [n, 3, height, width] uint8.
 
-    scale, shift  [3] of each colour: what the backbone sees is pixels · scale + shift
+    scale, shift  see `scaling`
     """
-
-    scale: Tensor
-    shift: Tensor
 
     def __init__(self, backbone: PreTrainedModel, spec: ModelSpec, preprocessing: Mapping[str, Any]) -> None:
         super().__init__(backbone, spec)
-        scale, shift = _scale(preprocessing)
-        self.register_buffer("scale", scale.view(3, 1, 1), persistent=False)
-        self.register_buffer("shift", shift.view(3, 1, 1), persistent=False)
+        self._scaling = scaling(preprocessing)  # no buffers: the engine would round them to bf16
         self._blank = _image_shape(backbone)
 
     def forward(
@@ -98,23 +93,20 @@ class ImageEncoder(Tower):
         """[n, L, H] of the last layer, or [n, 1, H] where the backbone pools."""
         pixels = arrays.get("pixels")
         if pixels is None or not len(pixels):
-            pixels = torch.zeros(1, *self._blank, device=self.scale.device)
-        values = (pixels.float() * self.scale.float() + self.shift.float()).to(self._dtype)
-        output = self.backbone(pixel_values=values)
+            pixels = torch.zeros(1, *self._blank, device=next(self.backbone.parameters()).device)
+        scale, shift = (x.to(pixels.device) for x in self._scaling)
+        values = pixels.float() * scale + shift
+        output = self.backbone(pixel_values=values.to(next(self.backbone.parameters()).dtype))
         return output.pooler_output[:, None] if self.spec.own_pooling else output.last_hidden_state
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.backbone.parameters()).dtype
 
-
-def _scale(preprocessing: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """(pixels · rescale − mean) / std as one product and sum, [3] each."""
+def scaling(preprocessing: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """(scale, shift) [3, 1, 1]: pixels · scale + shift is (pixels · rescale − mean) / std of each colour."""
     rescale = preprocessing.get("rescale_factor", 1 / 255) if preprocessing.get("do_rescale", True) else 1.0
-    if not preprocessing.get("do_normalize", True):
-        return torch.full((3,), rescale), torch.zeros(3)
-    mean, std = (torch.tensor(preprocessing[name], dtype=torch.float64) for name in ("image_mean", "image_std"))
-    return (rescale / std).float(), (-mean / std).float()
+    mean, std = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    if preprocessing.get("do_normalize", True):
+        mean, std = (torch.tensor(preprocessing[name], dtype=torch.float64) for name in ("image_mean", "image_std"))
+    return (rescale / std).float().view(3, 1, 1), (-mean / std).float().view(3, 1, 1)
 
 
 def _image_shape(backbone: PreTrainedModel) -> tuple[int, int, int]:

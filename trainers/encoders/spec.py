@@ -11,6 +11,7 @@ from data_services.schema import UsageError
 from trainers.config import Activation, PoolingMode
 
 SPEC_FILE = "gyre_model.json"
+TOWERS_FILE = "gyre_towers.json"  # beside it where the folder is of several towers, see `towers.Layout`
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,7 @@ whole legend).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from data_services.schema import UsageError
 from trainers.encoders.backbone import saved_shapes
 from trainers.encoders.image import build_image_encoder, prepare_image_tower
 from trainers.encoders.model_folder import prepare_model_folder
-from trainers.encoders.spec import ModelSpec
+from trainers.encoders.spec import TOWERS_FILE, ModelSpec
 from trainers.encoders.text import TextEncoder, build_encoder
 from trainers.encoders.tower import Tower
 from trainers.export import export_sentence_transformer, load_exported, whole_folder
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 QUERY, DOCUMENT = "query", "document"
 TEXT, IMAGE = "text", "image"
-_LAYOUT = "gyre_towers.json"
 _ROUTER = "router_config.json"
 
 
@@ -55,13 +54,13 @@ class Layout:
     by: Literal["field", "kind"]
 
     def save(self, folder: Path) -> None:
-        _write_json(folder / _LAYOUT, asdict(self))
+        _write_json(folder / TOWERS_FILE, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> Layout | None:
         """None: the folder is of one tower."""
-        if (folder / _LAYOUT).exists():
-            return cls(**json.loads((folder / _LAYOUT).read_text()))
+        if (folder / TOWERS_FILE).exists():
+            return cls(**json.loads((folder / TOWERS_FILE).read_text()))
         if all((folder / part).exists() for part in (_ROUTER, QUERY, DOCUMENT)):  # exported before there was the file
             return cls({QUERY: QUERY, DOCUMENT: DOCUMENT}, "field")
         return None
@@ -92,9 +91,7 @@ class Towers(nn.Module):
         return self[self.names[tower]]
 
     def __getitem__(self, name: str) -> Tower:
-        found = getattr(self, name)
-        assert isinstance(found, Tower)
-        return found
+        return cast(Tower, getattr(self, name))
 
     @property
     def spec(self) -> ModelSpec:
@@ -198,15 +195,12 @@ def build_towers(
 
 
 def export_towers(
-    weights: Mapping[str, Tensor],
-    model_folder: Path,
-    out: Path,
-    export: Callable[[Mapping[str, Tensor], ModelSpec, Path, Path], Path] = export_sentence_transformer,
+    weights: Mapping[str, Tensor], model_folder: Path, out: Path, model: ModelConfig | None = None
 ) -> Path:
     """Write `out`, whole or not at all, replacing what is there; returns it.
 
     weights  by the names of `Towers.state_dict()`
-    export   writes one tower's folder, called with (weights, spec, model_folder, out)
+    model    the recipe's section, needed where it has an adapter
 
     `SentenceTransformer(out)` encodes queries by `encode_query` and documents by `encode_document`; with pooling
     "tokens" `MultiVectorEncoder(out)` does. Of towers by kind it encodes texts and images alike.
@@ -216,7 +210,8 @@ def export_towers(
     with whole_folder(out) as making:
         for name, place in layout.towers.items():
             own = {key.removeprefix(f"{name}."): t for key, t in weights.items() if key.startswith(f"{name}.")}
-            export(own, ModelSpec.load(model_folder / place), model_folder / place, making / name)
+            spec = ModelSpec.load(model_folder / place)
+            export_sentence_transformer(own, spec, model_folder / place, making / name, model)
         Layout({name: name for name in layout.towers}, layout.by).save(making)
         _write_router(making, layout)
     return out
@@ -226,7 +221,7 @@ def load_towers(folder: Path, attention: str = "auto") -> Towers:
     """The encoders of a folder that `export_towers` wrote, in evaluation mode, on the CPU."""
     layout = Layout.load(folder)
     if layout is None:
-        raise UsageError(f"{folder} has no {_LAYOUT}, so it is no export of several towers")
+        raise UsageError(f"{folder} has no {TOWERS_FILE}, so it is no export of several towers")
     return Towers({name: load_exported(folder / place, attention) for name, place in layout.towers.items()}).eval()
 
 
