@@ -179,7 +179,7 @@ def evaluate(
     source = open_source(SourceConfig(path=suite, split=split), root or home())
     pool = retrieval_pool(source)
     config = EvaluationConfig(k=k)
-    baselines = bm25_rows(pool.queries, pool.documents, pool.relevant, config) if source.kinds == TEXT else {}
+    baselines = bm25_rows(*pool, config) if source.kinds == TEXT else {}
     rows = {name: scores.metrics for name, scores in baselines.items()}
     with open_encoder(ref.folder) as encoder:
         rows[ref.name] = evaluate_encoder(encoder, pool.queries, pool.documents, pool.relevant, k).metrics

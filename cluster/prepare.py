@@ -161,7 +161,8 @@ def check_kinds(recipe: Recipe, sources: tuple[StoredSource, ...]) -> None:
                     f"source {source.name}: its {side} are {kind}, and the model has a tower for {' and '.join(towers)}"
                     f" only; add model.{kind}"
                 )
-    if unread := next((kind for kind in towers if kind not in found), None):
+    separate = () if recipe.model.vision else towers
+    if unread := next((kind for kind in separate if kind not in found), None):
         raise UsageError(f"model.{unread}: no source has such items, so the tower would never be trained; remove it")
 
 
@@ -212,12 +213,17 @@ def _reader_of(folder: Path) -> Tokenize:
     """Of one tower's folder."""
     from data_services.fronts import ImageFront
     from data_services.tokenizer import FolderTokenizer
+    from data_services.vision_text import Patches, VisionText
     from trainers.encoders.spec import ModelSpec
 
     spec = ModelSpec.load(folder)
     if spec.reads == "image":
         return ImageFront.of(folder, spec.max_tokens)
-    return FolderTokenizer(folder, spec.max_tokens, spec.prompts)
+    texts = FolderTokenizer(folder, spec.max_tokens, spec.prompts)
+    if spec.reads == "vision":
+        image_id = json.loads((folder / "config.json").read_text())["image_token_id"]
+        return VisionText(texts, Patches.of(folder), image_id, spec.template)
+    return texts
 
 
 def check_data(run: RunPaths, sources: tuple[StoredSource, ...]) -> None:

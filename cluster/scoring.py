@@ -77,7 +77,7 @@ def baselines(
     from evaluation.retrieval import bm25_rows
 
     if kinds == TEXT:
-        return bm25_rows(task.queries, task.documents, task.relevant, evaluation)
+        return bm25_rows(*task, evaluation)
     if kinds != Kinds("text", "image") or training.kinds != kinds:
         return {}
     known = retrieval_pool(training)

@@ -106,9 +106,9 @@ def _cut_by_tower(
     sides  of a worker's queries and documents
     """
     lengths = [np.concatenate([its.lengths for its in both]) for both in sides]
-    towers = [np.concatenate([its for of in both if (its := towers_of(of)) is not None] or [[]]) for both in sides]
-    if not len(towers[0]):
+    if towers_of(sides[0][0]) is None:
         return _cut_alike(lengths, budget_tokens), None
+    towers = [np.concatenate([its for of in both if (its := towers_of(of)) is not None]) for both in sides]
     cuts: list[list[np.ndarray]] = [[] for _ in sides]
     of_chunks: list[int] = []
     for tower in np.unique(np.concatenate(towers)):

@@ -146,8 +146,12 @@ class BatchReader:
     def columns(self) -> list[str]:
         """What every batch is made from: the optional columns that any source has, null where another hasn't."""
         known = {Column.TASK}.union(*(source.columns for source in self.sources))
-        known |= {Column.MODALITY} if any(source.kinds != TEXT for source in self.sources) else set()
+        known |= {Column.MODALITY} if self._has_media else set()
         return [Column.ID, *Column.NEEDED, *(name for name in Column.OPTIONAL if name in known)]
+
+    @property
+    def _has_media(self) -> bool:
+        return any(source.kinds != TEXT for source in self.sources)
 
     def _tokenise(self, t: int, table: pa.Table, keys: np.ndarray) -> GlobalBatch:
         negatives = self.plan.negatives(t, self.negatives)
@@ -169,9 +173,11 @@ class BatchReader:
 
         of = self.sources[source]
         table = of.read(rows)
-        # A source without these has its name as its task, and what its sides are as its modality.
-        for column, name in ((Column.TASK, self.plan.sources[source].name), (Column.MODALITY, of.kinds.modality)):
-            if column not in of.columns and column in self.columns:
+        # A source without these has its name as its task and, beside media, what its sides are as its modality.
+        told = {Column.TASK: self.plan.sources[source].name}
+        told |= {Column.MODALITY: of.kinds.modality} if self._has_media else {}
+        for column, name in told.items():
+            if column not in of.columns:
                 same = pa.array(np.full(len(rows), text_id(name)))
                 table = table.set_column(table.schema.get_field_index(column), column, same)
         return table.select(self.columns)

@@ -93,10 +93,10 @@ def _by_prompts(
 
 
 def pixel_rows(
-    queries: Sequence[str],
+    queries: Sequence[Item],
     documents: np.ndarray,
     relevant: Sequence[set[int]],
-    known_queries: Sequence[str],
+    known_queries: Sequence[Item],
     known_documents: np.ndarray,
     config: EvaluationConfig,
 ) -> dict[str, Scores]:

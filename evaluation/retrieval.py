@@ -121,9 +121,9 @@ def evaluate_retrieval(
 
 
 def bm25_rows(
-    queries: Sequence[str], documents: Sequence[str], relevant: Sequence[set[int]], config: EvaluationConfig
+    queries: Sequence[Item], documents: Sequence[Item], relevant: Sequence[set[int]], config: EvaluationConfig
 ) -> dict[str, Scores]:
-    """The lexical baselines of every table: "bm25", and "bm25_tuned" where the recipe gives its parameters."""
+    """The lexical baselines of a table of texts: "bm25", and "bm25_tuned" where the recipe gives its parameters."""
     variants = {"bm25": config.bm25} | ({"bm25_tuned": config.bm25_tuned} if config.bm25_tuned else {})
     rankings = {name: bm25(queries, documents, config.k, variant)[0] for name, variant in variants.items()}
     names = config.metrics
@@ -264,17 +264,18 @@ _WORD = re.compile(r"[^\W_]+")
 _INSIDE_WORD = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])")
 
 
-def terms(text: str, leave_out: Collection[str] = ()) -> list[str]:
+def terms(text: Item, leave_out: Collection[str] = ()) -> list[str]:
     """Lower-case terms of prose or code: identifiers are split at case, digits, underscores and punctuation.
 
     "HTTPServer.readLine_2" gives http, server, read, line, 2.
     """
+    assert isinstance(text, str), "BM25 reads texts"
     parts = (part.lower() for word in _WORD.findall(text) for part in _INSIDE_WORD.split(word))
     return [part for part in parts if part not in leave_out]
 
 
 def bm25(
-    queries: Sequence[str], documents: Sequence[str], k: int, config: BM25Config = _BM25
+    queries: Sequence[Item], documents: Sequence[Item], k: int, config: BM25Config = _BM25
 ) -> tuple[np.ndarray, np.ndarray]:
     """BM25 over `terms`: positions [q, k] int64 and scores [q, k] float32, best first, ties by position.
 

@@ -135,6 +135,28 @@ class ImageConfig(Section):
         return self
 
 
+class VisionFromConfig(Section):
+    """The vision part of a vision–language model from random weights."""
+
+    patch_size: int = Field(14, gt=0, description="pixels of a patch's side")
+    merge: int = Field(2, gt=0, description="so many patches by so many become one token")
+    hidden: int = Field(128, gt=0, description="width of the residual stream")
+    layers: int = Field(2, gt=0)
+    heads: int = Field(4, gt=0)
+    intermediate: int = Field(256, gt=0, description="width of the feed-forward layer")
+
+
+class VisionConfig(Section):
+    """`model.vision:` the model reads images, and items of texts and images: a vision–language model."""
+
+    config: VisionFromConfig | None = Field(None, description="sizes of the vision part beside model.config")
+    max_image_tokens: int = Field(256, gt=0, description="tokens of an image, at most; larger ones are resized")
+    template: str | None = Field(
+        None,
+        description="order of an item's parts, by name in braces: {photo} {title}; None: as the source names them",
+    )
+
+
 class ModelConfig(Section):
     """`model:` the text tower, and others beside it. Exactly one of `path` and `config`."""
 
@@ -222,6 +244,9 @@ class ModelConfig(Section):
         None, description="what the document tower starts from; None: the weights that the query tower starts from"
     )
     image: ImageConfig | None = Field(None, description="a tower for images; its vectors are as wide as the texts'")
+    vision: VisionConfig | None = Field(
+        None, description="the model itself reads images among the tokens: Qwen2-VL, Qwen2.5-VL, Qwen3-VL"
+    )
     freeze: list[str] = Field(
         [], description="patterns of weight names that training leaves alone, e.g. backbone.embed_tokens.*"
     )
@@ -233,8 +258,12 @@ class ModelConfig(Section):
     def _one_origin(self) -> ModelConfig:
         if (self.path is None) == (self.config is None):
             raise ValueError("give exactly one of `path` (a pretrained model) and `config` (random weights)")
-        if self.adapter is not None and self.path is None and self.init_from is None:
-            raise ValueError("an `adapter` leaves random weights as they are; give a `path`, or remove it")
+        drawn = self.path is None and self.init_from is None
+        if self.adapter is not None and drawn and not self.adapter.modules_to_save:
+            raise ValueError(
+                "an `adapter` leaves random weights as they are; give a `path`, or name in adapter.modules_to_save what "
+                "trains whole, or remove it"
+            )
         if self.adapter is not None and not self.adapter.merge and self.towers != "tied":
             raise ValueError("an `adapter` of each of two towers can't stand alone; leave `adapter.merge` true")
         return self
@@ -242,6 +271,8 @@ class ModelConfig(Section):
     @property
     def kinds(self) -> tuple[str, ...]:
         """Of items that there is a tower for."""
+        if self.vision is not None:
+            return ("text", "image", "parts")
         return ("text",) if self.image is None else ("text", "image")
 
     @model_validator(mode="after")
@@ -260,6 +291,20 @@ class ModelConfig(Section):
             ):
                 if wrong:
                     raise ValueError(f"beside `image`, {told}")
+        return self
+
+    @model_validator(mode="after")
+    def _vision_part(self) -> ModelConfig:
+        if self.vision is not None:
+            for wrong, told in (
+                (self.image, "image: the model reads images itself; remove one of the two"),
+                ((self.vision.config is None) != (self.config is None), "vision.config and config go together"),
+                (self.packing == "on", "packing: its positions are of images too; set it to off"),
+                (self.token_dropout, "token_dropout: an image's places can't be hidden; set it to 0"),
+                (self.query_length, "query_length: mask tokens are for texts; remove it"),
+            ):
+                if wrong:
+                    raise ValueError(f"beside `vision`, {told}")
         return self
 
     @model_validator(mode="after")

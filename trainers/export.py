@@ -71,7 +71,7 @@ def load_exported(folder: Path, attention: str = "auto") -> Tower:
     """The encoder of a folder that `export_sentence_transformer` wrote, in evaluation mode, on the CPU."""
     from trainers.encoders.backbone import load_backbone
     from trainers.encoders.image import load_image_encoder
-    from trainers.encoders.text import TextEncoder
+    from trainers.encoders.text import text_encoder
 
     spec = ModelSpec.load(folder)
     if spec.reads == "image":
@@ -82,7 +82,7 @@ def load_exported(folder: Path, attention: str = "auto") -> Tower:
         backbone = load_backbone(folder, attention, spec.trust_remote_code)
     else:
         raise UsageError(f"{folder} has no model.safetensors, so it is no exported model")
-    encoder = TextEncoder(backbone, spec)
+    encoder = text_encoder(backbone, spec, folder)
     encoder.readout.load_state_dict(read_readout(folder))
     return encoder.eval()
 
@@ -98,21 +98,23 @@ def _write(
     _write_json(out / "config.json", config | {"dtype": "float32"})
     base = _write_backbone(weights, spec, model_folder, out, model)
     readout = _chosen(weights, READOUT, readout_shapes(spec))
-    _write_modules(spec, readout, out)
     if spec.reads != "text" and readout:
         _save(readout, out / READOUT_FILE)
-    _write_json(
-        out / "config_sentence_transformers.json",
-        {
-            "model_type": "MultiVectorEncoder" if spec.pooling == "tokens" else "SentenceTransformer",
-            "prompts": spec.prompts,
-            "default_prompt_name": None,
-            "similarity_fn_name": _similarity(spec),
-        },
-    )
+    if spec.reads != "vision":  # Sentence Transformers would show such a model its images in another template
+        _write_modules(spec, readout, out)
+        _write_json(out / "config_sentence_transformers.json", _model_settings(spec))
     (out / "README.md").write_text(_card(spec, base))
     if base:
         (out / "config.json").unlink()  # where there is one, transformers looks for the base's weights beside it
+
+
+def _model_settings(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "model_type": "MultiVectorEncoder" if spec.pooling == "tokens" else "SentenceTransformer",
+        "prompts": spec.prompts,
+        "default_prompt_name": None,
+        "similarity_fn_name": _similarity(spec),
+    }
 
 
 def _write_backbone(
@@ -250,6 +252,12 @@ def _card(spec: ModelSpec, base: str) -> str:
     rests = f"It is an adapter of {base}, which adapter_config.json names and must go on naming.\n" if base else ""
     trusted = ", trust_remote_code=True" if spec.trust_remote_code or spec.latent else ""
     use = _TOKENS if spec.pooling == "tokens" else _VECTORS
+    if spec.reads == "vision":
+        return f"""# An embedding model of texts and images trained with gyre
+
+{_VISION}
+{spec.architecture}, {spec.pooling} pooling, {spec.dim} dimensions, {spec.max_tokens} tokens.
+{rests}"""
     if spec.reads == "image":
         return f"""# The image tower of an embedding model trained with gyre
 
@@ -280,6 +288,22 @@ from sentence_transformers import SentenceTransformer  # version 6 or later
 model = SentenceTransformer("this folder")
 vectors = model.encode([Image.open("cat.png").convert("RGB")])
 ```
+"""
+_VISION = """With gyre:
+
+```python
+from pathlib import Path
+
+from cluster.models import exported_encoder
+from data_services.schema import Media
+
+model = exported_encoder(Path("this folder"))
+texts = model.encode(["a cat on a chair"], "query")
+images = model.encode([Media("image", Path("cat.png").read_bytes())], "document")
+```
+
+It is also a folder of transformers: config, weights, tokenizer and image processor; the vector is the normalised state
+of the pooled token.
 """
 _TOKENS = """A vector for each token; two texts are compared by the sum over query tokens of the nearest document token.
 

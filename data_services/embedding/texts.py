@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -25,7 +26,7 @@ class Texts(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, list[Item]]:
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, Sequence[Item]]:
         """(ids [m] int64, `schema.item_id`; items) of rows start … stop-1."""
         ...
 
@@ -64,7 +65,7 @@ class SourceTexts:
     def __len__(self) -> int:
         return len(self._index.ids)
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, list[Item]]:
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, Sequence[Item]]:
         import pyarrow.compute as pc
 
         part = slice(start, stop)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,7 +112,7 @@ class Writer:
     def _metric(self) -> str:
         return "cosine" if getattr(self._encoder, "unit_vectors", True) else "dot"
 
-    def _vectors(self, texts: list[Item]) -> np.ndarray:
+    def _vectors(self, texts: Sequence[Item]) -> np.ndarray:
         """[n, D] float32 in the dimensions that are kept."""
         vectors = np.asarray(self._encoder.encode(texts, self._job.config.field), np.float32)
         if vectors.ndim != 2 or len(vectors) != len(texts):

@@ -54,7 +54,8 @@ class ModelSpec:
     query_length       with pooling "tokens": mask tokens fill shorter queries up to it
     mask_id            the token that does; None where there is no query_length
     skipped            with pooling "tokens": by word, the tokens that have no vector in a document
-    reads              kind of the items: "text", "image", …
+    reads              kind of the items: "text", "image", …; "vision": texts, images and items of both
+    template           of "vision", order of the parts of an item; None: as the source names them
     own_pooling        the backbone's own pooled vector stands in the place of its token vectors
     """
 
@@ -78,6 +79,7 @@ class ModelSpec:
     skipped: dict[str, int] = field(default_factory=dict)
     reads: str = "text"
     own_pooling: bool = False
+    template: str | None = None
 
     @property
     def hidden(self) -> int:

@@ -73,7 +73,7 @@ class TextEncoder(Tower):
         ids, mask, pooled = self._inputs(input_ids, attention_mask, prompt_tokens, queries)
         if self.training and self.token_dropout:
             mask, pooled = hide_tokens(mask, pooled, self.token_dropout, self.spec.pooling)
-        hidden = self._hidden(ids, mask, self.spec.layers)
+        hidden = self._hidden(ids, mask, self.spec.layers, arrays or {})
         return torch.cat([self.readout(layer, pooled, training=True) for layer in hidden], dim=-1)
 
     def embed(
@@ -86,7 +86,7 @@ class TextEncoder(Tower):
     ) -> Tensor:
         """The model's vectors [n, D], or [n, L, D], of what `forward` takes."""
         ids, mask, pooled = self._inputs(input_ids, attention_mask, prompt_tokens, queries)
-        (hidden,) = self._hidden(ids, mask, ())
+        (hidden,) = self._hidden(ids, mask, (), arrays or {})
         return self.readout(hidden, pooled, training=False)
 
     def token_counts(
@@ -119,17 +119,21 @@ class TextEncoder(Tower):
         pooled = pooled_tokens(mask, spec.pooling, prompt_tokens)
         return ids, mask, pooled if self.skipped is None else without_skipped(pooled, ids, queries, self.skipped)
 
-    def _hidden(self, ids: Tensor, mask: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    def _hidden(self, ids: Tensor, mask: Tensor, layers: Sequence[int], arrays: Mapping[str, Tensor]) -> list[Tensor]:
         """Token vectors [n, L, H] of each of `layers`, or of the mean of the last ones where there are none."""
-        several = self.spec.mean_layers
+        several, seen = self.spec.mean_layers, self._seen(ids, arrays)
         if not layers and several == 1:
-            return [packed.run(self.backbone, ids, mask, self.packed).last_hidden_state]
-        states = packed.run(self.backbone, ids, mask, self.packed, output_hidden_states=True).hidden_states
+            return [packed.run(self.backbone, ids, mask, self.packed, **seen).last_hidden_state]
+        states = packed.run(self.backbone, ids, mask, self.packed, output_hidden_states=True, **seen).hidden_states
         return [states[i] for i in layers] or [torch.stack(states[-several:]).mean(0)]
+
+    def _seen(self, ids: Tensor, arrays: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the backbone takes of a chunk besides tokens: of texts nothing."""
+        return {}
 
     def token_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[n, L, H] of the last layer, for losses on token states; input_ids, attention_mask [n, L] int64."""
-        (states,) = self._hidden(input_ids, attention_mask, ())
+        (states,) = self._hidden(input_ids, attention_mask, (), {})
         return states
 
     def _drop_block_outputs(self) -> None:
@@ -164,8 +168,19 @@ def build_encoder(config: ModelConfig, folder: Path) -> TextEncoder:
         checkpoint_gradients(backbone)
     if config.adapter is not None:
         adapt(backbone, config.adapter, spec)
-    encoder = TextEncoder(backbone, spec, config.token_dropout, spec.added_dropout)
+    encoder = text_encoder(backbone, spec, folder, config.token_dropout, spec.added_dropout)
     encoder.packed = packing
     encoder.readout.load_state_dict(read_readout(folder), strict=False)
     freeze(encoder, config.freeze)
     return encoder
+
+
+def text_encoder(
+    backbone: PreTrainedModel, spec: ModelSpec, folder: Path, token_dropout: float = 0.0, dropout: float = 0.0
+) -> TextEncoder:
+    """The encoder of what the folder's model reads: texts, or with a vision part images too."""
+    from trainers.encoders.vision_language import READS, VisionLanguageEncoder
+
+    if spec.reads == READS:
+        return VisionLanguageEncoder(backbone, spec, folder, token_dropout, dropout)
+    return TextEncoder(backbone, spec, token_dropout, dropout)
