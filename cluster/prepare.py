@@ -211,14 +211,19 @@ def tokenizer_of(folder: Path) -> Tokenize:
 
 def _reader_of(folder: Path) -> Tokenize:
     """Of one tower's folder."""
-    from data_services.fronts import ImageFront
+    from data_services.fronts import AudioFront, ImageFront
     from data_services.tokenizer import FolderTokenizer
     from data_services.vision_text import Patches, VisionText
+    from trainers.encoders import own
     from trainers.encoders.spec import ModelSpec
 
     spec = ModelSpec.load(folder)
+    if spec.code is not None:
+        return own.reader_of(folder)
     if spec.reads == "image":
         return ImageFront.of(folder, spec.max_tokens)
+    if spec.reads == "audio":
+        return AudioFront.of(folder)
     texts = FolderTokenizer(folder, spec.max_tokens, spec.prompts)
     if spec.reads == "vision":
         image_id = json.loads((folder / "config.json").read_text())["image_token_id"]

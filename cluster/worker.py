@@ -164,7 +164,7 @@ def model_of(recipe: Recipe, folder: Path, learned: Mapping[str, float]) -> Trai
     """What is trained: the recipe's tower or towers, the objective's scalars, the auxiliary head."""
     from trainers.model import Trained
 
-    if recipe.model.towers == "separate" or recipe.model.image is not None:
+    if recipe.model.towers == "separate" or recipe.model.media:
         from trainers.encoders.towers import build_towers
 
         return Trained(build_towers(recipe.model, folder, lambda _, at: encoder_of(recipe, at)), learned)

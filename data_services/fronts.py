@@ -1,4 +1,4 @@
-"""What a tower of images reads: pixels, as the processor of its folder would make them."""
+"""What towers of images and of sounds read: pixels as the processor of the folder would make them; mel frames."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
+from data_services.media.audio import decode_audio, resampled
 from data_services.media.image import decode_image
+from data_services.media.mel import Mel
 from data_services.ragged import Inputs, Ragged
 from data_services.schema import Item, Media, UsageError
 
 PREPROCESSOR = "preprocessor_config.json"
-PIXELS = "pixels"  # the array's name
+AUDIO_SETTINGS = "gyre_audio.json"
+PIXELS, FRAMES = "pixels", "frames"  # names of arrays
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,45 @@ class ImageFront:
             decoded = np.asarray(resized)
         top, left = (to_height - self.height) // 2, (to_width - self.width) // 2
         return decoded[top : top + self.height, left : left + self.width]
+
+
+@dataclass(frozen=True)
+class AudioFront:
+    """A `Tokenize` of sounds: `frames` [F, bands] float32, log-mel.
+
+    halvings  so many times the tower halves the frames: it computes one token for 2^halvings of them
+    """
+
+    mel: Mel
+    halvings: int
+
+    @classmethod
+    def of(cls, folder: Path) -> AudioFront:
+        """By the folder's gyre_audio.json."""
+        config = json.loads((folder / AUDIO_SETTINGS).read_text())
+        most = max(1, int(config["max_seconds"] * config["rate"] / config["hop"]))
+        return cls(Mel(config["rate"], config["mels"], config["window"], config["hop"], most), config["layers"])
+
+    def __call__(self, items: Sequence[Item], field: str, tasks: Sequence[int] | None = None) -> Inputs:
+        """Raises Undecodable where one is damaged, or no sound."""
+        frames = [self.frames(item) for item in items]
+        offsets = np.cumsum([0, *map(len, frames)])
+        tokens = [-(-len(its) >> self.halvings) for its in frames]
+        every = Ragged(np.concatenate(frames), offsets)
+        return Inputs(np.zeros(sum(tokens), np.int32), np.cumsum([0, *tokens]), {FRAMES: every})
+
+    def prompt_tokens(self, field: str, task: int | None = None) -> int:
+        """A sound has no prompt."""
+        return 0
+
+    def frames(self, item: Item) -> np.ndarray:
+        """[F, bands] float32 of a sound, without what a view has blanked."""
+        assert isinstance(item, Media), "the tower of sounds is given sounds"
+        if isinstance(item.data, bytes):
+            samples = decode_audio(item.data, self.mel.rate)
+        else:
+            samples = resampled(item.data, item.rate, self.mel.rate)
+        return self.mel(samples)
 
 
 def _sides(size: int | dict[str, int] | None) -> dict[str, int]:

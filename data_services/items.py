@@ -11,14 +11,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Kind = Literal["text", "image", "audio"]
+Kind = str
+""" "text", "image", "audio", or a kind of a user's own, whose bytes only its own tower reads."""
 Form = Kind | Mapping[str, Kind]
 """Of all items of one side: their kind, or that of each of their parts."""
 
@@ -31,7 +32,7 @@ class Media:
     rate  samples a second of a decoded sound
     """
 
-    kind: Literal["image", "audio"]
+    kind: Kind
     data: bytes | np.ndarray
     rate: int = 0
 

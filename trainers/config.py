@@ -135,6 +135,35 @@ class ImageConfig(Section):
         return self
 
 
+class AudioConfig(Section):
+    """`model.audio:` a small convolutional tower for sounds beside the text tower, from random weights."""
+
+    rate: int = Field(16_000, gt=0, description="samples a second that sounds are resampled to")
+    mels: int = Field(64, gt=0, description="bands of the log-mel spectrogram")
+    window: int = Field(400, gt=0, description="samples of a frame")
+    hop: int = Field(160, gt=0, description="samples from one frame to the next")
+    max_seconds: float = Field(10.0, gt=0, description="what comes later is cut off")
+    hidden: int = Field(128, gt=0, description="channels of each layer")
+    layers: int = Field(3, gt=0, description="convolutions, each of which halves the frames")
+    kernel: int = Field(5, gt=0, description="frames that a convolution sees")
+
+
+class OwnConfig(Section):
+    """`model.own:` by kind, a tower of yours beside the text tower; see docs/multimodal.md."""
+
+    path: str = Field(pattern="^[^:]+:[^:]+$", description="your modality, package.module:Name")
+    allow_code: bool = Field(
+        False, description="must be true: this code runs on every worker and wherever it is loaded"
+    )
+    options: dict[str, Any] = Field({}, description="what your modality is made with")
+
+    @model_validator(mode="after")
+    def _allowed(self) -> OwnConfig:
+        if not self.allow_code:
+            raise ValueError(f"{self.path} is code of yours: set allow_code: true to let it run")
+        return self
+
+
 class VisionFromConfig(Section):
     """The vision part of a vision–language model from random weights."""
 
@@ -244,6 +273,8 @@ class ModelConfig(Section):
         None, description="what the document tower starts from; None: the weights that the query tower starts from"
     )
     image: ImageConfig | None = Field(None, description="a tower for images; its vectors are as wide as the texts'")
+    audio: AudioConfig | None = Field(None, description="a tower for sounds; its vectors are as wide as the texts'")
+    own: dict[str, OwnConfig] = Field({}, description="by kind of item, towers of yours")
     vision: VisionConfig | None = Field(
         None, description="the model itself reads images among the tokens: Qwen2-VL, Qwen2.5-VL, Qwen3-VL"
     )
@@ -273,7 +304,13 @@ class ModelConfig(Section):
         """Of items that there is a tower for."""
         if self.vision is not None:
             return ("text", "image", "parts")
-        return ("text",) if self.image is None else ("text", "image")
+        return ("text", *self.media)
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Kinds that have a tower beside the text tower, in the order of the towers."""
+        built_in = {"image": self.image, "audio": self.audio}
+        return (*(kind for kind, tower in built_in.items() if tower is not None), *self.own)
 
     @model_validator(mode="after")
     def _image_tower(self) -> ModelConfig:
@@ -297,7 +334,7 @@ class ModelConfig(Section):
     def _vision_part(self) -> ModelConfig:
         if self.vision is not None:
             for wrong, told in (
-                (self.image, "image: the model reads images itself; remove one of the two"),
+                (self.media, "image, audio and own: the model reads images itself; remove one of the two"),
                 ((self.vision.config is None) != (self.config is None), "vision.config and config go together"),
                 (self.packing == "on", "packing: its positions are of images too; set it to off"),
                 (self.token_dropout, "token_dropout: an image's places can't be hidden; set it to 0"),

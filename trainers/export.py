@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from trainers.config import ModelConfig
     from trainers.encoders.tower import Tower
 
+WEIGHTS = "model.safetensors"
 BACKBONE, READOUT = "backbone.", "readout."  # before the names of their weights in TextEncoder.state_dict()
 _LATENT_CODE = Path(__file__).parent / "encoders" / "latent_attention.py"
 
@@ -70,12 +71,12 @@ def whole_folder(out: Path) -> Iterator[Path]:
 def load_exported(folder: Path, attention: str = "auto") -> Tower:
     """The encoder of a folder that `export_sentence_transformer` wrote, in evaluation mode, on the CPU."""
     from trainers.encoders.backbone import load_backbone
-    from trainers.encoders.image import load_image_encoder
+    from trainers.encoders.modality import loader_of
     from trainers.encoders.text import text_encoder
 
     spec = ModelSpec.load(folder)
-    if spec.reads == "image":
-        return load_image_encoder(folder, attention)
+    if spec.reads not in ("text", "vision"):
+        return loader_of(spec)(folder, attention)
     if (folder / ADAPTER_FILE).exists():
         backbone = load_adapted(folder, attention, spec.trust_remote_code)
     elif (folder / "model.safetensors").exists():
@@ -90,10 +91,18 @@ def load_exported(folder: Path, attention: str = "auto") -> Tower:
 def _write(
     weights: Mapping[str, Tensor], spec: ModelSpec, model_folder: Path, out: Path, model: ModelConfig | None
 ) -> None:
+    import torch
+
     for file in model_folder.iterdir():
         if file.is_file() and ".safetensors" not in file.name and file.name != TOWERS_FILE:
             shutil.copy(file, out)
     spec.save(out)
+    if not (out / "config.json").exists():  # a tower that is none of transformers': its own file loads it
+        _save({name: t.detach().to("cpu", torch.float32).contiguous() for name, t in weights.items()}, out / WEIGHTS)
+        (out / "README.md").write_text(
+            f"# The {spec.reads} tower of an embedding model trained with gyre\n\n" + _GYRE.replace("KIND", spec.reads)
+        )
+        return
     config = json.loads((out / "config.json").read_text())
     _write_json(out / "config.json", config | {"dtype": "float32"})
     base = _write_backbone(weights, spec, model_folder, out, model)
@@ -287,6 +296,18 @@ from sentence_transformers import SentenceTransformer  # version 6 or later
 
 model = SentenceTransformer("this folder")
 vectors = model.encode([Image.open("cat.png").convert("RGB")])
+```
+"""
+_GYRE = """With gyre, from the folder above, which has the other towers:
+
+```python
+from pathlib import Path
+
+from cluster.models import exported_encoder
+from data_services.schema import Media
+
+model = exported_encoder(Path("the folder above"))
+vectors = model.encode([Media("KIND", Path("FILE").read_bytes())], "document")
 ```
 """
 _VISION = """With gyre:

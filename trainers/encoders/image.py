@@ -26,7 +26,7 @@ from trainers.encoders.backbone import check_checkpointing, checkpoint_gradients
 from trainers.encoders.freezing import freeze
 from trainers.encoders.model_folder import READOUT_FILE, read_readout, resolve
 from trainers.encoders.spec import Dense, ModelSpec
-from trainers.encoders.tower import Tower
+from trainers.encoders.tower import MediaTower
 
 PREPROCESSOR = "preprocessor_config.json"
 # Where a recipe builds the tower itself: both sides resized, numbers from -1 to 1, as SigLIP does.
@@ -43,61 +43,24 @@ _PREPROCESSING: dict[str, Any] = {
 }
 
 
-class ImageEncoder(Tower):
-    """The tower of images, see `Tower`. Of a chunk it reads `arrays["pixels"]` [n, 3, height, width] uint8.
-
-    scale, shift  see `scaling`
-    """
+class ImageEncoder(MediaTower):
+    """The tower of images. Of a chunk it reads `arrays["pixels"]` [n, 3, height, width] uint8."""
 
     def __init__(self, backbone: PreTrainedModel, spec: ModelSpec, preprocessing: Mapping[str, Any]) -> None:
         super().__init__(backbone, spec)
         self._scaling = scaling(preprocessing)  # no buffers: the engine would round them to bf16
         self._blank = _image_shape(backbone)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_tokens: Tensor | None = None,
-        queries: Tensor | None = None,
-        arrays: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """What the loss sees, [n, D] float32; with pooling "tokens" [n, L, D], a vector a patch.
-
-        Of a chunk without images it is that of a black one: every worker must run the model.
-        """
-        hidden = self._hidden(arrays or {})
-        return self.readout(hidden, hidden.new_ones(hidden.shape[:2], dtype=torch.bool), training=True)
-
-    def embed(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_tokens: Tensor | None = None,
-        queries: Tensor | None = None,
-        arrays: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        return self(input_ids, attention_mask, arrays=arrays)
-
-    def token_counts(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_tokens: Tensor | None = None,
-        queries: Tensor | None = None,
-        arrays: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        return attention_mask.sum(1)
-
-    def _hidden(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """[n, L, H] of the last layer, or [n, 1, H] where the backbone pools."""
+    def read(self, arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The states of the last layer, or the one that the backbone pools; all are pooled."""
+        weight = next(self.backbone.parameters())
         pixels = arrays.get("pixels")
         if pixels is None or not len(pixels):
-            pixels = torch.zeros(1, *self._blank, device=next(self.backbone.parameters()).device)
+            pixels = torch.zeros(1, *self._blank, device=weight.device)
         scale, shift = (x.to(pixels.device) for x in self._scaling)
-        values = pixels.float() * scale + shift
-        output = self.backbone(pixel_values=values.to(next(self.backbone.parameters()).dtype))
-        return output.pooler_output[:, None] if self.spec.own_pooling else output.last_hidden_state
+        output = self.backbone(pixel_values=(pixels.float() * scale + shift).to(weight.dtype))
+        hidden = output.pooler_output[:, None] if self.spec.own_pooling else output.last_hidden_state
+        return hidden, hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
 
 
 def scaling(preprocessing: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -115,14 +78,13 @@ def _image_shape(backbone: PreTrainedModel) -> tuple[int, int, int]:
     return 3, height, width
 
 
-def prepare_image_tower(config: ModelConfig, folder: Path, texts: ModelSpec) -> ModelSpec:
-    """Make the folder that `build_image_encoder` loads. texts: of the tower that its vectors are compared with.
+def prepare(config: ModelConfig, folder: Path, texts: ModelSpec) -> None:
+    """Make the folder that `build` loads. texts: of the tower that its vectors are compared with.
 
     UsageError names the key that can't be honoured.
     """
     image = config.image
     assert image is not None, "asked for by a recipe that has one"
-    folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):  # the weights drawn here only probe the architecture
         backbone, preprocessing, projection = _origin(image, folder)
         spec = _spec(image, backbone, projection, texts)
@@ -138,7 +100,6 @@ def prepare_image_tower(config: ModelConfig, folder: Path, texts: ModelSpec) -> 
 
         save_file({"head.0.weight": projection.detach().clone()}, folder / READOUT_FILE)
     spec.save(folder)
-    return spec
 
 
 def _origin(image: ImageConfig, folder: Path) -> tuple[PreTrainedModel, dict[str, Any], Tensor | None]:
@@ -210,14 +171,14 @@ def _spec(image: ImageConfig, backbone: PreTrainedModel, projection: Tensor | No
     )
 
 
-def build_image_encoder(config: ModelConfig, folder: Path) -> ImageEncoder:
-    """The encoder of a folder made by `prepare_image_tower`, in fp32, on the CPU.
+def build(config: ModelConfig, folder: Path) -> ImageEncoder:
+    """The encoder of a folder made by `prepare`, in fp32, on the CPU.
 
     Weights come from the folder where it has some, else from the current torch generator.
     """
     image = config.image
     assert image is not None, "asked for by a recipe that has one"
-    encoder = load_image_encoder(folder, config.attention).train()
+    encoder = load(folder, config.attention).train()
     if image.gradient_checkpointing:
         checkpoint_gradients(encoder.backbone)
     if image.adapter is not None:
@@ -227,7 +188,7 @@ def build_image_encoder(config: ModelConfig, folder: Path) -> ImageEncoder:
     return encoder
 
 
-def load_image_encoder(folder: Path, attention: str = "auto") -> ImageEncoder:
+def load(folder: Path, attention: str = "auto") -> ImageEncoder:
     """The encoder of a model folder or export, in evaluation mode, on the CPU."""
     preprocessing = json.loads((folder / PREPROCESSOR).read_text())
     encoder = ImageEncoder(load_backbone(folder, attention), ModelSpec.load(folder), preprocessing)

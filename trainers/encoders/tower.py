@@ -7,9 +7,9 @@ whole legend).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from trainers.encoders.heads import Readout
 from trainers.encoders.spec import ModelSpec
@@ -18,14 +18,14 @@ from trainers.encoders.spec import ModelSpec
 class Tower(nn.Module):
     """A backbone and a readout: pooling, head and normalisation, in fp32 but for the head's weights.
 
-    `forward` gives what the loss sees, `embed` what is evaluated and exported; see `TextEncoder` and `MediaEncoder`.
+    `forward` gives what the loss sees, `embed` what is evaluated and exported; see `TextEncoder` and `MediaTower`.
 
     packed  whether the backbone reads a chunk's texts end to end, without padding (`packed.prepare`)
     """
 
-    def __init__(self, backbone: PreTrainedModel, spec: ModelSpec) -> None:
+    def __init__(self, backbone: nn.Module, spec: ModelSpec) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.readout = Readout(spec)
         self.spec = spec
         self.packed = False
@@ -89,3 +89,46 @@ class Tower(nn.Module):
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         width = config.num_attention_heads * head
         return of_weights + 12.0 * config.num_hidden_layers * length * width
+
+
+class MediaTower(Tower):
+    """A tower of items that are no texts: what it reads of a chunk are the arrays."""
+
+    def read(self, arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """A chunk's arrays (`trainers.chunks.Chunk`) -> (states [n, L, H], which of them are pooled [n, L] bool).
+
+        Where the chunk has no items, and so the arrays no rows, those of any one item, a blank image say: every worker
+        must run the weights.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        prompt_tokens: Tensor | None = None,
+        queries: Tensor | None = None,
+        arrays: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """What the loss sees, [n, D] float32; with pooling "tokens" [n, L, D], a vector a state."""
+        return self.readout(*self.read(arrays or {}), training=True)
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        prompt_tokens: Tensor | None = None,
+        queries: Tensor | None = None,
+        arrays: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        return self.readout(*self.read(arrays or {}), training=False)
+
+    def token_counts(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        prompt_tokens: Tensor | None = None,
+        queries: Tensor | None = None,
+        arrays: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        return attention_mask.sum(1)

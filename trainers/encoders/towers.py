@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from data_services.schema import UsageError
 from trainers.encoders.backbone import saved_shapes
-from trainers.encoders.image import build_image_encoder, prepare_image_tower
+from trainers.encoders.modality import modality_of
 from trainers.encoders.model_folder import prepare_model_folder
 from trainers.encoders.spec import TOWERS_FILE, ModelSpec
 from trainers.encoders.text import TextEncoder, build_encoder
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from trainers.config import ModelConfig
 
 QUERY, DOCUMENT = "query", "document"
-TEXT, IMAGE = "text", "image"
+TEXT = "text"
 _ROUTER = "router_config.json"
 
 
@@ -127,9 +127,11 @@ def prepare_towers(config: ModelConfig, folder: Path) -> None:
 
     UsageError names the key that can't be honoured.
     """
-    if config.image is not None:
-        prepare_image_tower(config, folder / IMAGE, ModelSpec.load(folder))
-        Layout({TEXT: ".", IMAGE: IMAGE}, "kind").save(folder)
+    if config.media:
+        for kind in config.media:
+            (folder / kind).mkdir()
+            modality_of(kind, config).prepare(config, folder / kind, ModelSpec.load(folder))
+        Layout({TEXT: "."} | {kind: kind for kind in config.media}, "kind").save(folder)
     elif config.towers == "separate":
         _prepare_document_tower(config, folder)
         Layout({QUERY: ".", DOCUMENT: DOCUMENT if (folder / DOCUMENT).exists() else "."}, "field").save(folder)
@@ -182,8 +184,8 @@ def build_towers(
     layout = Layout.load(folder)
     assert layout is not None, "prepare_towers says which towers there are"
     if layout.by == "kind":
-        assert config.image is not None, "the layout names a tower that the recipe has"
-        return Towers({TEXT: build(config, folder), IMAGE: build_image_encoder(config, folder / IMAGE)})
+        others = {kind: modality_of(kind, config).build(config, folder / kind) for kind in config.media}
+        return Towers({TEXT: build(config, folder)} | others)
     query, other = build(config, folder), folder / layout.towers[DOCUMENT]
     if other.samefile(folder):
         with torch.random.fork_rng(devices=[]):
@@ -203,7 +205,8 @@ def export_towers(
     model    the recipe's section, needed where it has an adapter
 
     `SentenceTransformer(out)` encodes queries by `encode_query` and documents by `encode_document`; with pooling
-    "tokens" `MultiVectorEncoder(out)` does. Of towers by kind it encodes texts and images alike.
+    "tokens" `MultiVectorEncoder(out)` does. Of towers by kind it encodes texts and images alike; where there is another
+    kind, gyre loads the folder (`cluster.models.exported_encoder`), and each of the others by itself.
     """
     layout = Layout.load(model_folder)
     assert layout is not None, "prepare_towers says which towers there are"
@@ -213,7 +216,10 @@ def export_towers(
             spec = ModelSpec.load(model_folder / place)
             export_sentence_transformer(own, spec, model_folder / place, making / name, model)
         Layout({name: name for name in layout.towers}, layout.by).save(making)
-        _write_router(making, layout)
+        if all((making / name / "modules.json").exists() for name in layout.towers):
+            _write_router(making, layout)
+        else:  # a kind that Sentence Transformers doesn't know
+            (making / "README.md").write_text(_BY_GYRE)
     return out
 
 
@@ -276,6 +282,19 @@ similarity = model.similarity(texts, images)
 ```
 
 Each of FOLDERS is a model by itself; its README says more.
+"""
+_BY_GYRE = """# An embedding model of several towers trained with gyre
+
+```python
+from pathlib import Path
+
+from cluster.models import exported_encoder
+from data_services.schema import Media
+
+model = exported_encoder(Path("this folder"))
+texts = model.encode(["a low tone"], "query")
+sounds = model.encode([Media("audio", Path("tone.wav").read_bytes())], "document")
+```
 """
 
 

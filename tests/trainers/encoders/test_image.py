@@ -15,7 +15,8 @@ from data_services.schema import Media, Undecodable, UsageError
 from data_services.tokenizer import FolderTokenizer
 from tests.trainers.encoders.tiny import TEXTS, TINY, scrambled, train_tokenizer
 from trainers.config import ImageConfig, ImageFromConfig, ModelConfig
-from trainers.encoders.image import load_image_encoder, scaling
+from trainers.encoders import image as image_tower
+from trainers.encoders.image import scaling
 from trainers.encoders.local import LocalEncoder
 from trainers.encoders.model_folder import prepare_model_folder
 from trainers.encoders.towers import build_towers, export_towers, load_towers, prepare_towers
@@ -149,7 +150,7 @@ def test_an_export_comes_back_with_every_weight_and_each_tower_loads_by_itself(e
     back = load_towers(out)
     for name, weight in towers.state_dict().items():
         assert torch.equal(back.state_dict()[name], weight), name
-    alone = load_image_encoder(out / "image")
+    alone = image_tower.load(out / "image")
     assert torch.equal(alone.readout.head[0].weight, towers.image.readout.head[0].weight)
 
 
@@ -165,8 +166,8 @@ def test_a_text_for_the_images_or_a_damaged_image_is_said_in_one_sentence(export
     ("keys", "message"),
     [
         ({"towers": "separate"}, "an item's kind says its tower"),
-        ({"head": {"sizes": [8], "use": "training"}}, "the image tower has no such head"),
-        ({"layers": [1, -1]}, "the image tower has one vector"),
+        ({"head": {"sizes": [8], "use": "training"}}, "the others have no such head"),
+        ({"layers": [1, -1]}, "the other towers have one vector"),
     ],
 )
 def test_what_a_text_tower_alone_can_do_is_refused_beside_one_for_images(keys, message):

@@ -1,4 +1,4 @@
-"""A step of a tower of texts and one of images: the gradients of the whole batch, whoever holds which images."""
+"""A step of towers of texts, images and sounds: the gradients of the whole batch, whoever holds which of them."""
 
 from pathlib import Path
 
@@ -6,16 +6,26 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.prepare import tokenizer_of
 from data_services.assemble import GlobalBatch
 from data_services.collate import share_batch
 from data_services.schema import Inputs
-from tests.trainers.encoders.test_image import PICTURES, SIZES, png, reader
+from tests.trainers.encoders.sounds import tone
+from tests.trainers.encoders.test_image import PICTURES, SIZES, png
 from tests.trainers.encoders.tiny import TEXTS, TINY, scrambled, train_tokenizer
 from tests.trainers.test_step import BETA
 from tests.twins import dense_contrastive
 from trainers.chunks import chunk_of, keys_of
 from trainers.collectives import Group
-from trainers.config import EngineConfig, ImageConfig, ImageFromConfig, ModelConfig, MomentumConfig, OptimizerConfig
+from trainers.config import (
+    AudioConfig,
+    EngineConfig,
+    ImageConfig,
+    ImageFromConfig,
+    ModelConfig,
+    MomentumConfig,
+    OptimizerConfig,
+)
 from trainers.encoders.model_folder import prepare_model_folder
 from trainers.encoders.towers import build_towers, prepare_towers
 from trainers.model import Trained
@@ -27,8 +37,12 @@ from trainers.step import ContrastiveStep, Memory, choose_caching
 CPU = torch.device("cpu")
 OBJECTIVE = ContrastiveSection(temperature=0.1)
 CONFIG = ModelConfig(
-    config=TINY.model_copy(update={"dropout": 0.0}), image=ImageConfig(config=ImageFromConfig(**SIZES)), max_tokens=40
+    config=TINY.model_copy(update={"dropout": 0.0}),
+    image=ImageConfig(config=ImageFromConfig(**SIZES)),
+    audio=AudioConfig(rate=8000, mels=8, window=200, hop=80, max_seconds=1, hidden=12, layers=2, kernel=3),
+    max_tokens=40,
 )
+SOUNDS = [tone(hertz, seconds) for hertz, seconds in ((440, 0.1), (880, 0.35), (220, 1.5))]
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +58,11 @@ def model_of(folder):
     return Trained(scrambled(build_towers(CONFIG, folder)), {})
 
 
-def global_batch(towers, folder) -> GlobalBatch:
-    """Five pairs: texts that look for images, one image for a text, and a text as a hard negative."""
+def global_batch(folder) -> GlobalBatch:
+    """Six pairs: texts that look for images and a sound, an image for a text, a sound for another, and a hard negative."""
     images = [png(picture) for picture in PICTURES]
-    queries, documents = [*TEXTS[:4], images[4]], [*images[:4], TEXTS[4], TEXTS[0]]
-    inputs = reader(folder, towers)
+    queries, documents = [*TEXTS[:4], images[4], SOUNDS[0]], [*images[:3], SOUNDS[1], TEXTS[4], SOUNDS[2], TEXTS[0]]
+    inputs = tokenizer_of(folder)
     b, d = len(queries), len(documents)
     return GlobalBatch(
         step=0,
@@ -73,7 +87,7 @@ def first_gradients(folder, stage, cached):
     small, large = (choose_caching(engine, "auto", 4, 20, allowed) for allowed in (10**9, 1))
     memory = Memory(MomentumEncoder(engine, MomentumConfig(decay=0.9)), None)
     step = ContrastiveStep(engine, Sum([OBJECTIVE], group), memory, cached=cached, seed=0, group=group)
-    batch = share_batch(global_batch(engine.module.tower, folder), group.size, 60)[group.rank]
+    batch = share_batch(global_batch(folder), group.size, 60)[group.rank]
     metrics = step(batch)
     state = step.engine.state()
     moments = {n.removeprefix("exp_avg/"): t / (1 - BETA) for n, t in state.items() if n.startswith("exp_avg/")}
@@ -84,7 +98,7 @@ def first_gradients(folder, stage, cached):
 def twin(folder):
     """(loss, gradients) of the whole batch in one process in float64, each item by itself."""
     model = model_of(folder).double().train()
-    batch = global_batch(model.tower, folder)
+    batch = global_batch(folder)
 
     def encoded(items: Inputs, queries: bool):
         rows = []
@@ -110,7 +124,7 @@ def twin(folder):
 
 
 @pytest.mark.parametrize(("world_size", "stage", "cached"), [(1, 0, False), (2, 2, True), (2, 3, True), (2, 3, False)])
-def test_a_step_of_texts_and_images_has_the_gradients_of_the_dense_twin(gloo, folder, world_size, stage, cached):
+def test_a_step_of_three_kinds_has_the_gradients_of_the_dense_twin(gloo, folder, world_size, stage, cached):
     loss, gradients = twin(folder)
     answers = gloo(world_size, first_gradients, folder, stage, cached)
     assert [answer[0] for answer in answers] == pytest.approx([loss] * world_size, abs=1e-5)
