@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from data_services.schema import UsageError
+from trainers.encoders import fields
 from trainers.encoders.backbone import saved_shapes
 from trainers.encoders.modality import modality_of
 from trainers.encoders.model_folder import prepare_model_folder
@@ -74,6 +75,8 @@ class Towers(nn.Module):
         self.names = tuple(towers)
         for name, tower in towers.items():
             self.add_module(name, tower)
+        if isinstance(parts := towers.get(fields.READS), fields.FieldsTower):
+            parts.towers = {name: tower for name, tower in towers.items() if tower is not parts}
 
     def forward(self, tower: int, **inputs: Any) -> Tensor:
         """What its tower makes of a chunk, see `TextEncoder.forward`."""
@@ -127,11 +130,12 @@ def prepare_towers(config: ModelConfig, folder: Path) -> None:
 
     UsageError names the key that can't be honoured.
     """
-    if config.media:
-        for kind in config.media:
+    others = config.kinds[1:]
+    if others and config.vision is None:
+        for kind in others:
             (folder / kind).mkdir()
             modality_of(kind, config).prepare(config, folder / kind, ModelSpec.load(folder))
-        Layout({TEXT: "."} | {kind: kind for kind in config.media}, "kind").save(folder)
+        Layout({TEXT: "."} | {kind: kind for kind in others}, "kind").save(folder)
     elif config.towers == "separate":
         _prepare_document_tower(config, folder)
         Layout({QUERY: ".", DOCUMENT: DOCUMENT if (folder / DOCUMENT).exists() else "."}, "field").save(folder)
@@ -184,7 +188,7 @@ def build_towers(
     layout = Layout.load(folder)
     assert layout is not None, "prepare_towers says which towers there are"
     if layout.by == "kind":
-        others = {kind: modality_of(kind, config).build(config, folder / kind) for kind in config.media}
+        others = {kind: modality_of(kind, config).build(config, folder / kind) for kind in config.kinds[1:]}
         return Towers({TEXT: build(config, folder)} | others)
     query, other = build(config, folder), folder / layout.towers[DOCUMENT]
     if other.samefile(folder):
