@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from data_services.assemble import GlobalBatch
     from data_services.order import Plan
+    from data_services.schema import Tokenize
     from data_services.store import StoredSource
-    from data_services.tokenizer import FolderTokenizer
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def planned_batch(recipe: Recipe, step: int, workers: int | None = None, run: st
     return _described(plan, *reader.records(step), reader(step), world_size)
 
 
-def _tokenizer(recipe: Recipe, sources: tuple[StoredSource, ...], root: Path, run: str | None) -> FolderTokenizer:
+def _tokenizer(recipe: Recipe, sources: tuple[StoredSource, ...], root: Path, run: str | None) -> Tokenize:
     from cluster.prepare import make_model_folder, tokenizer_of
 
     if run is not None:

@@ -16,16 +16,18 @@ from pydantic import ValidationError
 
 from cluster.config import Recipe, differences
 from cluster.paths import RunPaths
-from data_services.schema import Column, UsageError
+from data_services.items import Kinds
+from data_services.schema import Column, Tokenize, UsageError
 from trainers.checkpoint import latest, write_json
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from data_services.faults import BadRows
     from data_services.order import Plan
     from data_services.sources import SourceConfig
     from data_services.store import Report, StoredSource
     from data_services.stream import Reader
-    from data_services.tokenizer import FolderTokenizer
 
 TOKENIZER_RECORDS = 200_000  # more don't change a vocabulary of thousands
 READ_RECORDS = 1024
@@ -46,7 +48,7 @@ class Prepared:
     sources: tuple[StoredSource, ...]
     pools: dict[str, StoredSource]
     plan: Plan
-    tokenize: FolderTokenizer
+    tokenize: Tokenize
 
     @property
     def reader(self) -> Reader:
@@ -102,6 +104,7 @@ def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None, report: Report
     sources = tuple(open_source(source, root, report) for source in recipe.data.sources)
     # What the finished model is scored on, too, so that a fault in it is told before training.
     pools = {split: open_source(pool, root, report) for split, pool in pools_of(recipe).items()}
+    check_kinds(recipe, (*sources, *pools.values()))
     plan = plan_of(recipe.data, sources, recipe.seed)
     if recipe.optimizer.warmup_steps >= plan.steps:
         raise UsageError(
@@ -145,17 +148,35 @@ def check_sources(recipe: Recipe, root: Path) -> None:
         origin_of(source, root)
 
 
+def check_kinds(recipe: Recipe, sources: tuple[StoredSource, ...]) -> None:
+    """Raises UsageError where a source holds what the model has no tower for, or a tower would be given nothing."""
+    towers = recipe.model.kinds
+    found = set()
+    for source in sources:
+        for side, form in zip(("queries", "documents"), source.kinds, strict=True):
+            kind = form if isinstance(form, str) else "parts"
+            found.add(kind)
+            if kind not in towers:
+                raise UsageError(
+                    f"source {source.name}: its {side} are {kind}, and the model has a tower for {' and '.join(towers)}"
+                    f" only; add model.{kind}"
+                )
+    separate = () if recipe.model.vision else towers
+    if unread := next((kind for kind in separate if kind not in found), None):
+        raise UsageError(f"model.{unread}: no source has such items, so the tower would never be trained; remove it")
+
+
 def make_model_folder(recipe: Recipe, folder: Path, sources: tuple[StoredSource, ...]) -> None:
     """Config, tokenizer and, for a pretrained model, weights: one folder that every worker reads."""
     from data_services.tokenizer import train_bpe
     from trainers.encoders.model_folder import prepare_model_folder
-    from trainers.encoders.towers import prepare_document_tower
+    from trainers.encoders.towers import prepare_towers
 
     def train_tokenizer(vocabulary: int, target: Path) -> None:
         train_bpe(training_texts(sources), vocabulary, target)
 
     prepare_model_folder(recipe.model, folder, train_tokenizer)
-    prepare_document_tower(recipe.model, folder)
+    prepare_towers(recipe.model, folder)
 
 
 def training_texts(sources: tuple[StoredSource, ...]) -> Iterator[str]:
@@ -164,18 +185,50 @@ def training_texts(sources: tuple[StoredSource, ...]) -> Iterator[str]:
         step = max(1, source.rows // TOKENIZER_RECORDS)
         for first in range(0, source.rows, READ_RECORDS * step):
             table = source.read(np.arange(first, min(first + READ_RECORDS * step, source.rows), step))
-            for record in table.select([Column.QUERY, Column.POSITIVES, Column.NEGATIVES]).to_pylist():
-                yield record[Column.QUERY]
-                yield from record[Column.POSITIVES]
-                yield from record[Column.NEGATIVES]
+            yield from _texts_of(table, source.kinds)
 
 
-def tokenizer_of(folder: Path) -> FolderTokenizer:
+def _texts_of(table: pa.Table, kinds: Kinds) -> Iterator[str]:
+    """The texts of records, one after another; of sides that are no text none."""
+    sides = ((Column.QUERY, kinds.query), (Column.POSITIVES, kinds.document), (Column.NEGATIVES, kinds.document))
+    texts = [name for name, form in sides if form == "text"]
+    for record in table.select(texts).to_pylist():
+        for name in texts:
+            yield from [record[name]] if name == Column.QUERY else record[name]
+
+
+def tokenizer_of(folder: Path) -> Tokenize:
+    """What makes the inputs of a model folder or export, of one tower or several."""
+    from data_services.inputs import Routed
+    from trainers.encoders.towers import Layout
+
+    layout = Layout.load(folder)
+    if layout is None:
+        return _reader_of(folder)
+    readers = {place: _reader_of(folder / place) for place in set(layout.towers.values())}
+    return Routed({name: readers[place] for name, place in layout.towers.items()}, layout.by)
+
+
+def _reader_of(folder: Path) -> Tokenize:
+    """Of one tower's folder."""
+    from data_services.fronts import AudioFront, ImageFront
     from data_services.tokenizer import FolderTokenizer
-    from trainers.encoders.model_folder import ModelSpec
+    from data_services.vision_text import Patches, VisionText
+    from trainers.encoders import own
+    from trainers.encoders.spec import ModelSpec
 
     spec = ModelSpec.load(folder)
-    return FolderTokenizer(folder, spec.max_tokens, spec.prompts)
+    if spec.code is not None:
+        return own.reader_of(folder)
+    if spec.reads == "image":
+        return ImageFront.of(folder, spec.max_tokens)
+    if spec.reads == "audio":
+        return AudioFront.of(folder)
+    texts = FolderTokenizer(folder, spec.max_tokens, spec.prompts)
+    if spec.reads == "vision":
+        image_id = json.loads((folder / "config.json").read_text())["image_token_id"]
+        return VisionText(texts, Patches.of(folder), image_id, spec.template)
+    return texts
 
 
 def check_data(run: RunPaths, sources: tuple[StoredSource, ...]) -> None:

@@ -21,15 +21,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, NamedTuple, Protocol
 
+import numpy as np
+import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from data_services import builtin
 from data_services.convert import CODE_VERSION
 from data_services.corpora.splits import SPLITS
+from data_services.items import items_of
 from data_services.layouts import LayoutName
 from data_services.origins import origin_of
 from data_services.records import Fields
-from data_services.schema import Column, Section, UsageError
+from data_services.schema import Column, Item, Section, UsageError
 from data_services.store import Report, StoredSource, store
 from data_services.views.config import Views, check_views
 
@@ -259,21 +262,30 @@ def check_quarantine(stored: StoredSource, share: float) -> None:
 
 
 class RetrievalPool(NamedTuple):
-    """queries, unique by text; documents, unique by text; for each query the positions of its documents."""
+    """queries, unique by id; documents, unique by id; for each query the positions of its documents."""
 
-    queries: list[str]
-    documents: list[str]
+    queries: list[Item]
+    documents: list[Item]
     relevant: list[set[int]]
 
 
 def retrieval_pool(source: StoredSource) -> RetrievalPool:
     """The source as a retrieval task: every positive is a candidate for every query; first come first."""
     table = source.table()
-    documents: dict[str, int] = {}
-    relevant: dict[str, set[int]] = {}
-    for query, positives in zip(table[Column.QUERY].to_pylist(), table[Column.POSITIVES].to_pylist(), strict=True):
-        relevant.setdefault(query, set()).update(documents.setdefault(p, len(documents)) for p in positives)
-    return RetrievalPool(list(relevant), list(documents), list(relevant.values()))
+    items = items_of(table[Column.QUERY], source.kinds.query)
+    answers = items_of(pc.list_flatten(table[Column.POSITIVES]), source.kinds.document)
+    ids, ends = table[Column.QUERY_ID].to_pylist(), np.cumsum(pc.list_value_length(table[Column.POSITIVES]).to_numpy())
+    of_answers = pc.list_flatten(table[Column.POSITIVE_IDS]).to_pylist()
+    queries: dict[int, Item] = {}
+    documents: dict[int, Item] = {}
+    positions: dict[int, int] = {}
+    relevant: dict[int, set[int]] = {}
+    for query, item, begin, end in zip(ids, items, [0, *ends[:-1].tolist()], ends.tolist(), strict=True):
+        queries.setdefault(query, item)
+        for its, document in zip(of_answers[begin:end], answers[begin:end], strict=True):
+            documents.setdefault(its, document)
+            relevant.setdefault(query, set()).add(positions.setdefault(its, len(positions)))
+    return RetrievalPool(list(queries.values()), list(documents.values()), list(relevant.values()))
 
 
 class Corpus(NamedTuple):

@@ -88,8 +88,106 @@ class AdapterConfig(Section):
     )
 
 
+class ImageFromConfig(Section):
+    """A vision transformer built from a config with random weights."""
+
+    architecture: str = Field("siglip_vision_model", description="a vision model_type known to transformers")
+    image_size: int = Field(224, gt=0, description="pixels of a side; images are resized to it")
+    patch_size: int = Field(16, gt=0, description="pixels of a patch's side")
+    hidden: int = Field(256, gt=0, description="width of the residual stream")
+    layers: int = Field(4, gt=0)
+    heads: int = Field(4, gt=0)
+    intermediate: int = Field(768, gt=0, description="width of the feed-forward layer")
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> ImageFromConfig:
+        if self.image_size % self.patch_size or self.hidden % self.heads:
+            raise ValueError(
+                f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size}), and hidden "
+                f"({self.hidden}) of heads ({self.heads})"
+            )
+        return self
+
+
+class ImageConfig(Section):
+    """`model.image:` a tower for images beside the text tower. Exactly one of `path` and `config`."""
+
+    path: str | None = Field(None, description="folder or hub id of a vision model, or of a CLIP or SigLIP")
+    config: ImageFromConfig | None = Field(None, description="build from random weights instead")
+    pooling: Literal["own", "mean", "cls", "max", "tokens"] | None = Field(
+        None,
+        description="own: as the architecture pools, cls: its first token, tokens: one a patch (late interaction); "
+        "None: own of a pretrained CLIP or SigLIP, tokens where the texts have them, else mean",
+    )
+    adapter: AdapterConfig | None = Field(None, description="train low-rank updates only; None: every weight")
+    freeze: list[str] = Field(
+        [],
+        description='patterns of weight names that training leaves alone; ["backbone.*"]: only the projection trains',
+    )
+    gradient_checkpointing: bool = Field(False, description="as model.gradient_checkpointing")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ImageConfig:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give exactly one of `path` (a pretrained model) and `config` (random weights)")
+        if self.adapter is not None and (self.path is None or self.freeze):
+            raise ValueError("an `adapter` needs a `path`, and leaves the weights alone without `freeze`")
+        return self
+
+
+class AudioConfig(Section):
+    """`model.audio:` a small convolutional tower for sounds beside the text tower, from random weights."""
+
+    rate: int = Field(16_000, gt=0, description="samples a second that sounds are resampled to")
+    mels: int = Field(64, gt=0, description="bands of the log-mel spectrogram")
+    window: int = Field(400, gt=0, description="samples of a frame")
+    hop: int = Field(160, gt=0, description="samples from one frame to the next")
+    max_seconds: float = Field(10.0, gt=0, description="what comes later is cut off")
+    hidden: int = Field(128, gt=0, description="channels of each layer")
+    layers: int = Field(3, gt=0, description="convolutions, each of which halves the frames")
+    kernel: int = Field(5, gt=0, description="frames that a convolution sees")
+
+
+class OwnConfig(Section):
+    """`model.own:` by kind, a tower of yours beside the text tower; see docs/multimodal.md."""
+
+    path: str = Field(pattern="^[^:]+:[^:]+$", description="your modality, package.module:Name")
+    allow_code: bool = Field(
+        False, description="must be true: this code runs on every worker and wherever it is loaded"
+    )
+    options: dict[str, Any] = Field({}, description="what your modality is made with")
+
+    @model_validator(mode="after")
+    def _allowed(self) -> OwnConfig:
+        if not self.allow_code:
+            raise ValueError(f"{self.path} is code of yours: set allow_code: true to let it run")
+        return self
+
+
+class VisionFromConfig(Section):
+    """The vision part of a vision–language model from random weights."""
+
+    patch_size: int = Field(14, gt=0, description="pixels of a patch's side")
+    merge: int = Field(2, gt=0, description="so many patches by so many become one token")
+    hidden: int = Field(128, gt=0, description="width of the residual stream")
+    layers: int = Field(2, gt=0)
+    heads: int = Field(4, gt=0)
+    intermediate: int = Field(256, gt=0, description="width of the feed-forward layer")
+
+
+class VisionConfig(Section):
+    """`model.vision:` the model reads images, and items of texts and images: a vision–language model."""
+
+    config: VisionFromConfig | None = Field(None, description="sizes of the vision part beside model.config")
+    max_image_tokens: int = Field(256, gt=0, description="tokens of an image, at most; larger ones are resized")
+    template: str | None = Field(
+        None,
+        description="order of an item's parts, by name in braces: {photo} {title}; None: as the source names them",
+    )
+
+
 class ModelConfig(Section):
-    """`model:` the text tower. Exactly one of `path` and `config`."""
+    """`model:` the text tower, and others beside it. Exactly one of `path` and `config`."""
 
     path: str | None = Field(None, description="folder or hub id of a pretrained model or Sentence Transformers folder")
     config: FromConfig | None = Field(None, description="build from random weights instead")
@@ -174,6 +272,12 @@ class ModelConfig(Section):
     document_path: str | None = Field(
         None, description="what the document tower starts from; None: the weights that the query tower starts from"
     )
+    image: ImageConfig | None = Field(None, description="a tower for images; its vectors are as wide as the texts'")
+    audio: AudioConfig | None = Field(None, description="a tower for sounds; its vectors are as wide as the texts'")
+    own: dict[str, OwnConfig] = Field({}, description="by kind of item, towers of yours")
+    vision: VisionConfig | None = Field(
+        None, description="the model itself reads images among the tokens: Qwen2-VL, Qwen2.5-VL, Qwen3-VL"
+    )
     freeze: list[str] = Field(
         [], description="patterns of weight names that training leaves alone, e.g. backbone.embed_tokens.*"
     )
@@ -185,10 +289,59 @@ class ModelConfig(Section):
     def _one_origin(self) -> ModelConfig:
         if (self.path is None) == (self.config is None):
             raise ValueError("give exactly one of `path` (a pretrained model) and `config` (random weights)")
-        if self.adapter is not None and self.path is None and self.init_from is None:
-            raise ValueError("an `adapter` leaves random weights as they are; give a `path`, or remove it")
+        drawn = self.path is None and self.init_from is None
+        if self.adapter is not None and drawn and not self.adapter.modules_to_save:
+            raise ValueError(
+                "an `adapter` leaves random weights as they are; give a `path`, or name in adapter.modules_to_save what "
+                "trains whole, or remove it"
+            )
         if self.adapter is not None and not self.adapter.merge and self.towers != "tied":
             raise ValueError("an `adapter` of each of two towers can't stand alone; leave `adapter.merge` true")
+        return self
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of items that there is a tower for."""
+        if self.vision is not None:
+            return ("text", "image", "parts")
+        return ("text", *self.media)
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Kinds that have a tower beside the text tower, in the order of the towers."""
+        built_in = {"image": self.image, "audio": self.audio}
+        return (*(kind for kind, tower in built_in.items() if tower is not None), *self.own)
+
+    @model_validator(mode="after")
+    def _image_tower(self) -> ModelConfig:
+        if self.image is not None:
+            alone = self.adapter is not None and not self.adapter.merge
+            for wrong, told in (
+                (self.towers == "separate", "towers: an item's kind says its tower; leave it out"),
+                (self.layers, "layers: the image tower has one vector; remove it"),
+                (
+                    self.head and self.head.use == "training",
+                    "head.use: the image tower has no such head; set it to kept",
+                ),
+                (alone, "adapter.merge: an adapter of one of several towers can't stand alone; leave it true"),
+                (self.packing == "on", "packing: not beside an image tower; set it to off"),
+            ):
+                if wrong:
+                    raise ValueError(f"beside `image`, {told}")
+        return self
+
+    @model_validator(mode="after")
+    def _vision_part(self) -> ModelConfig:
+        if self.vision is not None:
+            for wrong, told in (
+                (self.media, "image, audio and own: the model reads images itself; remove one of the two"),
+                ((self.vision.config is None) != (self.config is None), "vision.config and config go together"),
+                (self.packing == "on", "packing: its positions are of images too; set it to off"),
+                (self.token_dropout, "token_dropout: an image's places can't be hidden; set it to 0"),
+                (self.query_length, "query_length: mask tokens are for texts; remove it"),
+            ):
+                if wrong:
+                    raise ValueError(f"beside `vision`, {told}")
         return self
 
     @model_validator(mode="after")

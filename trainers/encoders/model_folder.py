@@ -64,6 +64,10 @@ def _prepare(config: ModelConfig, folder: Path, train_tokenizer: TrainTokenizer 
     else:
         model.save_pretrained(folder)
     _save_readout(config, spec, settings, folder)
+    if config.vision is not None:
+        from trainers.encoders.vision_language import prepare_vision
+
+        prepare_vision(config, model, source, folder)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.model_max_length = spec.max_tokens
     tokenizer.save_pretrained(folder)
@@ -112,6 +116,10 @@ def _origin(
             train_tokenizer(config.config.vocabulary, folder)
             tokenizer = _tokenizer(folder, config.trust_remote_code)
         longest = max_tokens(config, None, None)
+        if config.vision is not None:
+            from trainers.encoders.vision_language import random_vision_language
+
+            return random_vision_language(config, tokenizer, longest), tokenizer, None, None
         return random_backbone(config.config, tokenizer, longest), tokenizer, None, None
     assert config.path is not None, "ModelConfig has exactly one of path and config"
     root = resolve(config.path, config.trust_remote_code)
