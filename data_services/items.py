@@ -28,13 +28,15 @@ Form = Kind | Mapping[str, Kind]
 class Media:
     """An image or a sound.
 
-    data  its file's bytes; or once a view has decoded it an image [H, W, 3] uint8 in RGB, a sound [samples] float32
-    rate  samples a second of a decoded sound
+    data    its file's bytes; or once a view has decoded it an image [H, W, 3] uint8 in RGB, a sound [samples] float32
+    rate    samples a second of a decoded sound
+    blanks  rectangles of its spectrogram that aren't shown, each (time from, to, mel from, to), as shares of the whole
     """
 
     kind: Kind
     data: bytes | np.ndarray
     rate: int = 0
+    blanks: tuple[tuple[float, float, float, float], ...] = ()
 
 
 Item = str | Media | Mapping[str, str | Media]

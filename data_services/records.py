@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-from data_services.schema import UNKNOWN, Column, UsageError, class_id
+from data_services.items import Form, Kind, Kinds
+from data_services.media.checks import check_media
+from data_services.schema import UNKNOWN, Column, Undecodable, UsageError, class_id
 
 _LARGEST_FLOAT32 = 3.4028234e38
 _CONSTANT = "="  # `task: =nli` is a class of every row, where `task: kind` is a field
@@ -23,6 +25,10 @@ class Row(NamedTuple):
     fields: Mapping[str, Any]
 
 
+Stored = str | bytes | dict[str, str | bytes]
+"""An item as it is stored: a text, the bytes of an image or sound, or those of its parts that the row has."""
+
+
 class Record(NamedTuple):
     """A good row, with one positive or more. Named as in `schema.Column`.
 
@@ -31,9 +37,9 @@ class Record(NamedTuple):
     """
 
     id: str | None
-    query: str
-    positives: list[str]
-    negatives: list[str]
+    query: Stored
+    positives: list[Stored]
+    negatives: list[Stored]
     positive_scores: list[float] | None = None
     negative_scores: list[float] | None = None
     weight: float | None = None
@@ -60,6 +66,10 @@ class Fields(NamedTuple):
     prompt     a text that goes before the query
     title      a text that goes before each positive, with a space
 
+    query_parts     several fields that are the query together, in the place of `query`
+    positive_parts  the same of each positive
+    media           fields that hold images or sounds, each with its kind; the others hold texts
+
     From `positive_scores` to `modality` they are named as in `Column.OPTIONAL`. A class may be =NAME, the same of
     every row.
     """
@@ -79,13 +89,37 @@ class Fields(NamedTuple):
     prompt: str | None = None
     relations: str | None = None
     title: str | None = None
+    query_parts: tuple[str, ...] = ()
+    positive_parts: tuple[str, ...] = ()
+    media: tuple[tuple[str, Kind], ...] = ()
+
+    @property
+    def of_query(self) -> tuple[str, ...]:
+        """The fields that hold the query."""
+        return self.query_parts or (self.query,)
+
+    @property
+    def of_positive(self) -> tuple[str, ...]:
+        return self.positive_parts or (self.positive,)
 
     @property
     def named(self) -> list[str]:
         """The fields that some row must have."""
-        constants = {name for name in Column.CLASSES if (getattr(self, name) or "").startswith(_CONSTANT)}
-        single = {name: field for name, field in self._asdict().items() if name not in {"negatives", *constants}}
-        return list(dict.fromkeys([*filter(None, single.values()), *self.negatives]))
+        left_out = {"query", "positive", "negatives", "query_parts", "positive_parts", "media"}
+        left_out |= {name for name in Column.CLASSES if (getattr(self, name) or "").startswith(_CONSTANT)}
+        single = [field for name, field in self._asdict().items() if name not in left_out]
+        return list(dict.fromkeys([*self.of_query, *self.of_positive, *filter(None, single), *self.negatives]))
+
+    def kind_of(self, field: str) -> Kind:
+        return dict(self.media).get(field, "text")
+
+    @property
+    def kinds(self) -> Kinds:
+        """What the queries and the documents of the records are."""
+        return Kinds(self._form(self.query, self.query_parts), self._form(self.positive, self.positive_parts))
+
+    def _form(self, field: str, parts: tuple[str, ...]) -> Form:
+        return {part: self.kind_of(part) for part in parts} if parts else self.kind_of(field)
 
     @property
     def columns(self) -> frozenset[str]:
@@ -105,6 +139,25 @@ def check_fields(present: Iterable[str], fields: Fields, source: str) -> None:
             )
 
 
+def check_media_fields(fields: Fields, source: str) -> None:
+    """UsageError where `fields.media` can't be: a field of no side, sides of several kinds, words before an image."""
+    sides = {*fields.of_query, *fields.of_positive, *fields.negatives}
+    for field, _ in fields.media:
+        if field not in sides:
+            raise UsageError(f"source {source}: kinds has {field!r}, but the sides are {', '.join(sorted(sides))}")
+    document = fields.kinds.document
+    for field in fields.negatives:
+        if fields.kind_of(field) != document:
+            what = document if isinstance(document, str) else "an item of parts"
+            raise UsageError(
+                f"source {source}: its positives are of kind {what}, but negatives {field!r} of kind "
+                f"{fields.kind_of(field)}: leave `negatives` out, or name a field of that kind"
+            )
+    for key, form in (("prompt", fields.kinds.query), ("title", document)):
+        if (field := getattr(fields, key)) is not None and form != "text":
+            raise UsageError(f"source {source}: {key} {field!r} goes before a text, and there is none: leave it out")
+
+
 def as_row(number: int, fields: Any) -> Row | Malformed:
     """A mapping as a row; anything else is malformed."""
     if isinstance(fields, Mapping):
@@ -117,36 +170,69 @@ class _Unusable(ValueError):
 
 
 def record(row: Row, fields: Fields, max_bytes: int) -> Record | Malformed:
-    """The record of a row. max_bytes: of its texts together, in UTF-8."""
+    """The record of a row. max_bytes: of its texts together, in UTF-8, and of its images and sounds, encoded."""
     try:
         made = _read(row.fields, fields)
-        size = sum(len(text.encode()) for text in (made.query, *made.positives, *made.negatives))
-        if size > max_bytes:
-            raise _Unusable(f"its texts have more than max_bytes={max_bytes} bytes")
+        if sum(map(_size, (made.query, *made.positives, *made.negatives))) > max_bytes:
+            what = "texts, images and sounds" if fields.media else "texts"
+            raise _Unusable(f"its {what} have more than max_bytes={max_bytes} bytes")
+        _check_media(made, fields.kinds)
     except _Unusable as why:
-        return Malformed(row.number, str(why), repr(dict(row.fields)))
+        return Malformed(row.number, str(why), shown(row.fields))
     return made
 
 
+def shown(fields: Mapping[str, Any]) -> str:
+    """A row for a person to see: of bytes only how many they are."""
+    return repr({name: _shown(value) for name, value in fields.items()})
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return f"({len(value):,} bytes)"
+    if isinstance(value, list | tuple):
+        return [_shown(its) for its in value]
+    return {name: _shown(its) for name, its in value.items()} if isinstance(value, Mapping) else value
+
+
+def _size(item: Stored) -> int:
+    if isinstance(item, dict):
+        return sum(map(_size, item.values()))
+    return len(item.encode() if isinstance(item, str) else item)
+
+
+def _check_media(made: Record, kinds: Kinds) -> None:
+    """Whether every image and sound can be decoded: training, evaluation and search then meet none that can't."""
+    for form, items in ((kinds.query, [made.query]), (kinds.document, [*made.positives, *made.negatives])):
+        for item in items if form != "text" else []:
+            parts = item if isinstance(item, dict) else {"": item}
+            for name, data in parts.items():
+                if isinstance(data, bytes):
+                    kind = form if isinstance(form, str) else form[name]
+                    try:
+                        check_media(data, kind)
+                    except Undecodable as error:
+                        raise _Unusable(str(error)) from None
+
+
 def _read(row: Mapping[str, Any], fields: Fields) -> Record:
-    query = _texts(row, fields.query)
-    positives = _texts(row, fields.positive)
+    query = _items(row, fields.query, fields.query_parts, fields)
+    positives = _items(row, fields.positive, fields.positive_parts, fields)
     if len(query) != 1:
-        raise _Unusable(f"field {fields.query!r} is a list, not one text")
+        raise _Unusable(f"field {fields.query!r} is a list, not one {fields.kind_of(fields.query)}")
     if fields.title is not None and row.get(fields.title) not in (None, ""):
-        positives = [f"{_text(row[fields.title], fields.title)} {text}" for text in positives]
-    negatives = _negatives(row, fields.negatives)
+        positives = [_text(row[fields.title], fields.title) + " " + str(text) for text in positives]
+    negatives = _negatives(row, fields)
     if fields.relations is not None:
         positives, judged_wrong = _by_relation(row, fields, positives)
         negatives = judged_wrong + negatives
     if not positives:
         raise _Unusable(f"field {fields.positive!r} is an empty list")
-    prompt = (
-        "" if fields.prompt is None or row.get(fields.prompt) is None else _plain(row[fields.prompt], fields.prompt)
-    )
+    if fields.prompt is not None and row.get(fields.prompt) is not None:
+        query = [_plain(row[fields.prompt], fields.prompt) + str(text) for text in query]
     return Record(
         _id(row, fields.id),
-        prompt + query[0],
+        query[0],
         positives,
         negatives,
         _scores(row, fields.positive_scores, fields.positive, len(positives)),
@@ -164,13 +250,42 @@ def _id(fields: Mapping[str, Any], field: str | None) -> str | None:
     return str(int(value)) if _is(Integral, value) else _text(value, field)
 
 
-def _negatives(fields: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
-    """Texts of every such field that the row has: a row may have no hard negative."""
-    return [text for name in names if fields.get(name) is not None for text in _texts(fields, name)]
+def _negatives(row: Mapping[str, Any], fields: Fields) -> list[Stored]:
+    """Items of every such field that the row has: a row may have no hard negative."""
+    return [item for name in fields.negatives if row.get(name) is not None for item in _items(row, name, (), fields)]
 
 
-def _by_relation(row: Mapping[str, Any], fields: Fields, texts: list[str]) -> tuple[list[str], list[str]]:
-    """(texts that answer the query, texts that don't); those of which it isn't known are left out."""
+def _items(row: Mapping[str, Any], field: str, parts: tuple[str, ...], fields: Fields) -> list[Stored]:
+    """What a field holds, or each in its list; of several parts one item, of those that the row has."""
+    if parts:
+        return [_parts(row, parts, fields)]
+    if fields.kind_of(field) == "text":
+        return [*_texts(row, field)]
+    value = _value(row, field)
+    return [_bytes(its, field) for its in (value if isinstance(value, list | tuple) else [value])]
+
+
+def _parts(row: Mapping[str, Any], parts: tuple[str, ...], fields: Fields) -> dict[str, str | bytes]:
+    there: dict[str, str | bytes] = {}
+    for name in parts:
+        if (value := row.get(name)) is not None and value != "":
+            there[name] = _text(value, name) if fields.kind_of(name) == "text" else _bytes(value, name)
+    if not there:
+        raise _Unusable(f"it has none of the fields {', '.join(parts)}")
+    return there
+
+
+def _bytes(value: Any, field: str) -> bytes:
+    """The bytes of a file, bare or as `datasets` keeps them: {bytes, path}. Readers have put them where a path was."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes")
+    if not isinstance(value, bytes):
+        raise _Unusable(f"field {field!r} is {_kind(value)}, not the bytes of a file")
+    return value
+
+
+def _by_relation(row: Mapping[str, Any], fields: Fields, texts: list[Stored]) -> tuple[list[Stored], list[Stored]]:
+    """(items that answer the query, items that don't); those of which it isn't known are left out."""
     assert fields.relations is not None
     values = _scores(row, fields.relations, fields.positive, len(texts)) or []
     if not set(values) <= {1, 0, -1}:

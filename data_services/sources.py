@@ -1,6 +1,8 @@
 """What a recipe may name as a source, and how its rows become records.
 
 builtin:stdlib-code      the documented functions of this interpreter's standard library
+builtin:glyphs, charts, pages, tones
+                         pictures and sounds that are drawn here, with what they are in words
 pairs.parquet            .parquet, .arrow, .feather, .jsonl, .csv, .tsv, .tar (WebDataset); text also as .gz or .zst
 data/*.jsonl             a glob, or a list of files and globs
 folder                   of such files; with `train*`, `validation*`, … among them, a split is those files
@@ -25,15 +27,18 @@ from pydantic import Field, model_validator
 
 from data_services import builtin
 from data_services.convert import CODE_VERSION
+from data_services.corpora.splits import SPLITS
 from data_services.items import items_of
 from data_services.layouts import LayoutName
 from data_services.origins import origin_of
 from data_services.records import Fields
 from data_services.schema import Column, Item, Section, UsageError
 from data_services.store import Report, StoredSource, store
-from data_services.views.config import Views
+from data_services.views.config import Views, check_views
 
 _CLASS = "^=?[^=]"  # a field, or = and a name
+_PARTS = ("query_parts", "positive_parts")
+_NAMED_OTHERWISE = ("weight", "negatives", "media", *_PARTS)  # of `records.Fields`
 
 
 class WeightFrom(Section):
@@ -70,6 +75,20 @@ class SourceConfig(Section):
         min_length=1,
         description="field of 1 (answers), -1 (doesn't) or 0 (not known) for each text of `positive`: -1 becomes a "
         "hard negative, 0 is left out",
+    )
+    kinds: dict[str, Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]] = Field(
+        {},
+        description="fields that are no texts: image, audio, or a kind that a tower of yours reads; they hold bytes, or "
+        "paths beside the file; none: recognised in Parquet, Arrow and tar",
+    )
+    query_parts: list[str] | None = Field(
+        None, min_length=1, description="several fields that are the query together, in the place of `query`"
+    )
+    positive_parts: list[str] | None = Field(
+        None, min_length=1, description="several fields that are the positive together, in the place of `positive`"
+    )
+    root: str | None = Field(
+        None, min_length=1, description="folder that paths of images and sounds are relative to; none: the file's own"
     )
     corpus: str | None = Field(
         None,
@@ -124,6 +143,15 @@ class SourceConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _parts_agree(self) -> SourceConfig:
+        for side in ("query", "positive"):
+            if getattr(self, side) is not None and getattr(self, f"{side}_parts") is not None:
+                raise ValueError(f"{side} and {side}_parts exclude each other: name the field among the parts")
+        if self.positive_parts is not None and self.negatives is not None:
+            raise ValueError("negatives and positive_parts exclude each other: hard negatives have no parts")
+        return self
+
+    @model_validator(mode="after")
     def _weights_ascend(self) -> SourceConfig:
         steps = self.weight_steps
         if isinstance(self.weight, list) and (steps[:1] != [0] or sorted(set(steps)) != steps):
@@ -160,8 +188,9 @@ class SourceConfig(Section):
     def fields(self, layout: Fields) -> Fields:
         """Where the parts of a record stand: as this names them, else as the layout has them."""
         negatives = (self.negatives,) if isinstance(self.negatives, str) else self.negatives
-        given = {name: getattr(self, name) for name in Fields._fields if name not in ("weight", "negatives")}
+        given = {name: getattr(self, name) for name in Fields._fields if name not in _NAMED_OTHERWISE}
         given |= {"weight": self.pair_weight, "negatives": tuple(negatives) if negatives else None}
+        given |= {name: tuple(its) for name in _PARTS if (its := getattr(self, name)) is not None}
         return layout._replace(**{name: value for name, value in given.items() if value is not None})
 
     def texts_alone(self, path: str | list[str], split: str) -> SourceConfig:
@@ -169,7 +198,8 @@ class SourceConfig(Section):
         source has texts without queries, as its layout has them."""
         if self.one_text:
             return SourceConfig(path=path, split=split)
-        kept = ("format", "query", "positive", "title", "prompt", "corpus", "max_bytes", "quarantine_share")
+        kept = ("format", "query", "positive", *_PARTS, "kinds", "root", "title", "prompt", "corpus", "max_bytes")
+        kept += ("quarantine_share",)
         return SourceConfig(path=path, split=split, **{name: getattr(self, name) for name in kept})
 
     @property
@@ -200,6 +230,7 @@ def open_source(config: SourceConfig, home: Path, report: Report | None = None) 
     usable row, and where more than `quarantine_share` of its rows are malformed; RunError where the disk is full.
     """
     stored = convert_source(config, home, report)
+    check_views(config.views, stored.kinds, stored.name)
     check_quarantine(stored, config.quarantine_share)
     return stored
 
@@ -212,7 +243,8 @@ def convert_source(config: SourceConfig, home: Path, report: Report | None = Non
 
 def slot_of(name: str, key: str, config: SourceConfig, home: Path) -> Path:
     """Where the conversions of a source lie: one slot for each path, split and mapping of fields."""
-    mapping = config.model_dump(include={*Fields._fields, "pair_weight", "format", "corpus", "max_bytes"} - {"weight"})
+    keys = {*Fields._fields, "pair_weight", "format", "corpus", "max_bytes"} - {"weight", "media"}
+    mapping = config.model_dump(include=keys) | config.model_dump(include={"kinds", "root"}, exclude_defaults=True)
     identity = json.dumps([key, config.split, mapping, CODE_VERSION], sort_keys=True)
     digest = hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
     return home / "data" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}-{digest}"
@@ -266,7 +298,7 @@ class Corpus(NamedTuple):
 def builtin_corpus(home: Path) -> Corpus:
     """Every function and class of builtin:stdlib-code, all splits, unique by text, for `gyre query`."""
     by_text: dict[str, str] = {}
-    for split in builtin.SPLITS:
+    for split in SPLITS:
         path = f"builtin:{builtin.STDLIB_CODE}"
         table = open_source(SourceConfig(path=path, split=split), home).table()
         for name, texts in zip(table[Column.ID].to_pylist(), table[Column.POSITIVES].to_pylist(), strict=True):

@@ -17,7 +17,8 @@ from data_services.schema import Undecodable
 if TYPE_CHECKING:
     import soundfile
 
-FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3")
+_RIFF = ("WAV", "WAVEX", "RF64")
+FORMATS = (*_RIFF, "FLAC", "OGG", "MP3")
 MAX_SECONDS = 1_800
 MAX_CHANNELS = 64
 RATES = range(1_000, 768_001)
@@ -36,23 +37,30 @@ def decode_audio(data: bytes, rate: int) -> np.ndarray:
     Raises Undecodable where the bytes are no sound of `FORMATS`, are truncated or damaged, empty, or longer than
     MAX_SECONDS.
     """
+    samples, own_rate = samples_of(data)
+    return resampled(samples, own_rate, rate)
+
+
+def samples_of(data: bytes) -> tuple[np.ndarray, int]:
+    """(the mean of a sound's channels [S] float32, its rate). Undecodable as `decode_audio`."""
     import soundfile
 
     with _open(data) as sound:
-        declared, own_rate = sound.frames, sound.samplerate
         try:
             blocks = [block.mean(1) for block in sound.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True)]
         except soundfile.SoundFileError as error:
             raise Undecodable(_DAMAGED) from error
-        coded = sound.format not in ("WAV", "WAVEX", "RF64")
-    samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
-    if not len(samples):
-        raise Undecodable("the sound has no sample")
-    if (coded and len(samples) < declared) or (not coded and _is_cut(data)):
+        rate, declared = sound.samplerate, sound.frames
+        played = sum(map(len, blocks))
+        whole = not _is_cut(data) if sound.format in _RIFF else played == declared
+    if not whole:
         raise Undecodable(_DAMAGED)
+    if not played:
+        raise Undecodable("the sound has no sample")
+    samples = np.concatenate(blocks)
     if not np.isfinite(samples).all():
         raise Undecodable("the sound has samples that are no finite number")
-    return resampled(samples, own_rate, rate)
+    return samples, rate
 
 
 _DAMAGED = "the sound is truncated or damaged"
@@ -63,7 +71,7 @@ def _open(data: bytes) -> soundfile.SoundFile:
 
     kind = kind_of(data)
     if kind != "audio":
-        raise Undecodable(f"a sound is declared and the field is {'an image' if kind == 'image' else kind}")
+        raise Undecodable(f"a sound is declared and the bytes are {'an image' if kind == 'image' else kind}")
     try:
         sound = soundfile.SoundFile(io.BytesIO(data))
     except (soundfile.SoundFileError, RuntimeError) as error:

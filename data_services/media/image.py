@@ -85,7 +85,7 @@ def _open(data: bytes) -> Image.Image:
 
     kind = kind_of(data)
     if kind != "image":
-        raise Undecodable(f"an image is declared and the field is {kind}")
+        raise Undecodable(f"an image is declared and the bytes are {'a sound' if kind == 'audio' else kind}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata

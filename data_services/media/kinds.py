@@ -27,9 +27,9 @@ _LOOKED_AT_BYTES = 512
 
 
 def kind_of(data: bytes) -> str:
-    """ "image", "audio", or in words what else it is: "a PDF document", "text", "nothing (0 bytes)"."""
+    """ "image", "audio", or in words what else it is: "a PDF document", "text", "none at all"."""
     if not data:
-        return "nothing (0 bytes)"
+        return "none at all"
     for start, kind in _STARTS.items():
         if data.startswith(start) and (start != b"BM" or not _is_text(data)):
             return kind

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from data_services.columns import SCHEMA
 from data_services.items import TEXT, Kinds
 from data_services.order import Plan, RowGroups, SourceShape
 from data_services.schema import UNKNOWN, Batch, Column, Ragged, RunError, Undecodable, text_id
-from data_services.store import SCHEMA
 from data_services.stream import BatchReader, LocalStream
 
 BUDGET = 64

@@ -1,13 +1,13 @@
-"""`views:` of images: what is shown of one, drawn anew at every step by draws keyed by (seed, step, row, field).
+"""Views that crop, mirror and colour images.
 
 Each takes n images [H, W, 3] uint8 and their draws, and gives n images; the i-th depends on its image and its key
-alone. None resizes: the processor does so once, at the end.
+alone. None resizes: what a model reads is resized once, at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -87,13 +87,3 @@ def _coloured(image: np.ndarray, brightness: float, contrast: float, saturation:
     pixels = np.clip((pixels - mean) * np.float32(contrast) + mean, 0, 255)
     grey = (pixels @ _GREY.astype(np.float32))[..., None]
     return np.rint(np.clip((pixels - grey) * np.float32(saturation) + grey, 0, 255)).astype(np.uint8)
-
-
-ImageView = Annotated[CropImage | FlipImage | ColourImage, Field(discriminator="kind")]
-
-
-def augmented(images: Images, views: Sequence[ImageView], draws: Draws) -> list[np.ndarray]:
-    """The images in all the views, one after another; each view has draws of its own."""
-    for number, view in enumerate(views):
-        images = view(images, draws.stream(number))
-    return [np.ascontiguousarray(image) for image in images]
