@@ -1,7 +1,7 @@
-"""The tower of items of parts, title, body and photo say: the weighted sum of the parts' vectors, brought to length one.
+"""The tower of items of parts (title, body, photo): the weighted sum of the parts' vectors, brought to length one.
 
-Each part runs through the tower of its kind, whose weights are shared with the items that are of that kind alone. A part
-that an item lacks is left out of its sum. Shapes: n items, D dimensions, P parts.
+Each part runs through the tower of its kind, whose weights are shared with the items that are of that kind alone. What
+an item lacks is left out of its sum. Shapes: n items, D dimensions.
 """
 
 from __future__ import annotations

@@ -127,8 +127,8 @@ def test_weights_of_parts_are_learned_and_a_chunk_without_a_part_runs_its_tower_
     inputs = tokenizer_of(folder)(PARTS, "document")
     for rows in ([1, 3], [2], []):  # texts alone, an image alone, nothing
         towers.zero_grad()
-        chunk = chunk_of(inputs.take(np.array(rows, np.int64)), np.zeros(len(rows), np.int64), np.zeros(len(rows), bool),
-                         torch.device("cpu"), tower=towers.names.index("parts"))  # fmt: skip
+        some, none = inputs.take(np.array(rows, np.int64)), np.zeros(len(rows), np.int64)
+        chunk = chunk_of(some, none, none == 1, torch.device("cpu"), tower=towers.names.index("parts"))
         towers(**chunk.inputs).sum().backward()
         assert all(p.grad is not None for p in towers.image.parameters() if p.requires_grad)
         assert all(p.grad is not None for p in towers.text.parameters() if p.requires_grad)
