@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from cluster.config import Recipe, differences
 from cluster.paths import RunPaths
-from data_services.items import Kinds
+from data_services.items import TEXT, Kinds
 from data_services.schema import Column, Tokenize, UsageError
 from trainers.checkpoint import latest, write_json
 
@@ -105,6 +105,15 @@ def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None, report: Report
     # What the finished model is scored on, too, so that a fault in it is told before training.
     pools = {split: open_source(pool, root, report) for split, pool in pools_of(recipe).items()}
     check_kinds(recipe, (*sources, *pools.values()))
+    gate, judged = recipe.registry.gate, pools.get(recipe.evaluation.validation or "")
+    if gate is not None and gate.over_bm25 is not None and judged is not None and judged.kinds != TEXT:
+        raise UsageError(
+            f"registry.gate.over_bm25: {judged.name} isn't of texts alone, which BM25 reads; give a minimum"
+        )
+    if recipe.evaluation.prompts and (other := next((p for p in pools.values() if p.kinds.query != "text"), None)):
+        raise UsageError(
+            f"evaluation.prompts: the queries of {other.name} are no texts to name classes by; leave it out"
+        )
     plan = plan_of(recipe.data, sources, recipe.seed)
     if recipe.optimizer.warmup_steps >= plan.steps:
         raise UsageError(

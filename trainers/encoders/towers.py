@@ -223,7 +223,8 @@ def export_towers(
         if all((making / name / "modules.json").exists() for name in layout.towers):
             _write_router(making, layout)
         else:  # a kind that Sentence Transformers doesn't know
-            (making / "README.md").write_text(_BY_GYRE)
+            tokens = ModelSpec.load(model_folder).pooling == "tokens"
+            (making / "README.md").write_text(_BY_GYRE.replace("CALL", "encode_tokens" if tokens else "encode"))
     return out
 
 
@@ -296,8 +297,8 @@ from cluster.models import exported_encoder
 from data_services.schema import Media
 
 model = exported_encoder(Path("this folder"))
-texts = model.encode(["a low tone"], "query")
-sounds = model.encode([Media("audio", Path("tone.wav").read_bytes())], "document")
+texts = model.CALL(["a low tone"], "query")
+others = model.CALL([Media("audio", Path("tone.wav").read_bytes())], "document")  # or another kind
 ```
 """
 
