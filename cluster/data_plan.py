@@ -111,8 +111,8 @@ def _described(plan: Plan, table: pa.Table, keys: np.ndarray, batch: GlobalBatch
             id=ids[i],
             worker=int(worker[i]),
             tokens=int(costs[i]),
-            query=queries[i],
-            positive=positives[i][chosen[i]],
+            query=_in_words(queries[i]),
+            positive=_in_words(positives[i][chosen[i]]),
         )
         for i, key in enumerate(batch.rows.tolist())
     ]
@@ -121,3 +121,15 @@ def _described(plan: Plan, table: pa.Table, keys: np.ndarray, batch: GlobalBatch
     shared = duplicate_rows(Carried.of(batch.query_ids, flat, np.array([len(one) for one in lists])))
     tokens = np.bincount(worker, weights=costs, minlength=workers).astype(int).tolist()
     return PlannedBatch(batch.step, plan.steps, weights, rows, len(shared), tokens)
+
+
+def _in_words(stored: str | bytes | dict[str, str | bytes | None]) -> str:
+    """A stored item for the eye: a text as it is, an image or a sound by its kind and size, parts by name."""
+    from data_services.media.kinds import kind_of
+
+    if isinstance(stored, dict):
+        return ", ".join(f"{name}: {_in_words(part)}" for name, part in stored.items() if part is not None)
+    if isinstance(stored, str):
+        return stored
+    kind = kind_of(stored)
+    return stored.decode() if kind == "text" else f"({kind}, {len(stored):,} bytes)"
