@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainers.config import FieldsConfig, ModelConfig
+from trainers.config import ModelConfig
 from trainers.encoders.arrays import lengths_of
 from trainers.encoders.spec import ModelSpec
 from trainers.encoders.tower import Tower
+from trainers.tower_config import FieldsConfig
 
 if TYPE_CHECKING:
     from data_services.schema import Tokenize
