@@ -1,5 +1,7 @@
-"""Sections of a recipe's `model:` that are of one tower, or of low-rank updates of one. Apart from the classes that they
-configure, as in `trainers.config`, so that reading a recipe never imports torch."""
+"""Sections of a recipe's `model:` that are of one tower, or of low-rank updates of one.
+
+Apart from the classes that they configure, as in `trainers.config`, so that reading a recipe never imports torch.
+"""
 
 from __future__ import annotations
 
