@@ -77,6 +77,8 @@ class Parts:
             parts = [item.get(name) if isinstance(item, Mapping) else None for item in items]
             for kind, reader in self.readers.items():
                 there = [i for i, part in enumerate(parts) if part is not None and kind_of(part) == kind]
+                if not there:  # nor on another worker: a global batch is read whole
+                    continue
                 of_tasks = None if tasks is None else [tasks[i] for i in there]
                 read = reader([part for i in there if (part := parts[i]) is not None], field, of_tasks)
                 counts[there] += read.lengths
