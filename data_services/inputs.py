@@ -73,6 +73,8 @@ class Parts:
             assert isinstance(item, Mapping), "the tower of parts is given items of parts"
             if unknown := next((name for name in item if name not in self.names), None):
                 raise Undecodable(f"a part {unknown!r}, and model.fields names {', '.join(self.names)}")
+            if kind := next((its for part in item.values() if (its := kind_of(part)) not in self.readers), None):
+                raise Undecodable(f"a part is {kind}, and the model has no tower for it")
         for name in self.names:
             parts = [item.get(name) if isinstance(item, Mapping) else None for item in items]
             for kind, reader in self.readers.items():
