@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin:stdlib-code"
 MAX_FILE_BYTES = 1_000_000
+MAX_IMAGE_BYTES = 100_000_000
+_OF_A_MODEL = ("config.json", "modules.json", "gyre_towers.json")
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def resolve(model: str, root: Path | None = None) -> ModelRef:
         folder, version = model_folder(model, root)
         return ModelRef(f"{version.name}/{version.version}", folder)
     path = Path(model).expanduser()
-    if (path / "config.json").is_file() or (path / "modules.json").is_file():
+    if any((path / name).is_file() for name in _OF_A_MODEL):
         return ModelRef(path.name, path.absolute())
     if path.is_dir() and not (path / "recipe.json").is_file():
         raise UsageError(f"{path} is no model: it has neither config.json nor modules.json")
@@ -267,7 +269,7 @@ def _item_of(path: Path, kinds: tuple[str, ...]) -> Item | None:
     from data_services.media.image import decode_image
     from data_services.media.kinds import kind_of
 
-    if path.name.startswith(".") or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES * 100:
+    if path.name.startswith(".") or not path.is_file() or path.stat().st_size > MAX_IMAGE_BYTES:
         return None
     data = path.read_bytes()
     if kind_of(data) == "image":

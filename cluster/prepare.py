@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from cluster.config import Recipe, differences
 from cluster.paths import RunPaths
-from data_services.items import Kinds
+from data_services.items import TEXT, Kinds
 from data_services.schema import Column, Tokenize, UsageError
 from trainers.checkpoint import latest, write_json
 
@@ -105,6 +105,15 @@ def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None, report: Report
     # What the finished model is scored on, too, so that a fault in it is told before training.
     pools = {split: open_source(pool, root, report) for split, pool in pools_of(recipe).items()}
     check_kinds(recipe, (*sources, *pools.values()))
+    gate, judged = recipe.registry.gate, pools.get(recipe.evaluation.validation or "")
+    if gate is not None and gate.over_bm25 is not None and judged is not None and judged.kinds != TEXT:
+        raise UsageError(
+            f"registry.gate.over_bm25: {judged.name} isn't of texts alone, which BM25 reads; give a minimum"
+        )
+    if recipe.evaluation.prompts and (other := next((p for p in pools.values() if p.kinds.query != "text"), None)):
+        raise UsageError(
+            f"evaluation.prompts: the queries of {other.name} are no texts to name classes by; leave it out"
+        )
     plan = plan_of(recipe.data, sources, recipe.seed)
     if recipe.optimizer.warmup_steps >= plan.steps:
         raise UsageError(
@@ -150,20 +159,23 @@ def check_sources(recipe: Recipe, root: Path) -> None:
 
 def check_kinds(recipe: Recipe, sources: tuple[StoredSource, ...]) -> None:
     """Raises UsageError where a source holds what the model has no tower for, or a tower would be given nothing."""
-    towers = recipe.model.kinds
-    found = set()
+    towers, found = recipe.model.kinds, set[str]()
     for source in sources:
         for side, form in zip(("queries", "documents"), source.kinds, strict=True):
-            kind = form if isinstance(form, str) else "parts"
-            found.add(kind)
-            if kind not in towers:
+            kinds = {form} if isinstance(form, str) else {"parts", *form.values()}
+            found |= kinds
+            if lacking := next((kind for kind in sorted(kinds) if kind not in towers), None):
                 raise UsageError(
-                    f"source {source.name}: its {side} are {kind}, and the model has a tower for {' and '.join(towers)}"
-                    f" only; add model.{kind}"
+                    f"source {source.name}: its {side} are {lacking}, and the model reads {' and '.join(towers)} only; "
+                    f"add model.{_KEY_OF.get(lacking, f'own.{lacking}')}"
                 )
-    separate = () if recipe.model.vision else towers
-    if unread := next((kind for kind in separate if kind not in found), None):
-        raise UsageError(f"model.{unread}: no source has such items, so the tower would never be trained; remove it")
+    needed = () if recipe.model.vision else towers[1:]
+    if unread := next((kind for kind in needed if kind not in found), None):
+        key = _KEY_OF.get(unread, f"own.{unread}")
+        raise UsageError(f"model.{key}: no source has such items, so its tower would never be trained; remove it")
+
+
+_KEY_OF = {"image": "image", "audio": "audio", "parts": "fields"}  # of a kind's tower in `model:`
 
 
 def make_model_folder(recipe: Recipe, folder: Path, sources: tuple[StoredSource, ...]) -> None:
@@ -200,13 +212,18 @@ def _texts_of(table: pa.Table, kinds: Kinds) -> Iterator[str]:
 def tokenizer_of(folder: Path) -> Tokenize:
     """What makes the inputs of a model folder or export, of one tower or several."""
     from data_services.inputs import Routed
+    from trainers.encoders import fields
     from trainers.encoders.towers import Layout
 
     layout = Layout.load(folder)
     if layout is None:
         return _reader_of(folder)
-    readers = {place: _reader_of(folder / place) for place in set(layout.towers.values())}
-    return Routed({name: readers[place] for name, place in layout.towers.items()}, layout.by)
+    alone = {name: place for name, place in layout.towers.items() if name != fields.READS}
+    readers = {place: _reader_of(folder / place) for place in set(alone.values())}
+    by_name = {name: readers[place] for name, place in alone.items()}
+    if fields.READS in layout.towers:
+        by_name[fields.READS] = fields.reader_of(dict(by_name), folder / layout.towers[fields.READS])
+    return Routed(by_name, layout.by)
 
 
 def _reader_of(folder: Path) -> Tokenize:

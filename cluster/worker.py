@@ -162,11 +162,10 @@ def objective_of(recipe: Recipe, spec: ModelSpec, group: Group) -> Objective:
 
 def model_of(recipe: Recipe, folder: Path, learned: Mapping[str, float]) -> Trained:
     """What is trained: the recipe's tower or towers, the objective's scalars, the auxiliary head."""
+    from trainers.encoders.towers import Layout, build_towers
     from trainers.model import Trained
 
-    if recipe.model.towers == "separate" or recipe.model.media:
-        from trainers.encoders.towers import build_towers
-
+    if Layout.load(folder):
         return Trained(build_towers(recipe.model, folder, lambda _, at: encoder_of(recipe, at)), learned)
     tower = encoder_of(recipe, folder)
     if recipe.masked_lm is None:

@@ -127,7 +127,7 @@ class AudioFront:
             samples = decode_audio(item.data, self.mel.rate)
         else:
             samples = resampled(item.data, item.rate, self.mel.rate)
-        return self.mel(samples)
+        return self.mel.blanked(self.mel(samples), item.blanks, len(samples))
 
 
 def _sides(size: int | dict[str, int] | None) -> dict[str, int]:

@@ -148,6 +148,13 @@ class AudioConfig(Section):
     kernel: int = Field(5, gt=0, description="frames that a convolution sees")
 
 
+class FieldsConfig(Section):
+    """`model.fields:` items of several parts; their vector is the weighted sum of the parts'."""
+
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1, description="of each part, by its name")
+    learned: bool = Field(False, description="whether the weights are trained; they start as given")
+
+
 class OwnConfig(Section):
     """`model.own:` by kind, a tower of yours beside the text tower; see docs/multimodal.md."""
 
@@ -275,6 +282,7 @@ class ModelConfig(Section):
     image: ImageConfig | None = Field(None, description="a tower for images; its vectors are as wide as the texts'")
     audio: AudioConfig | None = Field(None, description="a tower for sounds; its vectors are as wide as the texts'")
     own: dict[str, OwnConfig] = Field({}, description="by kind of item, towers of yours")
+    fields: FieldsConfig | None = Field(None, description="items of several parts, each through the tower of its kind")
     vision: VisionConfig | None = Field(
         None, description="the model itself reads images among the tokens: Qwen2-VL, Qwen2.5-VL, Qwen3-VL"
     )
@@ -292,8 +300,8 @@ class ModelConfig(Section):
         drawn = self.path is None and self.init_from is None
         if self.adapter is not None and drawn and not self.adapter.modules_to_save:
             raise ValueError(
-                "an `adapter` leaves random weights as they are; give a `path`, or name in adapter.modules_to_save what "
-                "trains whole, or remove it"
+                "an `adapter` leaves random weights as they are; give a `path`, or name what trains whole in "
+                "adapter.modules_to_save, or remove it"
             )
         if self.adapter is not None and not self.adapter.merge and self.towers != "tied":
             raise ValueError("an `adapter` of each of two towers can't stand alone; leave `adapter.merge` true")
@@ -304,7 +312,7 @@ class ModelConfig(Section):
         """Of items that there is a tower for."""
         if self.vision is not None:
             return ("text", "image", "parts")
-        return ("text", *self.media)
+        return ("text", *self.media, *(("parts",) if self.fields else ()))
 
     @property
     def media(self) -> tuple[str, ...]:
@@ -334,7 +342,10 @@ class ModelConfig(Section):
     def _vision_part(self) -> ModelConfig:
         if self.vision is not None:
             for wrong, told in (
-                (self.media, "image, audio and own: the model reads images itself; remove one of the two"),
+                (
+                    self.media or self.fields,
+                    "image, audio, own and fields: the model reads images itself; remove one of the two",
+                ),
                 ((self.vision.config is None) != (self.config is None), "vision.config and config go together"),
                 (self.packing == "on", "packing: its positions are of images too; set it to off"),
                 (self.token_dropout, "token_dropout: an image's places can't be hidden; set it to 0"),

@@ -99,9 +99,7 @@ def _write(
     spec.save(out)
     if not (out / "config.json").exists():  # a tower that is none of transformers': its own file loads it
         _save({name: t.detach().to("cpu", torch.float32).contiguous() for name, t in weights.items()}, out / WEIGHTS)
-        (out / "README.md").write_text(
-            f"# The {spec.reads} tower of an embedding model trained with gyre\n\n" + _GYRE.replace("KIND", spec.reads)
-        )
+        (out / "README.md").write_text(_card(spec, ""))
         return
     config = json.loads((out / "config.json").read_text())
     _write_json(out / "config.json", config | {"dtype": "float32"})
@@ -109,7 +107,7 @@ def _write(
     readout = _chosen(weights, READOUT, readout_shapes(spec))
     if spec.reads != "text" and readout:
         _save(readout, out / READOUT_FILE)
-    if spec.reads != "vision":  # Sentence Transformers would show such a model its images in another template
+    if spec.in_sentence_transformers:
         _write_modules(spec, readout, out)
         _write_json(out / "config_sentence_transformers.json", _model_settings(spec))
     (out / "README.md").write_text(_card(spec, base))
@@ -267,6 +265,10 @@ def _card(spec: ModelSpec, base: str) -> str:
 {_VISION}
 {spec.architecture}, {spec.pooling} pooling, {spec.dim} dimensions, {spec.max_tokens} tokens.
 {rests}"""
+    if not spec.in_sentence_transformers:
+        call = "encode_tokens" if spec.pooling == "tokens" else "encode"
+        lines = _GYRE.replace("KIND", spec.reads).replace("CALL", call)
+        return f"# The {spec.reads} tower of an embedding model trained with gyre\n\n{lines}"
     if spec.reads == "image":
         return f"""# The image tower of an embedding model trained with gyre
 
@@ -307,7 +309,7 @@ from cluster.models import exported_encoder
 from data_services.schema import Media
 
 model = exported_encoder(Path("the folder above"))
-vectors = model.encode([Media("KIND", Path("FILE").read_bytes())], "document")
+vectors = model.CALL([Media("KIND", Path("FILE").read_bytes())], "document")
 ```
 """
 _VISION = """With gyre:

@@ -10,6 +10,7 @@ Shapes: n sounds, F frames end to end, M bands, H channels, D dimensions.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ class Convolutions(nn.Module):
         widths = [config.mels, *[config.hidden] * config.layers]
         self.layers = nn.ModuleList(
             nn.Conv1d(wide, narrow, config.kernel, stride=2, padding=config.kernel // 2)
-            for wide, narrow in zip(widths[:-1], widths[1:], strict=True)
+            for wide, narrow in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(config.hidden) for _ in range(config.layers))
 

@@ -50,7 +50,11 @@ class OwnModality(Protocol):
         ...
 
 
-_BUILT_IN = {"image": "trainers.encoders.image", "audio": "trainers.encoders.audio"}
+_BUILT_IN = {
+    "image": "trainers.encoders.image",
+    "audio": "trainers.encoders.audio",
+    "parts": "trainers.encoders.fields",
+}
 
 
 def modality_of(kind: str, config: ModelConfig) -> Modality:

@@ -28,6 +28,8 @@ def prepare(config: ModelConfig, folder: Path, texts: ModelSpec) -> None:
     """See `Modality.prepare`. The tower is made once, so that a fault in it is told before training."""
     kind = folder.name
     own = config.own[kind]
+    if texts.pooling == "tokens":
+        raise UsageError(f"model.own.{kind}: its items have one vector, but model.pooling is tokens; choose another")
     (folder / OPTIONS).write_text(json.dumps(own.options, indent=2) + "\n")
     tower = own_modality(own.path, own.options, f"model.own.{kind}.path").tower(texts.dim)
     if not isinstance(tower, Tower):

@@ -103,6 +103,12 @@ class ModelSpec:
         )
 
     @property
+    def in_sentence_transformers(self) -> bool:
+        """Whether that format can say what the tower does: of images one vector each, of other kinds nothing, and a
+        vision–language model it would show images in another template."""
+        return self.reads == "text" or (self.reads == "image" and self.pooling != "tokens")
+
+    @property
     def hidden(self) -> int:
         """H, the width of the backbone's token vectors."""
         return self.head[0].inputs if self.head else self.dim

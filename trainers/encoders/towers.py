@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from data_services.schema import UsageError
+from trainers.encoders import fields
 from trainers.encoders.backbone import saved_shapes
 from trainers.encoders.modality import modality_of
 from trainers.encoders.model_folder import prepare_model_folder
@@ -74,6 +75,8 @@ class Towers(nn.Module):
         self.names = tuple(towers)
         for name, tower in towers.items():
             self.add_module(name, tower)
+        if isinstance(parts := towers.get(fields.READS), fields.FieldsTower):
+            parts.towers = {name: tower for name, tower in towers.items() if tower is not parts}
 
     def forward(self, tower: int, **inputs: Any) -> Tensor:
         """What its tower makes of a chunk, see `TextEncoder.forward`."""
@@ -127,11 +130,12 @@ def prepare_towers(config: ModelConfig, folder: Path) -> None:
 
     UsageError names the key that can't be honoured.
     """
-    if config.media:
-        for kind in config.media:
+    others = config.kinds[1:]
+    if others and config.vision is None:
+        for kind in others:
             (folder / kind).mkdir()
             modality_of(kind, config).prepare(config, folder / kind, ModelSpec.load(folder))
-        Layout({TEXT: "."} | {kind: kind for kind in config.media}, "kind").save(folder)
+        Layout({TEXT: "."} | {kind: kind for kind in others}, "kind").save(folder)
     elif config.towers == "separate":
         _prepare_document_tower(config, folder)
         Layout({QUERY: ".", DOCUMENT: DOCUMENT if (folder / DOCUMENT).exists() else "."}, "field").save(folder)
@@ -184,7 +188,7 @@ def build_towers(
     layout = Layout.load(folder)
     assert layout is not None, "prepare_towers says which towers there are"
     if layout.by == "kind":
-        others = {kind: modality_of(kind, config).build(config, folder / kind) for kind in config.media}
+        others = {kind: modality_of(kind, config).build(config, folder / kind) for kind in config.kinds[1:]}
         return Towers({TEXT: build(config, folder)} | others)
     query, other = build(config, folder), folder / layout.towers[DOCUMENT]
     if other.samefile(folder):
@@ -219,7 +223,8 @@ def export_towers(
         if all((making / name / "modules.json").exists() for name in layout.towers):
             _write_router(making, layout)
         else:  # a kind that Sentence Transformers doesn't know
-            (making / "README.md").write_text(_BY_GYRE)
+            tokens = ModelSpec.load(model_folder).pooling == "tokens"
+            (making / "README.md").write_text(_BY_GYRE.replace("CALL", "encode_tokens" if tokens else "encode"))
     return out
 
 
@@ -292,8 +297,8 @@ from cluster.models import exported_encoder
 from data_services.schema import Media
 
 model = exported_encoder(Path("this folder"))
-texts = model.encode(["a low tone"], "query")
-sounds = model.encode([Media("audio", Path("tone.wav").read_bytes())], "document")
+texts = model.CALL(["a low tone"], "query")
+others = model.CALL([Media("audio", Path("tone.wav").read_bytes())], "document")  # or another kind
 ```
 """
 

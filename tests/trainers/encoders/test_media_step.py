@@ -59,7 +59,7 @@ def model_of(folder):
 
 
 def global_batch(folder) -> GlobalBatch:
-    """Six pairs: texts that look for images and a sound, an image for a text, a sound for another, and a hard negative."""
+    """Six pairs of texts, images and sounds in most ways, and a hard negative."""
     images = [png(picture) for picture in PICTURES]
     queries, documents = [*TEXTS[:4], images[4], SOUNDS[0]], [*images[:3], SOUNDS[1], TEXTS[4], SOUNDS[2], TEXTS[0]]
     inputs = tokenizer_of(folder)

@@ -12,8 +12,10 @@ from cluster.prepare import tokenizer_of
 from data_services.schema import Media, Undecodable, UsageError
 from tests.test_docs import named_block
 from tests.trainers.encoders.sounds import tone
+from tests.trainers.encoders.test_image import PICTURES, SIZES, png
 from tests.trainers.encoders.tiny import TEXTS, TINY, scrambled, train_tokenizer
-from trainers.config import AudioConfig, ModelConfig, OwnConfig
+from trainers.chunks import chunk_of
+from trainers.config import AudioConfig, FieldsConfig, ImageConfig, ImageFromConfig, ModelConfig, OwnConfig
 from trainers.encoders.local import LocalEncoder
 from trainers.encoders.model_folder import prepare_model_folder
 from trainers.encoders.towers import build_towers, export_towers, prepare_towers
@@ -85,3 +87,54 @@ def test_code_of_ones_own_must_be_allowed_and_make_a_tower_of_the_width(events, 
     wrong = events.model_copy(update={"path": "my_events:Nothing"})
     with pytest.raises(UsageError, match=r"model.own.events.path: module 'my_events' has no 'Nothing'"):
         made(tmp_path / "m", own={"events": wrong})
+
+
+WEIGHTS = {"title": 1.0, "photo": 2.0, "body": 0.5}
+PHOTO = png(PICTURES[1])
+PARTS = [
+    {"title": TEXTS[1], "photo": PHOTO, "body": TEXTS[0]},
+    {"body": TEXTS[3]},
+    {"photo": png(PICTURES[0])},
+    {"title": TEXTS[4], "body": TEXTS[3]},
+]
+
+
+@pytest.fixture(scope="module")
+def fields(tmp_path_factory):
+    """(recipe's section, towers, model folder) of texts, images and items of both."""
+    place = tmp_path_factory.mktemp("fields") / "m"
+    image = ImageConfig(config=ImageFromConfig(**SIZES))
+    return *made(place, image=image, fields=FieldsConfig(weights=WEIGHTS, learned=True)), place
+
+
+def test_parts_are_summed_by_their_weights_without_those_that_an_item_lacks(fields, tmp_path):
+    config, towers, folder = fields
+    towers.parts.log_weights.data.copy_(torch.tensor(list(WEIGHTS.values())).log())  # as they start
+    encode = LocalEncoder(towers, tokenizer_of(folder), 50).encode
+    vectors = encode(PARTS, "document")
+    for item, vector in zip(PARTS, vectors, strict=True):
+        total = sum(WEIGHTS[name] * encode([part], "document")[0] for name, part in item.items())
+        np.testing.assert_allclose(vector, total / np.linalg.norm(total), atol=1e-5)
+    comes_back(config, towers, folder, tmp_path / "out", PARTS)
+    with pytest.raises(Undecodable, match=r"a part 'headline', and model\.fields names title, photo, body"):
+        tokenizer_of(folder)([{"headline": "x"}], "document")
+
+
+def test_weights_of_parts_are_learned_and_a_chunk_without_a_part_runs_its_tower_with_a_gradient_of_zero(fields):
+    _, towers, folder = fields
+    names = {id(p): name for name, p in towers.named_parameters()}
+    assert len(names) == len(dict(towers.named_parameters()))  # the parts' towers are the others, not copies
+    inputs = tokenizer_of(folder)(PARTS, "document")
+    for rows in ([1, 3], [2], []):  # texts alone, an image alone, nothing
+        towers.zero_grad()
+        some, none = inputs.take(np.array(rows, np.int64)), np.zeros(len(rows), np.int64)
+        chunk = chunk_of(some, none, none == 1, torch.device("cpu"), tower=towers.names.index("parts"))
+        towers(**chunk.inputs).sum().backward()
+        assert all(p.grad is not None for p in towers.image.parameters() if p.requires_grad)
+        assert all(p.grad is not None for p in towers.text.parameters() if p.requires_grad)
+        assert bool(towers.text.backbone.get_input_embeddings().weight.grad.any()) == (rows == [1, 3])
+        assert bool(towers.image.readout.head[0].weight.grad.any()) == (rows == [2])
+    towers.zero_grad()
+    chunk = chunk_of(inputs, np.zeros(4, np.int64), np.zeros(4, bool), torch.device("cpu"), tower=2)
+    towers(**chunk.inputs)[:, 0].sum().backward()
+    assert towers.parts.log_weights.grad.abs().min() > 0
