@@ -29,11 +29,11 @@ from pydantic import Field, field_validator, model_validator
 from data_services import builtin
 from data_services.convert import CODE_VERSION
 from data_services.corpora.splits import SPLITS
+from data_services.fields import Fields
 from data_services.items import items_of
 from data_services.layouts import LayoutName
 from data_services.media.checks import MEDIA_KINDS
 from data_services.origins import origin_of
-from data_services.records import Fields
 from data_services.schema import Column, Item, Section, UsageError
 from data_services.store import Report, StoredSource, store
 from data_services.views.config import Views, check_views

@@ -22,11 +22,13 @@ def check_media(data: bytes, kind: Kind) -> None:
 
 
 def readable(item: Any, form: Form) -> Any:
-    """A stored item for a person to read: texts as they are, in the place of bytes what they are."""
+    """A stored item for a person to read: texts as they are, in the place of other bytes what they are."""
     if isinstance(item, dict):
         assert not isinstance(form, str)
         return {name: readable(part, form[name]) for name, part in item.items() if part is not None}
-    return described(item, str(form)) if isinstance(item, bytes) else item
+    if isinstance(item, str):
+        return item
+    return item.decode() if form == "text" else described(item, str(form))
 
 
 def described(data: bytes, kind: Kind) -> str:
