@@ -65,15 +65,15 @@ def _read(value: Any, field: str, root: str, max_bytes: int) -> Any:
         value = value.get("path")
     if not isinstance(value, str):
         return value
-    place = _below(root, value)
-    if place is None:
-        raise _Unreadable(f"field {field!r} names a file outside of the folder that its paths are relative to")
     try:
+        place = _below(root, value)
+        if place is None:
+            raise _Unreadable(f"field {field!r} names a file outside of the folder that its paths are relative to")
         data = read_bytes(place, max_bytes + 1)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) or error.errno in _NO_FILE or error.errno is None:
-            raise _Unreadable(f"field {field!r} names a file that isn't there") from error
-        raise RunError(f"file {place} can't be read: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise RunError(f"file {value} below {root} can't be read: {' '.join(str(error).split())}") from error
+        raise _Unreadable(f"field {field!r} names a file that isn't there") from error
     if len(data) > max_bytes:
         raise _Unreadable(f"field {field!r} names a file of more than max_bytes={max_bytes} bytes")
     return data
@@ -81,11 +81,11 @@ def _read(value: Any, field: str, root: str, max_bytes: int) -> Any:
 
 def _below(root: str, path: str) -> str | None:
     """The place of a path; None where it isn't below `root`, through a link neither."""
-    place = posixpath.normpath(posixpath.join("/", path))[1:]
-    if posixpath.isabs(path) or posixpath.normpath(path).startswith("..") or not place:
+    place = posixpath.normpath(path.replace("\0", "?"))  # no file's name has a NUL, and no call takes one
+    if posixpath.isabs(place) or place.split("/")[0] == "..":
         return None
     if is_remote(root):
         return f"{root.rstrip('/')}/{place}"
     base = os.path.realpath(root)
-    real = os.path.realpath(os.path.join(base, place)) if "\0" not in path else base
+    real = os.path.realpath(os.path.join(base, place))
     return real if os.path.commonpath([base, real]) == base else None
