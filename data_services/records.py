@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from data_services.fields import CONSTANT, Fields
-from data_services.items import Kinds
-from data_services.media.checks import check_media
+from data_services.items import Kind, Kinds
+from data_services.media.checks import MEDIA_KINDS, check_media
 from data_services.schema import UNKNOWN, Column, Undecodable, class_id
 
 _LARGEST_FLOAT32 = 3.4028234e38
@@ -158,29 +159,46 @@ def _items(row: Mapping[str, Any], field: str, parts: tuple[str, ...], fields: F
     """What a field holds, or each in its list; of several parts one item, of those that the row has."""
     if parts:
         return [_parts(row, parts, fields)]
-    if fields.kind_of(field) == "text":
+    kind = fields.kind_of(field)
+    if kind == "text":
         return [*_texts(row, field)]
     value = _value(row, field)
-    return [_bytes(its, field) for its in (value if isinstance(value, list | tuple) else [value])]
+    several = isinstance(value, list | tuple) and (kind in MEDIA_KINDS or all(isinstance(its, bytes) for its in value))
+    return [_bytes(its, field, kind) for its in (value if several else [value])]
 
 
 def _parts(row: Mapping[str, Any], parts: tuple[str, ...], fields: Fields) -> dict[str, str | bytes]:
     there: dict[str, str | bytes] = {}
     for name in parts:
         if (value := row.get(name)) is not None and value != "":
-            there[name] = _text(value, name) if fields.kind_of(name) == "text" else _bytes(value, name)
+            kind = fields.kind_of(name)
+            there[name] = _text(value, name) if kind == "text" else _bytes(value, name, kind)
     if not there:
         raise _Unusable(f"it has none of the fields {', '.join(parts)}")
     return there
 
 
-def _bytes(value: Any, field: str) -> bytes:
-    """The bytes of a file, bare or as `datasets` keeps them: {bytes, path}. Readers have put them where a path was."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes")
+def _bytes(value: Any, field: str, kind: Kind) -> bytes:
+    """The bytes of a file, bare or as `datasets` keeps them: {bytes, path}. Readers have put them where a path was.
+
+    Of a kind of a user's own a text is its UTF-8, and what is neither text nor bytes is its JSON.
+    """
+    if kind in MEDIA_KINDS:
+        value = value.get("bytes") if isinstance(value, Mapping) else value
+    elif value is not None and not isinstance(value, bytes):
+        value = _encoded(value, field)
     if not isinstance(value, bytes):
         raise _Unusable(f"field {field!r} is {_kind(value)}, not the bytes of a file")
     return value
+
+
+def _encoded(value: Any, field: str) -> bytes:
+    if isinstance(value, str):
+        return _plain(value, field).encode()
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError):
+        raise _Unusable(f"field {field!r} holds what can't be written as JSON") from None
 
 
 def _by_relation(row: Mapping[str, Any], fields: Fields, texts: list[Stored]) -> tuple[list[Stored], list[Stored]]:

@@ -80,8 +80,8 @@ class SourceConfig(Section):
     )
     kinds: dict[str, Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]] = Field(
         {},
-        description="fields that are no texts: image, audio, or a kind that a tower of yours reads; they hold bytes, "
-        "or paths beside the file; none: recognised in Parquet, Arrow and tar",
+        description="fields that are no texts: image and audio hold bytes, or paths beside the file; another word is a "
+        "kind that a tower of yours reads; none: recognised in Parquet, Arrow and tar",
     )
     query_parts: list[str] | None = Field(
         None, min_length=1, description="several fields that are the query together, in the place of `query`"

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from data_services.files import is_remote, read_bytes
+from data_services.media.checks import MEDIA_KINDS
 from data_services.readers.blocks import MEDIA_BLOCK_ROWS, Block, Want
 from data_services.records import Malformed, Row, shown
 from data_services.schema import RunError
@@ -24,7 +25,7 @@ class _Unreadable(ValueError):
 
 
 def with_files(blocks: Iterable[Block], want: Want, folder: str | None) -> Iterator[Block]:
-    """The blocks, with the bytes of files where a field of `want.fields.media` names one; as they are without such.
+    """The blocks, with the bytes of files where a field of images or sounds names one; as they are without such.
 
     folder: what the paths are relative to where `want.root` isn't; None: paths aren't read. Blocks become small: their
     rows are held with all their files.
@@ -49,8 +50,8 @@ def _filled(rows: Iterable[Row | Malformed], want: Want, root: str) -> Iterator[
         try:
             files = {
                 name: _read(row.fields[name], name, root, want.max_bytes)
-                for name, _ in want.fields.media
-                if name in row.fields
+                for name, kind in want.fields.media
+                if kind in MEDIA_KINDS and name in row.fields
             }
             yield Row(row.number, {**row.fields, **files})
         except _Unreadable as why:

@@ -111,6 +111,14 @@ def test_members_of_a_kind_of_ones_own_are_kept_as_they_are(tmp_path):
     assert source.table()[Column.POSITIVES].to_pylist() == [[b"?"]] * 5
 
 
+def test_a_kind_of_ones_own_is_kept_as_text_or_json_and_names_no_file(tmp_path):
+    write_beside(tmp_path)
+    rows = [{"query": "q", "positive": value} for value in ([[0, 1], [2.5, 7]], "a.png", {"a": None}, None)]
+    source = opened(write_lines(tmp_path, rows), tmp_path, kinds={"positive": "events"})
+    assert source.table()[Column.POSITIVES].to_pylist() == [[b"[[0,1],[2.5,7]]"], [b"a.png"], [b'{"a":null}']]
+    assert source.quarantined == {"field 'positive' is null, not the bytes of a file": 1}
+
+
 def test_several_captions_of_an_image_and_several_images_of_a_caption(tmp_path):
     write_beside(tmp_path)
     path = write_lines(tmp_path, [{"query": "a.png", "positive": ["one", "two"]}])
