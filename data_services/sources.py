@@ -211,8 +211,8 @@ class SourceConfig(Section):
         source has texts without queries, as its layout has them."""
         if self.one_text:
             return SourceConfig(path=path, split=split)
-        kept = ("format", "query", "positive", *_PARTS, "kinds", "root", "title", "prompt", "corpus", "max_bytes")
-        kept += ("quarantine_share",)
+        sides = ("query", "positive", *_PARTS, "kinds", "root", "title", "prompt")
+        kept = ("format", *sides, "corpus", "max_bytes", "quarantine_share")
         return SourceConfig(path=path, split=split, **{name: getattr(self, name) for name in kept})
 
     @property

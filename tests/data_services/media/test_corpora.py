@@ -38,7 +38,6 @@ def test_a_name_and_its_picture():
     image = np.asarray(glyphs.picture("+"))
     assert image.shape == (glyphs.SIDE, glyphs.SIDE)
     ink = np.argwhere(image < 128)
-    assert abs(ink.mean(0) - ink.mean(0).round()).max() <= 0.5
     assert abs(ink[:, 1].mean() - 15.5) < 1.5  # in the middle
     assert np.asarray(glyphs.picture(".")).argmin() > np.asarray(glyphs.picture("'")).argmin()  # on one baseline
     wide = np.argwhere(np.asarray(glyphs.picture("⟹")) < 200)
@@ -58,9 +57,9 @@ def test_glyphs_are_thousands_of_names_held_out_by_name(rows):
 
 
 def test_every_true_caption_of_a_picture_is_among_its_positives(rows):
-    for split in SPLITS:
+    for split in ("validation", "heldout"):
         said = {text for row in rows["charts"][split] for text in row["positive"]}
-        for row in rows["charts"][split][::7]:
+        for row in rows["charts"][split][::20]:
             true = {text for text in said if holds(text, row["name"])}
             assert true == set(row["positive"]), row["name"]
 

@@ -127,7 +127,7 @@ VIEWS = Views(
 def shown(queries, documents, rows) -> Shown:
     n = len(queries)
     return Shown(
-        queries, documents, row_keys(np.array(rows), 7, 1), np.arange(100, 100 + n), np.arange(n), np.ones(n, np.int8)
+        queries, documents, row_keys(np.array(rows), 7, 1), 100 + np.array(rows), np.arange(n), np.ones(n, np.int8)
     ).viewed([VIEWS], np.zeros(n, np.int64))
 
 
