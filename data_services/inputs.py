@@ -73,10 +73,14 @@ class Parts:
             assert isinstance(item, Mapping), "the tower of parts is given items of parts"
             if unknown := next((name for name in item if name not in self.names), None):
                 raise Undecodable(f"a part {unknown!r}, and model.fields names {', '.join(self.names)}")
+            if kind := next((its for part in item.values() if (its := kind_of(part)) not in self.readers), None):
+                raise Undecodable(f"a part is {kind}, and the model has no tower for it")
         for name in self.names:
             parts = [item.get(name) if isinstance(item, Mapping) else None for item in items]
             for kind, reader in self.readers.items():
                 there = [i for i, part in enumerate(parts) if part is not None and kind_of(part) == kind]
+                if not there:  # nor on another worker: a global batch is read whole
+                    continue
                 of_tasks = None if tasks is None else [tasks[i] for i in there]
                 read = reader([part for i in there if (part := parts[i]) is not None], field, of_tasks)
                 counts[there] += read.lengths

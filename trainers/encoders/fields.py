@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainers.config import FieldsConfig, ModelConfig
+from trainers.config import ModelConfig
 from trainers.encoders.arrays import lengths_of
 from trainers.encoders.spec import ModelSpec
 from trainers.encoders.tower import Tower
+from trainers.tower_config import FieldsConfig
 
 if TYPE_CHECKING:
     from data_services.schema import Tokenize
@@ -51,7 +52,7 @@ class FieldsTower(Tower):
         arrays: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """What the loss sees, [n, D] float32 of length one; the zero vector of an item without parts."""
-        return self._sum(arrays or {}, input_ids, queries, "forward")
+        return self._sum(arrays or {}, input_ids, queries, training=True)
 
     def embed(
         self,
@@ -61,7 +62,7 @@ class FieldsTower(Tower):
         queries: Tensor | None = None,
         arrays: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        return self._sum(arrays or {}, input_ids, queries, "embed")
+        return self._sum(arrays or {}, input_ids, queries, training=False)
 
     def token_counts(
         self,
@@ -73,21 +74,26 @@ class FieldsTower(Tower):
     ) -> Tensor:
         return attention_mask.sum(1)
 
-    def _sum(self, arrays: Mapping[str, Tensor], input_ids: Tensor, queries: Tensor | None, way: str) -> Tensor:
+    def flops_per_token(self, length: float) -> float:
+        """The mean over the towers of the parts: which tokens are whose isn't counted."""
+        return sum(tower.flops_per_token(length) for tower in self.towers.values()) / len(self.towers)
+
+    def _sum(self, arrays: Mapping[str, Tensor], input_ids: Tensor, queries: Tensor | None, training: bool) -> Tensor:
         total = input_ids.new_zeros(len(input_ids), self.dim, dtype=torch.float32)
         for name, weight in zip(self.names, self.log_weights.float().exp(), strict=True):
             own = {key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(f"{name}.")}
             for kind, of_kind in _by_kind(own, self.towers).items():
-                total = total + weight * self._vectors(kind, of_kind, queries, len(input_ids), way)
+                total = total + weight * self._vectors(kind, of_kind, queries, len(input_ids), training)
         return F.normalize(total, dim=-1)
 
-    def _vectors(self, kind: str, own: Mapping[str, Tensor], queries: Tensor | None, n: int, way: str) -> Tensor:
+    def _vectors(self, kind: str, own: Mapping[str, Tensor], queries: Tensor | None, n: int, training: bool) -> Tensor:
         """[n, D] of one part; zeros where an item lacks it. The tower runs even where all do, as on other workers."""
         lengths = next(own[key] for key in own if key.endswith(lengths_of("")))
         there = lengths.nonzero()[:, 0]
         inputs = _inputs(kind, own, lengths, there)
         inputs["queries"] = None if queries is None else queries[there] if len(there) else queries[:1]
-        found = getattr(self.towers[kind], way)(**inputs)
+        tower = self.towers[kind]
+        found = tower(**inputs) if training else tower.embed(**inputs)
         if not len(there):
             return 0.0 * found.sum() + found.new_zeros(n, self.dim)
         return found.new_zeros(n, self.dim).index_copy(0, there, found)

@@ -20,13 +20,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from data_services.schema import UsageError
-from trainers.config import ImageConfig, ImageFromConfig, ModelConfig, PoolingMode
+from trainers.config import ModelConfig, PoolingMode
 from trainers.encoders.adapters import add_adapter
 from trainers.encoders.backbone import check_checkpointing, checkpoint_gradients, load_backbone
 from trainers.encoders.freezing import freeze
 from trainers.encoders.model_folder import READOUT_FILE, read_readout, resolve
 from trainers.encoders.spec import Dense, ModelSpec
 from trainers.encoders.tower import MediaTower
+from trainers.tower_config import ImageConfig, ImageFromConfig
 
 PREPROCESSOR = "preprocessor_config.json"
 # Where a recipe builds the tower itself: both sides resized, numbers from -1 to 1, as SigLIP does.

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from data_services.schema import UsageError
-from trainers.config import FromConfig, ModelConfig, VisionFromConfig
+from trainers.config import FromConfig, ModelConfig
 from trainers.encoders.image import PREPROCESSOR, scaling
 from trainers.encoders.spec import ModelSpec
 from trainers.encoders.text import TextEncoder
+from trainers.tower_config import VisionFromConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -14,12 +14,13 @@ from data_services.inputs import Routed
 from data_services.schema import Media, Undecodable, UsageError
 from data_services.tokenizer import FolderTokenizer
 from tests.trainers.encoders.tiny import TEXTS, TINY, scrambled, train_tokenizer
-from trainers.config import ImageConfig, ImageFromConfig, ModelConfig
+from trainers.config import ModelConfig
 from trainers.encoders import image as image_tower
 from trainers.encoders.image import scaling
 from trainers.encoders.local import LocalEncoder
 from trainers.encoders.model_folder import prepare_model_folder
 from trainers.encoders.towers import build_towers, export_towers, load_towers, prepare_towers
+from trainers.tower_config import ImageConfig, ImageFromConfig
 
 SIZES = {"image_size": 16, "patch_size": 8, "hidden": 24, "layers": 2, "heads": 2, "intermediate": 40}
 

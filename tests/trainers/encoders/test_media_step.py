@@ -17,15 +17,7 @@ from tests.trainers.test_step import BETA
 from tests.twins import dense_contrastive
 from trainers.chunks import chunk_of, keys_of
 from trainers.collectives import Group
-from trainers.config import (
-    AudioConfig,
-    EngineConfig,
-    ImageConfig,
-    ImageFromConfig,
-    ModelConfig,
-    MomentumConfig,
-    OptimizerConfig,
-)
+from trainers.config import EngineConfig, ModelConfig, MomentumConfig, OptimizerConfig
 from trainers.encoders.model_folder import prepare_model_folder
 from trainers.encoders.towers import build_towers, prepare_towers
 from trainers.model import Trained
@@ -33,6 +25,7 @@ from trainers.objectives.compose import Sum
 from trainers.objectives.embedded import Embedded
 from trainers.objectives.sections.contrastive import ContrastiveSection
 from trainers.step import ContrastiveStep, Memory, choose_caching
+from trainers.tower_config import AudioConfig, ImageConfig, ImageFromConfig
 
 CPU = torch.device("cpu")
 OBJECTIVE = ContrastiveSection(temperature=0.1)

@@ -15,10 +15,11 @@ from tests.trainers.encoders.sounds import tone
 from tests.trainers.encoders.test_image import PICTURES, SIZES, png
 from tests.trainers.encoders.tiny import TEXTS, TINY, scrambled, train_tokenizer
 from trainers.chunks import chunk_of
-from trainers.config import AudioConfig, FieldsConfig, ImageConfig, ImageFromConfig, ModelConfig, OwnConfig
+from trainers.config import ModelConfig
 from trainers.encoders.local import LocalEncoder
 from trainers.encoders.model_folder import prepare_model_folder
 from trainers.encoders.towers import build_towers, export_towers, prepare_towers
+from trainers.tower_config import AudioConfig, FieldsConfig, ImageConfig, ImageFromConfig, OwnConfig
 
 SOUND = AudioConfig(rate=8000, mels=12, window=200, hop=80, max_seconds=1, hidden=16, layers=2, kernel=3)
 TONES = [tone(hertz, seconds) for hertz, seconds in ((440, 0.02), (880, 0.5), (220, 1.4), (300, 0.2))]

@@ -17,7 +17,6 @@ from tests.twins import dense_contrastive
 from trainers.chunks import chunk_of, keys_of
 from trainers.collectives import Group
 from trainers.config import AdapterConfig, EngineConfig, ModelConfig, MomentumConfig, OptimizerConfig, VisionConfig
-from trainers.config import VisionFromConfig as Vision
 from trainers.encoders.local import LocalEncoder
 from trainers.encoders.model_folder import prepare_model_folder
 from trainers.encoders.text import build_encoder
@@ -27,6 +26,7 @@ from trainers.objectives.compose import Sum
 from trainers.objectives.embedded import Embedded
 from trainers.objectives.sections.contrastive import ContrastiveSection
 from trainers.step import ContrastiveStep, Memory
+from trainers.tower_config import VisionFromConfig as Vision
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 CPU = torch.device("cpu")
