@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_services.draws import mix
+from data_services.fields import Fields
 from data_services.items import TEXT, Form, Kinds, Media, item_id
-from data_services.records import Fields, Record, Stored
+from data_services.records import Record, Stored
 from data_services.schema import UNKNOWN, Column, class_id
 
 

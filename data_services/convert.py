@@ -26,9 +26,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_services.columns import clean, record_table, row_hashes, schema_of, with_ids
+from data_services.fields import check_fields
 from data_services.items import TEXT, Kinds
 from data_services.readers.blocks import Block, Part, Want
-from data_services.records import Malformed, Record, Row, check_fields, record
+from data_services.records import Malformed, Record, Row, record
 from data_services.schema import UsageError
 
 # Raised when the same source would be stored differently.

@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from data_services.records import Fields
+from data_services.fields import Fields
 from data_services.schema import UsageError
 
 LayoutName = Literal["pairs", "triplets", "tevatron", "flagembedding", "beir"]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_services.corpora.catalogue import corpora
 from data_services.corpora.splits import SPLITS
+from data_services.fields import Fields, check_media_fields
 from data_services.files import File, Found, find, is_remote, stamp_of
 from data_services.imports import import_object
 from data_services.items import TEXT, Kind
@@ -25,7 +26,7 @@ from data_services.readers.beside import with_files
 from data_services.readers.blocks import Block, Want, blocks_of_rows
 from data_services.readers.formats import FOLDER_SUFFIXES, SUFFIXES, fields_of, media_of, parts_of
 from data_services.readers.joined import BEIR_FIELDS, BeirPart, CorpusPart
-from data_services.records import Fields, Malformed, Row, as_row, check_media_fields
+from data_services.records import Malformed, Row, as_row
 from data_services.schema import UsageError
 from data_services.store import Reading
 

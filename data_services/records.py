@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-from data_services.items import Form, Kind, Kinds
-from data_services.media.checks import check_media
-from data_services.schema import UNKNOWN, Column, Undecodable, UsageError, class_id
+from data_services.fields import CONSTANT, Fields
+from data_services.items import Kind, Kinds
+from data_services.media.checks import MEDIA_KINDS, check_media
+from data_services.schema import UNKNOWN, Column, Undecodable, class_id
 
 _LARGEST_FLOAT32 = 3.4028234e38
-_CONSTANT = "="  # `task: =nli` is a class of every row, where `task: kind` is a field
 
 
 class Row(NamedTuple):
@@ -56,106 +56,6 @@ class Malformed(NamedTuple):
     number: int
     reason: str
     row: str
-
-
-class Fields(NamedTuple):
-    """Names of the fields that hold the parts of a record, None where the source lacks one.
-
-    negatives  one field of a text or a list of texts, or several fields of one text each
-    relations  1, -1 or 0 for each text of `positive`: it answers, it doesn't, it isn't known
-    prompt     a text that goes before the query
-    title      a text that goes before each positive, with a space
-
-    query_parts     several fields that are the query together, in the place of `query`
-    positive_parts  the same of each positive
-    media           fields that hold images or sounds, each with its kind; the others hold texts
-
-    From `positive_scores` to `modality` they are named as in `Column.OPTIONAL`. A class may be =NAME, the same of
-    every row.
-    """
-
-    query: str
-    positive: str
-    negatives: tuple[str, ...] = ()
-    positive_scores: str | None = None
-    negative_scores: str | None = None
-    weight: str | None = None
-    frequency: str | None = None
-    label: str | None = None
-    task: str | None = None
-    language: str | None = None
-    modality: str | None = None
-    id: str | None = None
-    prompt: str | None = None
-    relations: str | None = None
-    title: str | None = None
-    query_parts: tuple[str, ...] = ()
-    positive_parts: tuple[str, ...] = ()
-    media: tuple[tuple[str, Kind], ...] = ()
-
-    @property
-    def of_query(self) -> tuple[str, ...]:
-        """The fields that hold the query."""
-        return self.query_parts or (self.query,)
-
-    @property
-    def of_positive(self) -> tuple[str, ...]:
-        return self.positive_parts or (self.positive,)
-
-    @property
-    def named(self) -> list[str]:
-        """The fields that some row must have."""
-        left_out = {"query", "positive", "negatives", "query_parts", "positive_parts", "media"}
-        left_out |= {name for name in Column.CLASSES if (getattr(self, name) or "").startswith(_CONSTANT)}
-        single = [field for name, field in self._asdict().items() if name not in left_out]
-        return list(dict.fromkeys([*self.of_query, *self.of_positive, *filter(None, single), *self.negatives]))
-
-    def kind_of(self, field: str) -> Kind:
-        return dict(self.media).get(field, "text")
-
-    @property
-    def kinds(self) -> Kinds:
-        """What the queries and the documents of the records are."""
-        return Kinds(self._form(self.query, self.query_parts), self._form(self.positive, self.positive_parts))
-
-    def _form(self, field: str, parts: tuple[str, ...]) -> Form:
-        return {part: self.kind_of(part) for part in parts} if parts else self.kind_of(field)
-
-    @property
-    def columns(self) -> frozenset[str]:
-        """Which of `Column.OPTIONAL` the records have."""
-        return frozenset(name for name in Column.OPTIONAL if getattr(self, name) is not None)
-
-
-def check_fields(present: Iterable[str], fields: Fields, source: str) -> None:
-    """UsageError naming the first of `fields` that isn't among those present, where any are."""
-    names = sorted(str(name) for name in present)
-    for field in fields.named:
-        if names and field not in names:
-            nearest = difflib.get_close_matches(field, names, 1)
-            raise UsageError(
-                f"source {source} has no field {field!r}; its fields are {', '.join(names)}"
-                + (f"; did you mean {nearest[0]}?" if nearest else "")
-            )
-
-
-def check_media_fields(fields: Fields, source: str) -> None:
-    """UsageError where `fields.media` can't be: a field of no side, sides of several kinds, words before an image."""
-    sides = {*fields.of_query, *fields.of_positive, *fields.negatives}
-    for field, _ in fields.media:
-        if field not in sides:
-            raise UsageError(f"source {source}: kinds has {field!r}, but the sides are {', '.join(sorted(sides))}")
-    document = fields.kinds.document
-    for field in fields.negatives:
-        if fields.kind_of(field) != document:
-            what = document if isinstance(document, str) else "an item of parts"
-            raise UsageError(
-                f"source {source}: its positives are of kind {what}, but negatives {field!r} of kind "
-                f"{fields.kind_of(field)}: leave `negatives` out, or name a field of that kind"
-            )
-    for key, form in (("prompt", fields.kinds.query), ("title", document)):
-        if (field := getattr(fields, key)) is not None and form != "text":
-            raise UsageError(f"source {source}: {key} {field!r} goes before a text, and there is none: leave it out")
 
 
 def as_row(number: int, fields: Any) -> Row | Malformed:
@@ -259,29 +159,46 @@ def _items(row: Mapping[str, Any], field: str, parts: tuple[str, ...], fields: F
     """What a field holds, or each in its list; of several parts one item, of those that the row has."""
     if parts:
         return [_parts(row, parts, fields)]
-    if fields.kind_of(field) == "text":
+    kind = fields.kind_of(field)
+    if kind == "text":
         return [*_texts(row, field)]
     value = _value(row, field)
-    return [_bytes(its, field) for its in (value if isinstance(value, list | tuple) else [value])]
+    several = isinstance(value, list | tuple) and (kind in MEDIA_KINDS or all(isinstance(its, bytes) for its in value))
+    return [_bytes(its, field, kind) for its in (value if several else [value])]
 
 
 def _parts(row: Mapping[str, Any], parts: tuple[str, ...], fields: Fields) -> dict[str, str | bytes]:
     there: dict[str, str | bytes] = {}
     for name in parts:
         if (value := row.get(name)) is not None and value != "":
-            there[name] = _text(value, name) if fields.kind_of(name) == "text" else _bytes(value, name)
+            kind = fields.kind_of(name)
+            there[name] = _text(value, name) if kind == "text" else _bytes(value, name, kind)
     if not there:
         raise _Unusable(f"it has none of the fields {', '.join(parts)}")
     return there
 
 
-def _bytes(value: Any, field: str) -> bytes:
-    """The bytes of a file, bare or as `datasets` keeps them: {bytes, path}. Readers have put them where a path was."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes")
+def _bytes(value: Any, field: str, kind: Kind) -> bytes:
+    """The bytes of a file, bare or as `datasets` keeps them: {bytes, path}. Readers have put them where a path was.
+
+    Of a kind of a user's own a text is its UTF-8, and what is neither text nor bytes is its JSON.
+    """
+    if kind in MEDIA_KINDS:
+        value = value.get("bytes") if isinstance(value, Mapping) else value
+    elif value is not None and not isinstance(value, bytes):
+        value = _encoded(value, field)
     if not isinstance(value, bytes):
         raise _Unusable(f"field {field!r} is {_kind(value)}, not the bytes of a file")
     return value
+
+
+def _encoded(value: Any, field: str) -> bytes:
+    if isinstance(value, str):
+        return _plain(value, field).encode()
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError):
+        raise _Unusable(f"field {field!r} holds what can't be written as JSON") from None
 
 
 def _by_relation(row: Mapping[str, Any], fields: Fields, texts: list[Stored]) -> tuple[list[Stored], list[Stored]]:
@@ -369,8 +286,8 @@ def _class(fields: Mapping[str, Any], field: str | None) -> int | None:
     """The class that a field names, by text or whole number; UNKNOWN where the row has none."""
     if field is None:
         return None
-    if field.startswith(_CONSTANT):
-        return class_id(field.removeprefix(_CONSTANT))
+    if field.startswith(CONSTANT):
+        return class_id(field.removeprefix(CONSTANT))
     value = fields.get(field)
     if value is None:
         return UNKNOWN

@@ -48,7 +48,13 @@ def rewrite(source: StoredSource, folder: Path, change: Callable[[pa.Table, int]
     """The source's rows as Parquet of their schema, each row group as `change` gives it; how many rows those are.
 
     change  takes a row group and the number of its first row; it may leave rows out
+
+    UsageError where the source has items of parts, which no field of the result could name.
     """
+    if not all(isinstance(form, str) for form in source.kinds):
+        raise UsageError(
+            f"source {source.name} has items of several parts: it can't be written back as one column a side"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     first = written = 0
     schema = schema_of(source.kinds)

@@ -14,6 +14,7 @@ package.module:function  a function of yours that yields dictionaries; it may ta
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -23,15 +24,16 @@ from typing import Annotated, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow.compute as pc
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_services import builtin
 from data_services.convert import CODE_VERSION
 from data_services.corpora.splits import SPLITS
+from data_services.fields import Fields
 from data_services.items import items_of
 from data_services.layouts import LayoutName
+from data_services.media.checks import MEDIA_KINDS
 from data_services.origins import origin_of
-from data_services.records import Fields
 from data_services.schema import Column, Item, Section, UsageError
 from data_services.store import Report, StoredSource, store
 from data_services.views.config import Views, check_views
@@ -78,8 +80,8 @@ class SourceConfig(Section):
     )
     kinds: dict[str, Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]] = Field(
         {},
-        description="fields that are no texts: image, audio, or a kind that a tower of yours reads; they hold bytes, "
-        "or paths beside the file; none: recognised in Parquet, Arrow and tar",
+        description="fields that are no texts: image and audio hold bytes, or paths beside the file; another word is a "
+        "kind that a tower of yours reads; none: recognised in Parquet, Arrow and tar",
     )
     query_parts: list[str] | None = Field(
         None, min_length=1, description="several fields that are the query together, in the place of `query`"
@@ -142,6 +144,17 @@ class SourceConfig(Section):
             raise ValueError("relations and scores exclude each other: which score is whose would be lost")
         return self
 
+    @field_validator("kinds")
+    @classmethod
+    def _kinds_are_known(cls, kinds: dict[str, str]) -> dict[str, str]:
+        for field, kind in kinds.items():
+            if kind in ("text", "parts"):
+                raise ValueError(f"{field!r} is of kind {kind}: name the fields that are no texts, each by itself")
+            near = difflib.get_close_matches(kind, MEDIA_KINDS, 1, cutoff=0.7)
+            if kind not in MEDIA_KINDS and near:
+                raise ValueError(f"{field!r} is of kind {kind}; did you mean {near[0]}?")
+        return kinds
+
     @model_validator(mode="after")
     def _parts_agree(self) -> SourceConfig:
         for side in ("query", "positive"):
@@ -198,8 +211,8 @@ class SourceConfig(Section):
         source has texts without queries, as its layout has them."""
         if self.one_text:
             return SourceConfig(path=path, split=split)
-        kept = ("format", "query", "positive", *_PARTS, "kinds", "root", "title", "prompt", "corpus", "max_bytes")
-        kept += ("quarantine_share",)
+        sides = ("query", "positive", *_PARTS, "kinds", "root", "title", "prompt")
+        kept = ("format", *sides, "corpus", "max_bytes", "quarantine_share")
         return SourceConfig(path=path, split=split, **{name: getattr(self, name) for name in kept})
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from data_services.records import Fields
+from data_services.fields import Fields
 
 
 @dataclass(frozen=True)

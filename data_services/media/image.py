@@ -60,15 +60,15 @@ def decode_image(data: bytes, least_side: int | None = None) -> np.ndarray:
     profiles aren't applied. least_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter
     side keeps so many pixels: what is resized to that afterwards needs no more.
 
-    Raises Undecodable where the bytes are no image of `FORMATS`, are truncated or damaged, too
-    large, too small or too long.
+    Raises Undecodable where the bytes are no image of `FORMATS`, are truncated or damaged, too large, too small or
+    too long.
     """
     image = _open(data)
-    if least_side is not None:
-        width, height = image.size
-        scale = least_side / min(width, height)
-        image.draft("RGB", (round(width * scale), round(height * scale)))
     try:
+        if least_side is not None:
+            width, height = image.size
+            scale = least_side / min(width, height)
+            image.draft("RGB", (round(width * scale), round(height * scale)))
         upright = _UPRIGHT[_orientation(image)]
         image.load()
         pixels = np.asarray(_rgb(image))

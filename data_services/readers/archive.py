@@ -46,17 +46,21 @@ _MEDIA: dict[str, Kind] = {
 
 def blocks(file: File, want: Want) -> Iterator[Block]:
     """The samples of an archive, numbered from 1."""
-    yield from blocks_of_rows(file.name, _samples(file, want.max_bytes, bool(want.fields.media)), want.block_rows)
+    names = {name for name, _ in want.fields.media}
+    samples = _samples(file, want.max_bytes, lambda extension: extension in names or _kind_of(extension) in names)
+    yield from blocks_of_rows(file.name, samples, want.block_rows)
 
 
 def sampled(file: File, max_bytes: int) -> Mapping[str, Any]:
     """The first sample, its images and sounds among the fields."""
-    rows = (row for row in _samples(file, max_bytes, True) if isinstance(row, Row))
+    rows = (
+        row for row in _samples(file, max_bytes, lambda extension: _kind_of(extension) != "") if isinstance(row, Row)
+    )
     return next(rows, Row(0, {})).fields
 
 
-def _samples(file: File, max_bytes: int, media: bool) -> Iterator[Row | Malformed]:
-    """media: whether images and sounds are read too"""
+def _samples(file: File, max_bytes: int, media: Callable[[str], bool]) -> Iterator[Row | Malformed]:
+    """media: whether a member of an extension is read that is no text"""
     with reading(file):
         try:
             with tarfile.open(fileobj=file.stream(), mode="r|") as archive:
@@ -68,17 +72,17 @@ def _samples(file: File, max_bytes: int, media: bool) -> Iterator[Row | Malforme
 
 
 def _part(
-    file: File, archive: tarfile.TarFile, member: tarfile.TarInfo, max_bytes: int, media: bool
-) -> tuple[str, str, bytes | str]:
-    """(key, extension, bytes or why there are none) of a member."""
+    file: File, archive: tarfile.TarFile, member: tarfile.TarInfo, max_bytes: int, media: Callable[[str], bool]
+) -> tuple[str, str, bytes | str | None]:
+    """(key, extension, bytes or why there are none) of a member; None of one that is passed over."""
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
         raise UsageError(f"source file {file.uri} has a member outside of it, {member.name!r}: don't trust it")
     stem, _, extension = path.name.partition(".")
     extension = extension.lower()
     key = (path.parent / stem).as_posix()
-    if extension not in _DECODERS and not (media and _kind_of(extension)):
-        return key, extension, b""
+    if extension not in _DECODERS and not media(extension):
+        return key, extension, None
     if member.size > max_bytes:
         return key, extension, f"its member .{extension} has more than max_bytes={max_bytes} bytes"
     opened = archive.extractfile(member)
@@ -86,21 +90,22 @@ def _part(
     return key, extension, opened.read()
 
 
-def _kind_of(extension: str) -> Kind | None:
-    """Of a member, by the last part of its extension: `left.jpg` is an image."""
-    return _MEDIA.get(extension.rpartition(".")[2])
+def _kind_of(extension: str) -> Kind:
+    """Of a member, by the last part of its extension: `left.jpg` is an image. "" of what is no sound either."""
+    return _MEDIA.get(extension.rpartition(".")[2], "")
 
 
-def _sample(number: int, key: str, parts: list[tuple[str, bytes | str]]) -> Row | Malformed:
+def _sample(number: int, key: str, parts: list[tuple[str, bytes | str | None]]) -> Row | Malformed:
     fields: dict[str, Any] = {KEY: key}
     for extension, data in parts:
         if isinstance(data, str):
             return Malformed(number, data, key)
         if extension not in _DECODERS:
-            if data and (kind := _kind_of(extension)):
-                fields[extension] = data
+            fields |= {extension: data} if data is not None else {}
+            if data is not None and (kind := _kind_of(extension)):
                 fields.setdefault(kind, data)
             continue
+        assert data is not None, extension
         try:
             fields |= _DECODERS[extension](data, extension)
         except UnicodeDecodeError:

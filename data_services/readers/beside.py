@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from data_services.files import is_remote, read_bytes
+from data_services.media.checks import MEDIA_KINDS
 from data_services.readers.blocks import MEDIA_BLOCK_ROWS, Block, Want
 from data_services.records import Malformed, Row, shown
 from data_services.schema import RunError
@@ -24,7 +25,7 @@ class _Unreadable(ValueError):
 
 
 def with_files(blocks: Iterable[Block], want: Want, folder: str | None) -> Iterator[Block]:
-    """The blocks, with the bytes of files where a field of `want.fields.media` names one; as they are without such.
+    """The blocks, with the bytes of files where a field of images or sounds names one; as they are without such.
 
     folder: what the paths are relative to where `want.root` isn't; None: paths aren't read. Blocks become small: their
     rows are held with all their files.
@@ -49,8 +50,8 @@ def _filled(rows: Iterable[Row | Malformed], want: Want, root: str) -> Iterator[
         try:
             files = {
                 name: _read(row.fields[name], name, root, want.max_bytes)
-                for name, _ in want.fields.media
-                if name in row.fields
+                for name, kind in want.fields.media
+                if kind in MEDIA_KINDS and name in row.fields
             }
             yield Row(row.number, {**row.fields, **files})
         except _Unreadable as why:
@@ -65,15 +66,15 @@ def _read(value: Any, field: str, root: str, max_bytes: int) -> Any:
         value = value.get("path")
     if not isinstance(value, str):
         return value
-    place = _below(root, value)
-    if place is None:
-        raise _Unreadable(f"field {field!r} names a file outside of the folder that its paths are relative to")
     try:
+        place = _below(root, value)
+        if place is None:
+            raise _Unreadable(f"field {field!r} names a file outside of the folder that its paths are relative to")
         data = read_bytes(place, max_bytes + 1)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) or error.errno in _NO_FILE or error.errno is None:
-            raise _Unreadable(f"field {field!r} names a file that isn't there") from error
-        raise RunError(f"file {place} can't be read: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise RunError(f"file {value} below {root} can't be read: {' '.join(str(error).split())}") from error
+        raise _Unreadable(f"field {field!r} names a file that isn't there") from error
     if len(data) > max_bytes:
         raise _Unreadable(f"field {field!r} names a file of more than max_bytes={max_bytes} bytes")
     return data
@@ -81,11 +82,11 @@ def _read(value: Any, field: str, root: str, max_bytes: int) -> Any:
 
 def _below(root: str, path: str) -> str | None:
     """The place of a path; None where it isn't below `root`, through a link neither."""
-    place = posixpath.normpath(posixpath.join("/", path))[1:]
-    if posixpath.isabs(path) or posixpath.normpath(path).startswith("..") or not place:
+    place = posixpath.normpath(path.replace("\0", "?"))  # no file's name has a NUL, and no call takes one
+    if posixpath.isabs(place) or place.split("/")[0] == "..":
         return None
     if is_remote(root):
         return f"{root.rstrip('/')}/{place}"
     base = os.path.realpath(root)
-    real = os.path.realpath(os.path.join(base, place)) if "\0" not in path else base
+    real = os.path.realpath(os.path.join(base, place))
     return real if os.path.commonpath([base, real]) == base else None

@@ -9,7 +9,8 @@ from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 
-from data_services.records import Fields, Malformed, Row
+from data_services.fields import Fields
+from data_services.records import Malformed, Row
 
 BLOCK_ROWS = 4_096
 MEDIA_BLOCK_ROWS = 32  # of images and sounds

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from data_services.fields import Fields
 from data_services.files import File
 from data_services.items import Kind
 from data_services.media.kinds import kind_of
 from data_services.readers import archive, delimited, lines, tables
 from data_services.readers.beside import with_files
 from data_services.readers.blocks import Block, Want
-from data_services.records import Fields, Malformed, Row
+from data_services.records import Malformed, Row
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET, ARROW, DELIMITED, ARCHIVE = (".parquet",), (".arrow", ".feather", ".ipc"), (".csv", ".tsv"), (".tar",)

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from data_services.fields import check_fields
 from data_services.files import File, Found, reading
 from data_services.items import Kind
 from data_services.readers.blocks import Block, Want, blocks_of_table
-from data_services.records import check_fields
 from data_services.schema import RunError, UsageError
 
 if TYPE_CHECKING:

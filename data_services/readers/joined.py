@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from data_services.fields import Fields
 from data_services.files import File, reading
 from data_services.readers.blocks import Block, Want, blocks_of_rows
 from data_services.readers.formats import FilePart, fields_of, row_blocks
-from data_services.records import Fields, Malformed, Row
+from data_services.records import Malformed, Row
 from data_services.schema import UsageError
 
 # What `BeirPart` calls the fields of its rows.

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
+from data_services.fields import check_fields
 from data_services.files import File, reading
 from data_services.readers.blocks import Block, Want, blocks_of_table
-from data_services.records import check_fields
 
 _ARROW_FILE = b"ARROW1"
 

@@ -7,7 +7,7 @@ a query and its positive, and the same row twice in a batch is a duplicate that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -87,7 +87,7 @@ class Shown:
 
 def _apply(views: Sequence[View], items: list[Item], places: np.ndarray, draws: Draws) -> None:
     """Changes the items at `places` [m], in place; draws [m]"""
-    for kind, shown in (("text", _texts), ("image", _images), ("audio", _sounds)):
+    for kind, shown in _SHOWN.items():
         its = [(number, view) for number, view in enumerate(views) if _kind(view) == kind]
         where = _parts_of(items, places, kind) if its else []
         if where:
@@ -139,6 +139,13 @@ def _sounds(views: Sequence[tuple[int, Any]], sounds: Sequence[Media], draws: Dr
     for number, view in views:
         sounds = view(sounds, draws.stream(number))
     return sounds
+
+
+_SHOWN: dict[str, Callable[[Sequence[tuple[int, Any]], Any, Draws], Sequence[Any]]] = {
+    "text": _texts,
+    "image": _images,
+    "audio": _sounds,
+}
 
 
 def _put(items: list[Item], places: np.ndarray, new: Sequence[str]) -> None:
