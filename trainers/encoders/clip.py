@@ -23,7 +23,7 @@ def text_part(model: PreTrainedModel, source: Path) -> tuple[PreTrainedModel, Se
     whole: Any = model
     if model.config.model_type != "clip":
         raise UsageError(
-            f"model.path: the text part of {model.config.model_type} in {source} reads padding too, which gyre doesn't; "
+            f"model.path: the text part of {model.config.model_type} in {source} reads padding too, as gyre doesn't: "
             "give a text model, and this one as model.image.path"
         )
     projection = whole.text_projection.weight

@@ -145,7 +145,7 @@ def test_a_whole_clip_gives_its_own_features_and_a_siglip_is_refused_as_a_text_t
     SiglipModel(SiglipConfig(text_config=sizes | {"vocab_size": len(tokenizer)}, vision_config=vision)).save_pretrained(
         tmp_path / "clip"
     )
-    with pytest.raises(UsageError, match="the text part of siglip in .* reads padding too"):
+    with pytest.raises(UsageError, match=r"the text part of siglip in .* reads padding too"):
         prepare_model_folder(config, tmp_path / "other")
 
 
