@@ -225,6 +225,10 @@ class _Twin:
                 self.back += stored
             else:
                 self.there += stored
+        given = positives_first([torch.ones(len(s.documents)) if s.scores is None else s.scores for s in shares])
+        self.scores = given.double()
+        by_scores = section.soft_targets is not None and section.soft_targets.scores
+        self.own_targets = self.scores[: self.n].nan_to_num(1) if by_scores else torch.ones(self.n).double()
         self.ceilings: dict[int, Tensor] = {}
         if section.false_negatives is None or section.false_negatives.reference is None:
             return
@@ -260,7 +264,7 @@ class _Twin:
             logits, negative, target = self._seen(i, self.q[i], self.query_keys, self.there, own_there[i], False)
             rows.append((logits, negative, target, own_there[i]))
             positive = own_there[i] / self.temperature
-            if negative.any():
+            if negative.any() and self.aimed(i, target):
                 compared += 1
                 correct.append(float(positive > logits[negative].max()))
                 scale = 1 + (s.debiased.concentration if s.debiased else 0)
@@ -278,7 +282,7 @@ class _Twin:
         for side in sides:
             total, weight = (self.q * 0).sum(), torch.zeros((), dtype=torch.float64)
             for i, (logits, negative, target, own) in enumerate(side):
-                if negative.any() or target.any():
+                if (negative.any() or target.any()) and self.aimed(i, target):
                     total = total + self.weights[i] * self._nats(i, logits, negative, target, own, own_there)
                     weight = weight + self.weights[i]
             means.append(total / weight if weight else total)
@@ -293,6 +297,10 @@ class _Twin:
             "queue_hardness": sum(hardness) / max(1, len(hardness)),
             "nothing_to_compare": float(self.n - compared),
         }
+
+    def aimed(self, i: int, target: Tensor) -> bool:
+        """Whether there is a soft target that isn't 0."""
+        return self.section.soft_targets is None or bool(self.own_targets[i] + target.sum() > 0)
 
     def _seen(
         self, i: int, x: Tensor, keys: Keys, pool: Pool, own: Tensor, back: bool
@@ -351,7 +359,28 @@ class _Twin:
             negative &= ~self._false(i, similar, target, own, back)
         if s.hardest_share < 1:
             negative = self._hardest(logits, negative, pool)
+        if s.soft_targets:
+            target = negative * self._soft_targets(i, row, pool, back)
         return logits, negative, target
+
+    def _soft_targets(self, i: int, row: Keys, pool: Pool, back: bool) -> Tensor:
+        """How much of a positive each candidate is for row i, one after the other."""
+        soft, theirs, found = self.section.soft_targets, pool.keys, []
+        for j, (kind, index) in enumerate(zip(pool.kind, pool.index, strict=True)):
+            target = 0.0
+            if soft.alike:
+                pair = {int(row.labels[i]), int(theirs.labels[j])}
+                likenesses = [alike.similarity for alike in soft.alike if pair <= set(alike.labels)]
+                target = 1.0 if len(pair) == 1 else max([0.0, *likenesses])
+            if soft.scores:
+                query, answered = int(row.query_ids[i]), int(theirs.query_ids[j])
+                rejecting = UNKNOWN if theirs.rejects is None or back else int(theirs.rejects[j])
+                if query != UNKNOWN and query in (answered, rejecting):
+                    known = self.scores[i] if back else self.scores[index] if kind == "document" else torch.nan
+                    other = 1.0 if back or (kind == "document" and index < self.n) else 0.0
+                    target = max(target, float(torch.as_tensor(known).nan_to_num(other)))
+            found.append(target)
+        return torch.tensor(found, dtype=torch.float64)
 
     def _false(self, i: int, similar: Tensor, target: Tensor, own: Tensor, back: bool) -> Tensor:
         rule = self.section.false_negatives
@@ -394,6 +423,10 @@ class _Twin:
             g = (expected - n * share * positive.exp()) / (1 - share)
             g = torch.maximum(g, n * (-1 / self.temperature).exp())
             return (positive.exp() + g).log() - positive
+        if s.soft_targets:
+            whole = torch.cat([positive[None], seen]).logsumexp(0)
+            expected = self.own_targets[i] * positive + (target[negative] * seen).sum()
+            return whole - expected / (self.own_targets[i] + target.sum())
         if s.positives:
             good = torch.cat([positive[None], logits[target]])
             whole = torch.cat([good, weighted]).logsumexp(0)

@@ -97,7 +97,8 @@ class Exchange:
             targets = self.wanted.targets.of(self.query_keys, keys, logits.dtype)
             if block.diagonal:
                 targets[diagonal].diagonal().zero_()
-            logits.masked_fill_(targets > 0, HIDDEN)
+            if not self.wanted.soft:
+                logits.masked_fill_(targets > 0, HIDDEN)
         for mask in block.masks:
             if mask.symmetric:
                 mask.apply(logits, self.query_keys, keys)
@@ -128,4 +129,6 @@ class Exchange:
             return Seen(logits, weighted)
         if first is not None:
             targets, raw = targets[:, first].T, raw[:, first].T
+        if self.wanted.soft:
+            targets = targets.masked_fill(logits == HIDDEN, 0)
         return Seen(logits, weighted, targets, raw)

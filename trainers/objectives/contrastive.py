@@ -28,7 +28,7 @@ from torch import Tensor
 from trainers.collectives import Group
 from trainers.negative_queue import QueueRows, side_of
 from trainers.objectives.blocks import Block
-from trainers.objectives.embedded import Embedded, LossShare, wide
+from trainers.objectives.embedded import Embedded, LossShare, scores_of, wide
 from trainers.objectives.keys import Keys
 from trainers.objectives.masks import (
     AboveCeiling,
@@ -42,7 +42,7 @@ from trainers.objectives.masks import (
     Unrelated,
 )
 from trainers.objectives.nats import Side, joined, losses, wanted, weighted_positives
-from trainers.objectives.relations import OnlyTargets, SharedTargets
+from trainers.objectives.relations import OnlyTargets, PartialTargets, SharedTargets, relevance
 from trainers.objectives.sections.contrastive import ContrastiveSection
 from trainers.objectives.sections.numbers import Learned, value_at
 from trainers.objectives.sharded_softmax import Reductions, exchange
@@ -56,11 +56,12 @@ class Contrastive:
 
     Its metrics, of the whole global batch:
         loss                L
-        accuracy            share of queries whose positive outscores every negative
+        accuracy            share of queries whose positive outscores every negative (and every other soft target)
         alignment           mean squared distance of a query and its positive
         uniformity          log mean exp(-2 |q_i - q_j|^2) over pairs of queries
         queue_hardness      the queues' share of the soft-max denominator, mean over queries
-        nothing_to_compare  queries with no negative; accuracy and hardness leave them out, as L does
+        nothing_to_compare  queries with no negative, or only targets of 0; accuracy and hardness leave them out, as L
+                            does
         temperature         where it isn't a constant
     """
 
@@ -70,8 +71,9 @@ class Contrastive:
         self._masks = _masks(section)
         weights: list[Mask] = [Harder(section.harder)] if section.harder else []
         weights += [Sampled()] if section.sampling_correction else []
-        self._targets = SharedTargets(section.positives) if section.positives else None
-        self._wanted = wanted(section, tuple(weights), self._targets)
+        self._shared = SharedTargets(section.positives) if section.positives else None
+        partial = PartialTargets(section.soft_targets) if section.soft_targets else None
+        self._wanted = wanted(section, tuple(weights), self._shared or partial)
         self._both = section.directions == "both"
         start = section.temperature.start if isinstance(section.temperature, Learned) else None
         self.learned: Mapping[str, float] = {} if start is None else {LOG_TEMPERATURE: math.log(start)}
@@ -110,16 +112,18 @@ class Contrastive:
         )
 
     def _keys(self, embedded: Embedded, pairs: Tensor, temperature: float | Tensor) -> tuple[Keys, Keys]:
-        """The keys of queries and documents with what masks of false negatives need."""
+        """The keys of queries and documents with what soft targets and masks of false negatives need."""
         queries, documents, rule = embedded.query_keys, embedded.document_keys, self._section.false_negatives
+        if self._section.soft_targets and self._section.soft_targets.scores:
+            documents = replace(documents, relevance=self._relevance(embedded))
         if rule is None:
             return queries, documents
         if rule.reference is not None:
             mine, theirs = momentum(embedded)
             return replace(queries, reference=mine), replace(documents, reference=theirs)
         positive = pairs.detach()
-        if self._targets is not None:  # the hardest positive, wherever it is: the largest of the negated scores
-            masks = (OnlyTargets(self._targets),)
+        if self._shared is not None:  # the hardest positive, wherever it is: the largest of the negated scores
+            masks = (OnlyTargets(self._shared),)
             block = Block(embedded.documents.detach(), documents, masks, fresh=False, diagonal=True)
             others = self._exchange(embedded.queries.detach(), queries, [block], -1.0, plain=True).rows
             positive = torch.minimum(positive, -others.hardest)
@@ -131,6 +135,10 @@ class Contrastive:
         ceiling = bound / float(temperature)
         beyond = ceiling.new_full((len(documents) - len(ceiling),), torch.inf)
         return replace(queries, ceiling=ceiling), replace(documents, ceiling=torch.cat([ceiling, beyond]))
+
+    def _relevance(self, embedded: Embedded) -> Tensor:
+        """[d] how much of a positive each document is for its owner."""
+        return relevance(scores_of(embedded, "objective.soft_targets"), len(embedded.queries))
 
     def _exchange(
         self,
@@ -226,11 +234,14 @@ class Contrastive:
     ) -> LossShare:
         """The loss and the metrics from every query's own positive and its reduced negatives."""
         section, group = self._section, self._group
-        sides = [Side(row_pairs, there.rows)]
+        soft, target = section.soft_targets, None
+        if soft is not None:
+            target = self._relevance(embedded)[: len(row_pairs)] if soft.scores else torch.ones_like(row_pairs)
+        sides = [Side(row_pairs, there.rows, target=target)]
         if self._both:
             in_batch = section.positive_encoding == "online" and section.batch_negatives != "none"
             columns = there.columns if in_batch else None
-            sides.append(Side(column_pairs, joined(columns, back.rows if back else None)))
+            sides.append(Side(column_pairs, joined(columns, back.rows if back else None), target=target))
         if section.normalisation == "joint":
             sides = [Side(row_pairs, joined(*(side.reduced for side in sides)), len(sides))]
         weights = row_pairs.new_ones(len(row_pairs)) if embedded.weights is None else embedded.weights.to(row_pairs)
@@ -273,7 +284,7 @@ class Contrastive:
     ) -> Tensor:
         """[6] float64, this worker's sums: queries, those that have negatives, correct ones, queues' share of the
         denominator, squared distance of query and positive, exp(-2 squared distance) to the other queries."""
-        compared = there.rows.denominators[0] != -torch.inf
+        compared = (there.rows.denominators[0] != -torch.inf) & side.aimed
         positive = pairs / temperature
         correct = (positive > there.rows.hardest)[compared].sum()
         stored = torch.tensor([not block.fresh for block in there.exchange.blocks], device=pairs.device)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from data_services.schema import UsageError
 from trainers.collectives import Group
 from trainers.negative_queue import QueueRows
 from trainers.objectives.keys import UNKNOWN, Keys
@@ -150,6 +151,23 @@ def share_of(total: Tensor, group: Group) -> Tensor:
     """This worker's share, L/W, of a loss that every worker computed whole, with the gradient of the whole L: as
     `LossShare` has it. Only for an L that reached the embeddings through `gather_scalars`."""
     return _Share.apply(total, group.size)
+
+
+def scores_of(embedded: Embedded, kind: str) -> Tensor:
+    """[d] `scores` in the type that losses are computed in; NaN where one isn't known. UsageError without them."""
+    if embedded.scores is None:
+        raise UsageError(
+            f"{kind} needs a score of each document, a grade or a teacher's, and the batch has none: name a source's "
+            "fields of scores under data.sources.positive_scores and data.sources.negative_scores"
+        )
+    return embedded.scores.to(torch.promote_types(embedded.queries.dtype, torch.float32))
+
+
+def weights_of(embedded: Embedded) -> Tensor:
+    """[b] of each query."""
+    given = embedded.weights
+    ones = torch.ones(len(embedded.queries), device=embedded.queries.device)
+    return ones if given is None else given
 
 
 def wide(x: Tensor) -> Tensor:

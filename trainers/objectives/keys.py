@@ -26,6 +26,7 @@ class Keys:
     lengths       [n] int64 valid tokens of token vectors
     numbers       [n] int64 running numbers of queue rows
     log_q         [n] float, log of the probability with which a candidate was sampled
+    relevance     [n] float, how much of a positive a candidate is for the query of `query_ids` or of `rejects`
     ceiling       [n] float, the logit above which something other than the positive counts as a false negative
     reference     [n, R] unit vectors of a reference model
     """
@@ -40,6 +41,7 @@ class Keys:
     lengths: Tensor | None = None
     numbers: Tensor | None = None
     log_q: Tensor | None = None
+    relevance: Tensor | None = None
     ceiling: Tensor | None = None
     reference: Tensor | None = None
 

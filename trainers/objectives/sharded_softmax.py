@@ -185,7 +185,8 @@ def _packed(wanted: Wanted, upstream: Sequence[Tensor]) -> Tensor:
     """[n, channels] of the upstream gradients that can be other than zero."""
     denominators, hardest, pointwise, target_lse, target_sum = upstream
     channels = [*denominators, *([hardest] if wanted.hardest else []), *([pointwise] if wanted.pointwise else [])]
-    return torch.stack([*channels, *([target_lse, target_sum] if wanted.targets else [])], 1)
+    channels += [target_lse] if wanted.together else []
+    return torch.stack([*channels, *([target_sum] if wanted.targets else [])], 1)
 
 
 def _upstream(packed: Tensor, wanted: Wanted) -> Reduced:
@@ -194,7 +195,8 @@ def _upstream(packed: Tensor, wanted: Wanted) -> Reduced:
     zero, rest = packed.new_zeros(n), iter(packed.T[scales:])
     hardest = next(rest) if wanted.hardest else zero
     pointwise = next(rest) if wanted.pointwise else zero
-    target_lse, target_sum = (next(rest), next(rest)) if wanted.targets else (zero, zero)
+    target_lse = next(rest) if wanted.together else zero
+    target_sum = next(rest) if wanted.targets else zero
     return Reduced(packed.T[:scales], hardest, zero, zero, pointwise, target_lse, target_sum, zero)
 
 
