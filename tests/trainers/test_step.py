@@ -252,6 +252,19 @@ def test_the_queue_takes_the_averaged_encodings_of_the_documents(gloo):
     assert (keys.query_ids[-5:] == UNKNOWN).all()  # hard negatives answer no query
 
 
+def messages_of_a_step():
+    step, group = make_step(2, True, True)
+    step(share_batch(batch_of(0), group.size, 24)[group.rank])
+    group.reset_traffic()
+    step(share_batch(batch_of(1), group.size, 24)[group.rank])
+    return group.messages
+
+
+def test_a_step_waits_for_the_other_workers_eight_times(gloo):
+    """Agreement and sizes, queries and keys, dL/drow; maximum, sums, the loss's totals, the queue's rows; gradients."""
+    assert gloo(2, messages_of_a_step) == [{"all_gather": 3, "all_reduce": 4, "reduce_scatter": 1}] * 2
+
+
 def disagreeing(agreement, chunks):
     """The error of a step whose workers were configured otherwise, or cut their batches otherwise."""
     step, group = make_step(0, False, False)

@@ -42,6 +42,7 @@ from trainers.objectives.masks import (
     Unrelated,
 )
 from trainers.objectives.nats import Side, joined, losses, wanted, weighted_positives
+from trainers.objectives.observed import metrics_of, observed
 from trainers.objectives.relations import OnlyTargets, PartialTargets, SharedTargets, relevance
 from trainers.objectives.sections.contrastive import ContrastiveSection
 from trainers.objectives.sections.numbers import Learned, value_at
@@ -125,7 +126,7 @@ class Contrastive:
         if self._shared is not None:  # the hardest positive, wherever it is: the largest of the negated scores
             masks = (OnlyTargets(self._shared),)
             block = Block(embedded.documents.detach(), documents, masks, fresh=False, diagonal=True)
-            others = self._exchange(embedded.queries.detach(), queries, [block], -1.0, plain=True).rows
+            others = self._exchange(embedded, embedded.queries.detach(), queries, [block], -1.0, plain=True).rows
             positive = torch.minimum(positive, -others.hardest)
         if rule.margin is not None:
             bound = positive - rule.margin
@@ -142,11 +143,14 @@ class Contrastive:
 
     def _exchange(
         self,
+        embedded: Embedded,
         rows: Tensor,
         keys: Keys,
         blocks: list[Block],
         temperature: float | Tensor,
+        *,
         plain: bool = False,
+        documents_move: bool = False,
         score: Similarity | None = None,
     ) -> Reductions:
         return exchange(
@@ -158,6 +162,8 @@ class Contrastive:
             group=self._group,
             score=score or self._score,
             wanted=None if plain else self._wanted,
+            sizes=embedded.document_counts if documents_move else embedded.query_counts,
+            operands=embedded.operands,
         )
 
     def _among_candidates(
@@ -173,7 +179,7 @@ class Contrastive:
         if self._section.among_queries:
             blocks.append(Block(embedded.queries, queries, self._masks, diagonal=True))
         blocks += [self._stored(rows) for name, rows in sorted(embedded.queues.items()) if side_of(name) == "documents"]
-        return self._exchange(embedded.queries, queries, blocks, temperature)
+        return self._exchange(embedded, embedded.queries, queries, blocks, temperature)
 
     def _documents_move(self, embedded: Embedded) -> bool:
         """Of token vectors, whether the documents are the shorter side and may travel: what has no query to stay
@@ -192,7 +198,8 @@ class Contrastive:
         """The same as `_among_candidates`, of what a worker's own queries see and of their positives as columns, with
         the documents of all workers travelling to the queries."""
         block = Block(embedded.queries, queries, self._masks, diagonal=True, columns=True)
-        found = self._exchange(embedded.documents, documents, [block], temperature, score=Reversed(MaxSim()))
+        score, moving = Reversed(MaxSim()), embedded.documents
+        found = self._exchange(embedded, moving, documents, [block], temperature, score=score, documents_move=True)
         b = len(embedded.queries)
         return Reductions(found.columns, found.rows[slice(0, b)], found.columns.denominators[:1], found.exchange)
 
@@ -214,7 +221,9 @@ class Contrastive:
         if self._section.batch_negatives == "none":
             blocks.append(Block(embedded.queries[:0], queries[:0], diagonal=True))
         blocks += [self._stored(rows) for name, rows in sorted(embedded.queues.items()) if side_of(name) == "queries"]
-        return self._exchange(embedded.positives, keys, blocks, temperature) if blocks else None
+        if not blocks:
+            return None
+        return self._exchange(embedded, embedded.positives, keys, blocks, temperature)
 
     def _stored(self, rows: QueueRows) -> Block:
         """A queue's rows. They are the momentum encoder's, hence their own reference."""
@@ -253,68 +262,19 @@ class Contrastive:
                 for w, side in zip(compared, sides, strict=True)
             ]
         )
-        observed = self._observe(embedded, row_pairs, sides[0], there, temperature)
+        seen = observed(embedded, sides[0], there, temperature, self._wanted.scales[0], section.tile)
         counts = torch.stack([w.sum() for w in compared])
-        totals = group.all_reduce(torch.cat([counts.double(), sums.detach().double(), observed]))
-        counts, loss_sums, observed = totals.tensor_split([len(sides), 2 * len(sides)])
+        totals = group.all_reduce(torch.cat([counts.double(), sums.detach().double(), seen]))
+        counts, loss_sums, seen = totals.tensor_split([len(sides), 2 * len(sides)])
         shares = torch.where(counts > 0, 1 / counts, 0) / len(sides)
-        if observed[0] != embedded.global_queries:
+        if seen[0] != embedded.global_queries:
             raise ValueError(
-                f"global_queries is {embedded.global_queries}, the workers hold {int(observed[0])} queries on axis 0"
+                f"global_queries is {embedded.global_queries}, the workers hold {int(seen[0])} queries on axis 0"
             )
-        metrics = {"loss": float((shares * loss_sums).sum()), **self._metrics(observed[1:], embedded.global_queries)}
+        metrics = {"loss": float((shares * loss_sums).sum()), **metrics_of(seen[1:], embedded.global_queries)}
         if not isinstance(section.temperature, float | int):
             metrics["temperature"] = float(temperature)
         return LossShare((shares.to(sums.dtype) * sums).sum(), metrics)
-
-    def _metrics(self, observed: Tensor, queries: int) -> dict[str, float]:
-        compared, correct, hardness, distance, closeness = observed.tolist()
-        pairs = queries * (queries - 1)
-        return {
-            "accuracy": correct / max(1, compared),
-            "alignment": distance / max(1, queries),
-            "uniformity": float(torch.tensor(closeness / pairs).log()) if pairs else 0.0,
-            "queue_hardness": hardness / max(1, compared),
-            "nothing_to_compare": queries - compared,
-        }
-
-    @torch.no_grad()
-    def _observe(
-        self, embedded: Embedded, pairs: Tensor, side: Side, there: Reductions, temperature: float | Tensor
-    ) -> Tensor:
-        """[6] float64, this worker's sums: queries, those that have negatives, correct ones, queues' share of the
-        denominator, squared distance of query and positive, exp(-2 squared distance) to the other queries."""
-        compared = (there.rows.denominators[0] != -torch.inf) & side.aimed
-        positive = pairs / temperature
-        correct = (positive > there.rows.hardest)[compared].sum()
-        stored = torch.tensor([not block.fresh for block in there.exchange.blocks], device=pairs.device)
-        stored[0] = False  # the batch's own documents, by whichever encoder
-        queued = torch.where(stored[:, None], there.parts, -torch.inf).logsumexp(0)
-        denominator = torch.logaddexp(there.rows.denominators[0], positive * self._wanted.scales[0])
-        hardness = (queued - denominator).exp()[compared].sum()
-        distance = hardness.new_zeros(())
-        if embedded.pooled:
-            distance = (wide(embedded.queries) - wide(embedded.positives)).square().sum()
-        sums = [
-            correct.new_tensor(len(pairs)),
-            compared.sum(),
-            correct,
-            hardness,
-            distance,
-            self._closeness(embedded, there),
-        ]
-        return torch.stack([x.double() for x in sums])
-
-    def _closeness(self, embedded: Embedded, there: Reductions) -> Tensor:
-        """Sum over this worker's queries x and all others y of exp(-2 |x - y|^2) = exp(4 (x.y - 1))."""
-        everyone = there.exchange.queries
-        own = everyone[there.exchange.own]
-        with_self = torch.zeros((), dtype=torch.float64, device=own.device)
-        if not embedded.pooled:
-            return with_self
-        for tile in everyone.split(self._section.tile):
-            with_self += (own @ tile.T).sub_(1).mul_(4).exp_().sum()
-        return with_self - (own.square().sum(1) - 1).mul_(4).exp_().sum()
 
 
 def momentum(embedded: Embedded) -> tuple[Tensor, Tensor]:

@@ -159,13 +159,15 @@ class SimilarityDistill:
         t, of_teacher = self._section.temperature, self._section.teacher_temperature
         query_keys, document_keys = _bare(embedded.query_keys), _bare(embedded.document_keys)
         with torch.no_grad():
-            sums = self._over_batch(teacher_queries, teacher_documents, query_keys, document_keys, of_teacher)
+            teachers = teacher_queries, teacher_documents
+            sums = self._over_batch(*teachers, query_keys, document_keys, of_teacher, embedded.query_counts)
             normalisers = sums.denominators[0][:, None]
             ones = normalisers.new_ones(len(teacher_documents), 1)
         asked = replace(query_keys, reference=torch.cat([teacher_queries / of_teacher, -normalisers], 1))
         among = replace(document_keys, reference=torch.cat([teacher_documents, ones], 1))
         wanted = Wanted(targets=_TeacherProbabilities(), soft=True)
-        found = self._over_batch(embedded.queries, embedded.documents, asked, among, t, wanted)
+        own = embedded.queries, embedded.documents
+        found = self._over_batch(*own, asked, among, t, embedded.query_counts, wanted)
         mean = mean_over_workers(found.denominators[0] - found.target_sum, embedded.weights, self._group)
         return LossShare(mean.share, {"loss": mean.value})
 
@@ -176,12 +178,18 @@ class SimilarityDistill:
         query_keys: Keys,
         document_keys: Keys,
         temperature: float,
+        sizes: list[int] | None,
         wanted: Wanted | None = None,
     ) -> Reduced:
-        block = Block(documents, document_keys)
-        section, group = self._section, self._group
         reduced = exchange(
-            queries, query_keys, [block], temperature=temperature, tile=section.tile, group=group, wanted=wanted
+            queries,
+            query_keys,
+            [Block(documents, document_keys)],
+            temperature=temperature,
+            tile=self._section.tile,
+            group=self._group,
+            wanted=wanted,
+            sizes=sizes,
         )
         return reduced.rows
 

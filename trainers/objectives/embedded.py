@@ -37,6 +37,8 @@ class Embedded:
                                   the same texts by the momentum encoder, without gradient; None: there is none
     queues                        by name, this worker's rows; `documents` and `queries` are the usual ones
     learned                       by name, what the objective learns beside the tower: scalars with gradient
+    counts                        (b, d) of every worker, in rank order; None: whoever needs them asks
+    operands                      the type that a GPU multiplies vectors in: the model's own
     """
 
     queries: Tensor
@@ -53,6 +55,8 @@ class Embedded:
     momentum_documents: Tensor | None = None
     queues: Mapping[str, QueueRows] = field(default_factory=dict)
     learned: Mapping[str, Tensor] = field(default_factory=dict)
+    counts: tuple[tuple[int, int], ...] | None = None
+    operands: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         q, k = self.queries, self.documents
@@ -78,6 +82,16 @@ class Embedded:
     def pooled(self) -> bool:
         """One vector a text, not one a token."""
         return self.queries.ndim == 2
+
+    @property
+    def query_counts(self) -> list[int] | None:
+        """b of every worker."""
+        return None if self.counts is None else [b for b, _ in self.counts]
+
+    @property
+    def document_counts(self) -> list[int] | None:
+        """d of every worker."""
+        return None if self.counts is None else [d for _, d in self.counts]
 
     @property
     def positives(self) -> Tensor:
@@ -127,14 +141,15 @@ class _GatherRows(torch.autograd.Function):
         return upstream[0][ctx.own], None, None
 
 
-def gather_scalars(x: Tensor, group: Group) -> Tensor:
-    """x [n] (or [n, few]) of every worker, end to end in rank order, differentiable in this worker's own rows.
+def gather_scalars(x: Tensor, group: Group, sizes: list[int] | None = None) -> Tensor:
+    """x [n] (or [n, few]) of every worker, end to end in rank order, differentiable in this worker's own rows; `sizes`
+    every worker's n, where it is known.
 
     For a loss over all pairs' scalars, which every worker computes whole: call the total L, then give back
     `share_of(L, group)`. The backward of L with respect to the own rows is already complete, so nothing is sent.
     Collective.
     """
-    return _GatherRows.apply(x, group, group.sizes(len(x), x.device))
+    return _GatherRows.apply(x, group, group.sizes(len(x), x.device) if sizes is None else sizes)
 
 
 class _Share(torch.autograd.Function):

@@ -276,4 +276,5 @@ def among_candidates(
         group=group,
         score=score,
         wanted=wanted,
+        sizes=embedded.query_counts,
     ).rows

@@ -38,10 +38,11 @@ class SoftTargets(Section):
     """`soft_targets:` candidates that answer a query in part: as far as their labels are like, or as scores say."""
 
     alike: tuple[Alike, ...] = Field(
-        (), description="how like two labels are, the largest where several say; 1 of one and the same, else 0"
+        (), description="labels and how like they are; a label is like itself by 1, like any that isn't named by 0"
     )
     scores: bool = Field(
-        False, description="a query's own documents are targets by their scores; 1 and 0 where there is none"
+        False,
+        description="a query's own documents are targets by their scores, 0 or more; unscored, its positive by 1",
     )
 
     @model_validator(mode="after")
