@@ -22,7 +22,7 @@ from torch import Tensor
 from data_services.schema import Batch
 from trainers.chunks import Chunk, chunks_of, in_batch_order, keys_of
 from trainers.collectives import Group
-from trainers.objectives.embedded import Embedded, Objective
+from trainers.objectives.embedded import Counts, Embedded, Objective
 from trainers.objectives.keys import Keys
 from trainers.objectives.masked_lm import HeadLoss, share_of_head
 from trainers.objectives.sections.numbers import Number, value_at
@@ -91,7 +91,7 @@ class ContrastiveStep:
         of_head = self._head_share(batch.step, encoded, metrics)
         self._chunks_backward(batch.step, chunks, encoded, (embeddings, learned, of_head))
         info = self.engine.step()
-        self._remember(fresh, embedded)
+        self._remember(batch.step, fresh, counts)
         return metrics | {"grad_norm": info.grad_norm, "lr": info.lr}
 
     @property
@@ -119,7 +119,7 @@ class ContrastiveStep:
         learned: Tensor,
         keys: tuple[Keys, Keys],
         fresh: Fresh,
-        counts: tuple[tuple[int, int], ...] | None = None,
+        counts: Counts | None = None,
     ) -> Embedded:
         """What the objective sees of a batch: embeddings [b+d, D] or [b+d, L, D], learned [k], the keys of queries and
         documents, what the momentum encoder made of them, and the queues' rows; counts as in `Embedded`."""
@@ -194,16 +194,14 @@ class ContrastiveStep:
         found: Fresh = {"queries": (queries, keys[0]), "documents": (documents, keys[1])}
         return {side: found[side] for side in found if side in sides}
 
-    def _remember(self, fresh: Fresh, embedded: Embedded) -> None:
+    def _remember(self, step: int, fresh: Fresh, counts: Counts) -> None:
         """Moves the average towards the new weights and enqueues what it encoded of the batch."""
         if not self.memory:
             return
         self.memory.encoder.update()
         if self.memory.queues is not None:
-            assert embedded.query_counts is not None, "the step knows every worker's"
-            assert embedded.document_counts is not None, "the step knows every worker's"
-            counts: dict[Side, list[int]] = {"queries": embedded.query_counts, "documents": embedded.document_counts}
-            self.memory.queues.enqueue(fresh, embedded.step, counts)
+            queries, documents = (list(of_workers) for of_workers in zip(*counts, strict=True))
+            self.memory.queues.enqueue(fresh, step, {"queries": queries, "documents": documents})
 
     def _lengths(self, batch: Batch, chunks: Sequence[Chunk]) -> Tensor | None:
         """[b+d] valid tokens of every text's token vectors; None of a model that pools them."""
@@ -216,7 +214,7 @@ class ContrastiveStep:
                 lengths[chunk.rows] = tower.token_counts(**chunk.inputs)
         return lengths
 
-    def _agreed(self, batch: Batch) -> tuple[tuple[int, int], ...]:
+    def _agreed(self, batch: Batch) -> Counts:
         """(b, d) of every worker, in rank order. Raises ValueError, on every worker, where one has another
         configuration or another number of chunks: the others would wait for it in a collective until that timed out.
         Collective."""

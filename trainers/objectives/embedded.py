@@ -21,6 +21,10 @@ from trainers.objectives.keys import UNKNOWN, Keys
 __all__ = ["UNKNOWN", "Embedded", "Keys", "LossShare", "Objective", "gather_scalars", "share_of"]
 
 
+Counts = tuple[tuple[int, int], ...]
+"""(b, d) of every worker, in rank order."""
+
+
 @dataclass(frozen=True)
 class Embedded:
     """One worker's share of a global batch, embedded. Document j < b is the positive of query j.
@@ -37,7 +41,7 @@ class Embedded:
                                   the same texts by the momentum encoder, without gradient; None: there is none
     queues                        by name, this worker's rows; `documents` and `queries` are the usual ones
     learned                       by name, what the objective learns beside the tower: scalars with gradient
-    counts                        (b, d) of every worker, in rank order; None: whoever needs them asks
+    counts                        of every worker; None: whoever needs them asks
     operands                      the type that a GPU multiplies vectors in: the model's own
     """
 
@@ -55,7 +59,7 @@ class Embedded:
     momentum_documents: Tensor | None = None
     queues: Mapping[str, QueueRows] = field(default_factory=dict)
     learned: Mapping[str, Tensor] = field(default_factory=dict)
-    counts: tuple[tuple[int, int], ...] | None = None
+    counts: Counts | None = None
     operands: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
