@@ -57,11 +57,11 @@ class _Listwise(ABC, Generic[AnySection]):
         compared = self.comparable(grades)
         logits, grades, weights = logits[compared], grades[compared], weights_of(embedded)[compared]
 
-        mean = mean_over_workers(self.losses(logits, grades), weights, self._group)
         higher = _higher(grades)
         right = higher & (logits[:, :, None] > logits[:, None])
-        counts = torch.stack([(~compared).sum(), higher.sum(), right.sum()])
-        alone, pairs, ordered = self._group.all_reduce(counts).tolist()
+        counts = (~compared).sum(), higher.sum(), right.sum()
+        mean = mean_over_workers(self.losses(logits, grades), weights, self._group, counts)
+        alone, pairs, ordered = mean.more
         accuracy = ordered / max(1, pairs)
         return LossShare(
             mean.share, {"loss": mean.value, "pair_accuracy": accuracy, "nothing_to_compare": float(alone)}

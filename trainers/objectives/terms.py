@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -46,22 +46,24 @@ class Mean:
     share  this worker's part of it, differentiable: the parts of all workers add up to the mean
     value  the mean; 0 where nothing has weight
     count  values of all workers
+    more   the sums over workers of what else was given
     """
 
     share: Tensor
     value: float
     count: int
+    more: list[float]
 
 
-def mean_over_workers(values: Tensor, weights: Tensor | None, group: Group) -> Mean:
-    """sum w_i v_i / sum w_i over the values [n] of every worker, any n on each; weights [n], None: equal.
-    Collective."""
+def mean_over_workers(values: Tensor, weights: Tensor | None, group: Group, more: Sequence[Tensor] = ()) -> Mean:
+    """sum w_i v_i / sum w_i over the values [n] of every worker, any n on each; weights [n], None: equal. `more` are
+    counts that travel in the same message. Collective."""
     weights = torch.ones_like(values) if weights is None else weights.to(values.dtype)
     weighted = (weights * values).sum()
-    sums = torch.stack([weighted.detach(), weights.sum(), values.new_tensor(len(values))]).double()
-    numerator, denominator, count = group.all_reduce(sums).tolist()
+    sums = [weighted.detach(), weights.sum(), values.new_tensor(len(values)), *more]
+    numerator, denominator, count, *rest = group.all_reduce(torch.stack([x.double() for x in sums])).tolist()
     denominator = denominator or 1.0
-    return Mean(weighted / denominator, numerator / denominator, int(count))
+    return Mean(weighted / denominator, numerator / denominator, int(count), rest)
 
 
 class Alignment:
