@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
@@ -81,11 +80,11 @@ class Sigmoid:
         negatives = rows.pointwise
         if isinstance(bias, Tensor):
             negatives = negatives + (bias - bias.detach()) * rows.denominators[0].detach().exp()
-        mean = mean_over_workers(softplus(-(positive + bias)) + negatives, embedded.weights, group)
-
         compared = rows.count > 0
         right = compared & (positive > rows.hardest)
-        of_all, correct = group.all_reduce(torch.stack([compared.sum(), right.sum()])).tolist()
+        counts = compared.sum(), right.sum()
+        mean = mean_over_workers(softplus(-(positive + bias)) + negatives, embedded.weights, group, counts)
+        of_all, correct = mean.more
         return LossShare(
             mean.share,
             {
@@ -188,9 +187,9 @@ def _of_own_negatives(embedded: Embedded, score: Similarity, section: TripletSec
     doesnt_answer = embedded.document_keys.query_ids[b:] != embedded.query_keys.query_ids[owners]
     losses = _hinge(similarity[b:] - similarity[:b][owners], section)[doesnt_answer]
     owners = owners[doesnt_answer]
-    mean = mean_over_workers(losses, None if embedded.weights is None else embedded.weights[owners], group)
-    alone = group.all_reduce((owners.bincount(minlength=b) == 0).sum())
-    return _triplets(mean, nothing_to_compare=float(alone))
+    alone = (owners.bincount(minlength=b) == 0).sum()
+    mean = mean_over_workers(losses, None if embedded.weights is None else embedded.weights[owners], group, [alone])
+    return _triplets(mean, nothing_to_compare=mean.more[0])
 
 
 def _of_hardest_negatives(
@@ -220,8 +219,8 @@ def _of_all_negatives(embedded: Embedded, score: Similarity, section: TripletSec
     some = rows.count > 0
     count = rows.count[some]
     weights = count if embedded.weights is None else count * embedded.weights[some]
-    mean = mean_over_workers(totals[some] / count, weights, group)
-    return _triplets(replace(mean, count=int(group.all_reduce(count.sum().double()))))
+    mean = mean_over_workers(totals[some] / count, weights, group, [count.sum()])
+    return _triplets(replace(mean, count=int(mean.more[0])))
 
 
 def _triplets(mean: Mean, **metrics: float) -> LossShare:
@@ -276,4 +275,5 @@ def among_candidates(
         group=group,
         score=score,
         wanted=wanted,
+        sizes=embedded.query_counts,
     ).rows
