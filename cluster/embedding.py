@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.config import ClusterConfig
 from cluster.models import fingerprint, open_encoder, resolve
@@ -18,6 +18,10 @@ from cluster.sections import source_section
 from data_services.embed import EmbedConfig, EmbeddedCorpus, OnRay, SourceTexts, Workers, embed, in_process
 from data_services.schema import Encoder, UsageError
 from data_services.sources import SourceConfig, open_source
+
+if TYPE_CHECKING:
+    from data_services.mining.texts import TextTable
+    from data_services.mining.vectors import Vectors
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -89,6 +93,29 @@ def load_encoder(folder: Path, field: str) -> Encoder:
             raise UsageError(f"{folder} has a vector for each token of a text; one for each text is needed here")
         encoder.encode(["."], field)  # loads the tokenizer while its folder is there
         return encoder
+
+
+def vectors_of(
+    texts: TextTable,
+    side: Literal["query", "document"],
+    folder: Path,
+    of_model: str,
+    root: Path,
+    workers: Workers,
+    on_progress: Callable[[str, int, int], None],
+) -> Vectors:
+    """The vectors of a table of texts by the model in a folder, kept under HOME/vectors by the contents of both.
+
+    of_model  the model's fingerprint; on_progress takes (what, done, of)
+    """
+    from data_services.mining.vectors import kept
+
+    def embedded(into: Path) -> EmbeddedCorpus:
+        load, config = partial(load_encoder, folder, side), EmbedConfig(field=side)
+        tell = partial(on_progress, f"encoding {side} texts")
+        return embed(texts, load, into, config, model=of_model, workers=workers, on_progress=tell)
+
+    return kept(root / "vectors" / f"{of_model[:16]}-{side}-{texts.fingerprint[:16]}.f32", embedded)
 
 
 class _Follower:

@@ -64,15 +64,16 @@ class Column:
     frequency       float32        how often the positives are drawn, 1 as usual; above 0
     label, task, language, modality
                     int64          classes (`class_id`); UNKNOWN in a row that has none
+    cluster         int64          of rows that are alike, near numbers nearly so: the plan's, it enters no batch
     """
 
     ID, QUERY, POSITIVES, NEGATIVES = "id", "query", "positives", "negatives"
     QUERY_ID, POSITIVE_IDS, NEGATIVE_IDS = "query_id", "positive_ids", "negative_ids"
     POSITIVE_SCORES, NEGATIVE_SCORES = "positive_scores", "negative_scores"
     WEIGHT, FREQUENCY = "weight", "frequency"
-    LABEL, TASK, LANGUAGE, MODALITY = "label", "task", "language", "modality"
+    LABEL, TASK, LANGUAGE, MODALITY, CLUSTER = "label", "task", "language", "modality", "cluster"
     NEEDED = (QUERY, POSITIVES, NEGATIVES, QUERY_ID, POSITIVE_IDS, NEGATIVE_IDS)
-    CLASSES = (LABEL, TASK, LANGUAGE, MODALITY)
+    CLASSES = (LABEL, TASK, LANGUAGE, MODALITY, CLUSTER)
     OPTIONAL = (POSITIVE_SCORES, NEGATIVE_SCORES, WEIGHT, FREQUENCY, *CLASSES)
 
 

@@ -97,6 +97,9 @@ class SourceConfig(Section):
     )
     language: str | None = Field(None, pattern=_CLASS, description="field of the row's language, or =NAME for all rows")
     modality: str | None = Field(None, pattern=_CLASS, description="field of the row's modality, or =NAME for all rows")
+    cluster: str | None = Field(
+        None, pattern=_CLASS, description="field of the row's cluster, for `data.neighbours`: rows of one are alike"
+    )
     views: Views | None = Field(None, description="what is shown of the texts, anew at every step; none: all")
     max_bytes: int = Field(
         16 << 20, gt=0, description="bytes of a row's texts, or of its line; longer rows are left out"

@@ -54,6 +54,11 @@ class DataConfig(Section):
         description="rows with the same query or a positive in common: kept out of each other's global batch where "
         "their shuffling window can do it, or left to the loss's mask",
     )
+    neighbours: bool = Field(
+        False,
+        description="fill a global batch with rows of one cluster, or of clusters with neighbouring numbers: each "
+        "source names its `cluster`",
+    )
     window_groups: int = Field(64, gt=0, description="row groups that are shuffled together")
     positives: int = Field(
         1, ge=1, description="positives of a record in one batch, at most; where it has more, a hash chooses"
@@ -72,6 +77,20 @@ class DataConfig(Section):
         starts = [stage.from_step for stage in self.stages]
         if starts and (starts[0] != 0 or any(b <= a for a, b in pairwise(starts))):
             raise ValueError(f"stages begin at steps {starts}: the first begins at 0, each later one after the last")
+        return self
+
+    @model_validator(mode="after")
+    def _clusters_agree(self) -> DataConfig:
+        for i, source in enumerate(self.sources):
+            if self.neighbours and source.cluster is None:
+                raise ValueError(
+                    f"neighbours needs the cluster of every row: name its field as data.sources.{i}.cluster; "
+                    "`gyre data cluster` makes one"
+                )
+            if source.cluster is not None and not self.neighbours:
+                raise ValueError(f"sources.{i}.cluster is only read with data.neighbours: true; set that, or drop this")
+        if self.neighbours and self.duplicates == "allow":
+            raise ValueError("neighbours brings duplicates together: leave data.duplicates at avoid")
         return self
 
     @property
@@ -221,6 +240,7 @@ def plan_of(config: DataConfig, sources: Sequence[StoredSource], seed: int) -> P
         stages=_stages(config),
         window_groups=config.window_groups,
         ids={s.fingerprint: s for s in sources} if config.duplicates == "avoid" else None,
+        neighbours=config.neighbours,
     )
 
 
