@@ -191,14 +191,14 @@ class _Opened:
         return ClusterSearch(parts, workers)
 
 
-def cross_encoder(model: str) -> Callable[[Sequence[str], Sequence[str]], Any]:
-    """The scores of pairs by a cross-encoder that Sentence Transformers loads."""
+def cross_encoder(model: str, key: str = "--cross-encoder") -> Callable[[Sequence[str], Sequence[str]], Any]:
+    """The scores of pairs by a cross-encoder that Sentence Transformers loads; `key` named it."""
     from sentence_transformers import CrossEncoder
 
     try:
         loaded = CrossEncoder(model)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--cross-encoder {model}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{key} {model}: {str(error).splitlines()[0]}") from error
 
     def predict(queries: Sequence[str], documents: Sequence[str]) -> Any:
         pairs = list(zip(queries, documents, strict=True))

@@ -156,12 +156,17 @@ class Pairs:
     frequencies    [b] float32 of each query's positives, 1 as usual and where its source has none
     labels, tasks, languages, modalities
                    [b] int64 classes of each query's record; UNKNOWN equals nothing
+
+    None unless the run has a teacher of vectors and a loss that compares them:
+
+    teacher_queries, teacher_documents
+                   [b, D'] and [d, D'] float32, what the teacher makes of the whole stored texts
     """
 
     OF_QUERIES: ClassVar = (
-        "query_ids", "rows", "weights", "frequencies", "labels", "tasks", "languages", "modalities"
+        "query_ids", "rows", "weights", "frequencies", "labels", "tasks", "languages", "modalities", "teacher_queries"
     )  # fmt: skip
-    OF_DOCUMENTS: ClassVar = ("document_ids", "owners", "relations", "scores")
+    OF_DOCUMENTS: ClassVar = ("document_ids", "owners", "relations", "scores", "teacher_documents")
 
     step: int
     queries: Ragged
@@ -179,6 +184,8 @@ class Pairs:
     tasks: np.ndarray | None = None
     languages: np.ndarray | None = None
     modalities: np.ndarray | None = None
+    teacher_queries: np.ndarray | None = None
+    teacher_documents: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         b, d = len(self.queries), len(self.documents)

@@ -34,6 +34,8 @@ class Embedded:
                                   relevance); None: not known
     momentum_queries, momentum_documents
                                   the same texts by the momentum encoder, without gradient; None: there is none
+    teacher_queries, teacher_documents
+                                  [b, D'] and [d, D'], the same texts by `data.teacher`; None: it has no vectors
     queues                        by name, this worker's rows; `documents` and `queries` are the usual ones
     learned                       by name, what the objective learns beside the tower: scalars with gradient
     """
@@ -50,6 +52,8 @@ class Embedded:
     scores: Tensor | None = None
     momentum_queries: Tensor | None = None
     momentum_documents: Tensor | None = None
+    teacher_queries: Tensor | None = None
+    teacher_documents: Tensor | None = None
     queues: Mapping[str, QueueRows] = field(default_factory=dict)
     learned: Mapping[str, Tensor] = field(default_factory=dict)
 
