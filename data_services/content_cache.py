@@ -10,15 +10,20 @@ mapped, so that a reader's memory is what it touches.
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import shutil
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from data_services.schema import RunError
+
+log = logging.getLogger(__name__)
 
 
 class ContentCache:
@@ -76,6 +81,17 @@ class ContentCache:
                     raise
         finally:
             shutil.rmtree(making, ignore_errors=True)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until no other process is here: what it adds needn't be computed twice."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:
+                log.warning("the file system of %s knows no locks: let one process at a time use it", self.folder)
+            yield
 
     def _parts(self) -> Sequence[_Part]:
         return [_opened(path) for path in sorted(self.folder.glob("part-*"))]

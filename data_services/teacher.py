@@ -10,6 +10,7 @@ id. A batch that shows a view of a text has what the teacher says of the whole.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,15 +116,14 @@ def teach_vectors(
     encoded  makes, or finishes, the vectors of a table of texts in the file that it is given
     """
     cache, work = ContentCache(folder / side), folder / f".{side}"
-    work.mkdir(parents=True, exist_ok=True)
-    texts = write_texts(work / "texts.arrow", sources, COLUMNS[side], known=cache.has)
-    if len(texts):
-        vectors = encoded(texts, work / f"{texts.fingerprint}.f32")
-        blocks = (vectors.block(at, at + _ROWS_AT_ONCE) for at in range(0, vectors.rows, _ROWS_AT_ONCE))
-        cache.add(texts.fingerprint, texts.ids, blocks, vectors.dimensions)
-    for file in work.iterdir():
-        file.unlink()
-    work.rmdir()
+    with cache.alone():
+        work.mkdir(exist_ok=True)
+        texts = write_texts(work / "texts.arrow", sources, COLUMNS[side], known=cache.has)
+        if len(texts):
+            vectors = encoded(texts, work / f"{texts.fingerprint}.f32")
+            blocks = (vectors.block(at, at + _ROWS_AT_ONCE) for at in range(0, vectors.rows, _ROWS_AT_ONCE))
+            cache.add(texts.fingerprint, texts.ids, blocks, vectors.dimensions)
+        shutil.rmtree(work)
     return len(texts)
 
 
@@ -152,6 +152,13 @@ def teach_pairs(
     where `predict` gives another number of scores, or one that isn't finite.
     """
     cache = ContentCache(folder / "pair")
+    with cache.alone():
+        return _score(sources, cache, predict, on_progress, part)
+
+
+def _score(
+    sources: Sequence[StoredSource], cache: ContentCache, predict: Predict, on_progress: Progress, part: int
+) -> int:
     wanted = np.unique(np.concatenate([np.zeros(0, np.int64), *(ids for ids, _, _ in _pairs(sources, texts=False))]))
     missing = len(wanted) - int(cache.has(wanted).sum())
     at_once, done = max(part, -(-missing // _PARTS_OF_A_RUN)), 0
@@ -171,7 +178,7 @@ _Listed = tuple[np.ndarray, list[str], list[str]]
 
 
 def _parts(pairs: Iterator[_Pairs], cache: ContentCache, at_once: int) -> Iterator[_Listed]:
-    """Those that the cache lacks, each once, `at_once` or a few more at a time."""
+    """Those that the cache lacks, each once, about `at_once` at a time."""
     waiting: list[_Pairs] = []
     count = 0
 
@@ -182,8 +189,6 @@ def _parts(pairs: Iterator[_Pairs], cache: ContentCache, at_once: int) -> Iterat
 
     for ids, queries, documents in pairs:
         lacks = ~cache.has(ids)
-        for part in waiting:
-            lacks &= ~np.isin(ids, part[0])
         if lacks.any():
             keep = pa.array(lacks)
             waiting.append((ids[lacks], queries.filter(keep), documents.filter(keep)))
