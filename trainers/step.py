@@ -145,6 +145,8 @@ class ContrastiveStep:
             scores=there(batch.scores),
             momentum_queries=fresh["queries"][0] if "queries" in fresh else None,
             momentum_documents=fresh["documents"][0] if "documents" in fresh else None,
+            teacher_queries=there(batch.teacher_queries),
+            teacher_documents=there(batch.teacher_documents),
             queues=queues.rows(step) if queues else {},
             learned=dict(zip(self.engine.module.learned_names, learned, strict=True)),
             counts=counts,

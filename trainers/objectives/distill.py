@@ -1,7 +1,8 @@
-"""Losses that learn from a teacher: from its scores of a query's documents, or from the momentum encoder's vectors.
+"""Losses that learn from a teacher: from its scores of a query's documents, or from its vectors of the texts.
 
 Legend: s_ij the similarity of query i and document j (the inner product; for token vectors the sum of maxima),
-y_j = Embedded.scores the teacher's score of document j for the query that owns it; m the momentum encoder's vectors.
+y_j = Embedded.scores the teacher's score of document j for the query that owns it; m the teacher's vectors, which are
+the momentum encoder's or, with `teacher: data`, come with the batch.
 A document whose score is NaN isn't known to the teacher and takes no part.
 """
 
@@ -91,7 +92,7 @@ class KLDistill:
 
 
 class EmbeddingDistill:
-    """Each text's vector follows the momentum encoder's of the same text.
+    """Each text's vector follows the teacher's of the same text.
 
         L = mean_i 1 - cos(x_i, m_i)              distance: cosine
         L = mean_i |x_i - m_i|^2 / D              distance: mse; for unit vectors 2/D times the other
@@ -107,9 +108,16 @@ class EmbeddingDistill:
         self._section, self._group = section, group
 
     def __call__(self, embedded: Embedded) -> LossShare:
-        """Collective. Metrics: loss. Raises UsageError without a momentum encoder, ValueError for token vectors."""
+        """Collective. Metrics: loss. Raises UsageError without the teacher or where it has other dimensions, ValueError
+        for token vectors."""
         one_vector_a_text(embedded, self)
-        teacher_queries, teacher_documents = _momentum(embedded, "embedding_distill")
+        teacher_queries, teacher_documents = _vectors(embedded, self._section.teacher, "embedding_distill")
+        dimensions, of_teacher = embedded.queries.shape[1], teacher_queries.shape[1]
+        if dimensions != of_teacher:
+            raise UsageError(
+                f"embedding_distill compares vectors of {dimensions} dimensions with a teacher's of {of_teacher}: take "
+                "similarity_distill, or a model.head as wide as the teacher"
+            )
         owner = torch.arange(len(embedded.queries), device=embedded.owners.device)
         sides = {
             "queries": [(embedded.queries, teacher_queries, owner)],
@@ -137,7 +145,7 @@ class _TeacherProbabilities:
 
 
 class SimilarityDistill:
-    """A query's distribution over the documents of the whole batch follows the momentum encoder's.
+    """A query's distribution over the documents of the whole batch follows the teacher's, whatever its dimensions.
 
         L = -mean_i sum_j p_ij log p'_ij,   p_i = softmax_j(m_i.m_j / t'),  p'_i = softmax_j(s_ij / t)
 
@@ -152,10 +160,10 @@ class SimilarityDistill:
         self._section, self._group = section, group
 
     def __call__(self, embedded: Embedded) -> LossShare:
-        """Collective, as is the backward of the result. Metrics: loss. Raises UsageError without a momentum encoder,
+        """Collective, as is the backward of the result. Metrics: loss. Raises UsageError without the teacher,
         ValueError for token vectors."""
         one_vector_a_text(embedded, self)
-        teacher_queries, teacher_documents = _momentum(embedded, "similarity_distill")
+        teacher_queries, teacher_documents = _vectors(embedded, self._section.teacher, "similarity_distill")
         t, of_teacher = self._section.temperature, self._section.teacher_temperature
         query_keys, document_keys = _bare(embedded.query_keys), _bare(embedded.document_keys)
         with torch.no_grad():
@@ -192,6 +200,16 @@ class SimilarityDistill:
             sizes=sizes,
         )
         return reduced.rows
+
+
+def _vectors(embedded: Embedded, teacher: str, kind: str) -> tuple[Tensor, Tensor]:
+    """The teacher's vectors of queries [b, D'] and documents [d, D'], in the type of the embeddings."""
+    if teacher == "momentum":
+        return _momentum(embedded, kind)
+    if embedded.teacher_queries is None or embedded.teacher_documents is None:
+        raise UsageError(f"{kind} needs a teacher's vectors, and the batch has none: name data.teacher.model")
+    dtype = embedded.queries.dtype
+    return embedded.teacher_queries.to(dtype), embedded.teacher_documents.to(dtype)
 
 
 def _momentum(embedded: Embedded, kind: str) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,8 @@ class Embedded:
                                   relevance); None: not known
     momentum_queries, momentum_documents
                                   the same texts by the momentum encoder, without gradient; None: there is none
+    teacher_queries, teacher_documents
+                                  [b, D'] and [d, D'], the same texts by `data.teacher`; None: it has no vectors
     queues                        by name, this worker's rows; `documents` and `queries` are the usual ones
     learned                       by name, what the objective learns beside the tower: scalars with gradient
     counts                        of every worker; None: whoever needs them asks
@@ -57,6 +59,8 @@ class Embedded:
     scores: Tensor | None = None
     momentum_queries: Tensor | None = None
     momentum_documents: Tensor | None = None
+    teacher_queries: Tensor | None = None
+    teacher_documents: Tensor | None = None
     queues: Mapping[str, QueueRows] = field(default_factory=dict)
     learned: Mapping[str, Tensor] = field(default_factory=dict)
     counts: Counts | None = None
@@ -176,8 +180,8 @@ def scores_of(embedded: Embedded, kind: str) -> Tensor:
     """[d] `scores` in the type that losses are computed in; NaN where one isn't known. UsageError without them."""
     if embedded.scores is None:
         raise UsageError(
-            f"{kind} needs a score of each document, a grade or a teacher's, and the batch has none: name a source's "
-            "fields of scores under data.sources.positive_scores and data.sources.negative_scores"
+            f"{kind} needs a score of each document, a grade or a teacher's, and the batch has none: name "
+            "data.teacher, or the fields of data.sources.positive_scores and data.sources.negative_scores"
         )
     return embedded.scores.to(torch.promote_types(embedded.queries.dtype, torch.float32))
 
