@@ -28,7 +28,7 @@ from torch import Tensor
 from trainers.collectives import Group
 from trainers.negative_queue import QueueRows, side_of
 from trainers.objectives.blocks import Block
-from trainers.objectives.embedded import Embedded, LossShare, scores_of, wide
+from trainers.objectives.embedded import Embedded, LossShare, number, scores_of, wide
 from trainers.objectives.keys import Keys
 from trainers.objectives.masks import (
     AboveCeiling,
@@ -133,7 +133,7 @@ class Contrastive:
         else:
             assert rule.share is not None, "FalseNegatives has exactly one of its keys"
             bound = positive * rule.share
-        ceiling = bound / float(temperature)
+        ceiling = bound / number(temperature)
         beyond = ceiling.new_full((len(documents) - len(ceiling),), torch.inf)
         return replace(queries, ceiling=ceiling), replace(documents, ceiling=torch.cat([ceiling, beyond]))
 
@@ -273,7 +273,7 @@ class Contrastive:
             )
         metrics = {"loss": float((shares * loss_sums).sum()), **metrics_of(seen[1:], embedded.global_queries)}
         if not isinstance(section.temperature, float | int):
-            metrics["temperature"] = float(temperature)
+            metrics["temperature"] = number(temperature)
         return LossShare((shares.to(sums.dtype) * sums).sum(), metrics)
 
 

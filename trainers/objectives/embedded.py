@@ -193,6 +193,11 @@ def weights_of(embedded: Embedded) -> Tensor:
     return ones if given is None else given
 
 
+def number(x: float | Tensor) -> float:
+    """The value of a number that may be learned."""
+    return float(x.detach()) if isinstance(x, Tensor) else x
+
+
 def wide(x: Tensor) -> Tensor:
     """In the type that losses are computed in: float32, or float64 as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -18,7 +18,7 @@ from trainers.collectives import Group
 from trainers.negative_queue import side_of
 from trainers.objectives.blocks import Block
 from trainers.objectives.contrastive import LOG_TEMPERATURE
-from trainers.objectives.embedded import Embedded, LossShare
+from trainers.objectives.embedded import Embedded, LossShare, number
 from trainers.objectives.keys import Keys
 from trainers.objectives.masks import HIDDEN, AboveCeiling, Mask, SameClass, SameId
 from trainers.objectives.own_pairs import own_positives, own_similarities, similarity_of
@@ -73,7 +73,7 @@ class Sigmoid:
         )
         score = similarity_of(embedded)
         positive = own_positives(embedded, score) / temperature
-        apart = _Apart(_number(bias))
+        apart = _Apart(number(bias))
         # The weights turn the row's log-sum-exp into the logarithm of the sum's derivative by the bias.
         wanted = Wanted(weights=(apart,) if isinstance(bias, Tensor) else (), pointwise=apart)
         rows = among_candidates(embedded, section, group, score, wanted, temperature)
@@ -91,14 +91,10 @@ class Sigmoid:
                 "loss": mean.value,
                 "accuracy": correct / max(1, of_all),
                 "nothing_to_compare": float(mean.count - of_all),
-                "temperature": _number(temperature),
-                "bias": _number(bias),
+                "temperature": number(temperature),
+                "bias": number(bias),
             },
         )
-
-
-def _number(x: float | Tensor) -> float:
-    return float(x.detach()) if isinstance(x, Tensor) else x
 
 
 @dataclass(frozen=True)
