@@ -57,7 +57,7 @@ def pairs(tmp_path_factory):
 
 
 def trained(recipe, home):
-    """A whole run in this process: (metrics by step, scores of the held-out split)."""
+    """A whole run in this process: (metrics by step, scores of the held-out split, what it finds in a corpus)."""
     from cluster.config import load_recipe
     from cluster.prepare import prepare
     from cluster.scoring import score_split
@@ -71,7 +71,32 @@ def trained(recipe, home):
     stream = LocalStream(ready.reader, 1, 0, ready.recipe.engine.budget_tokens, by_field)
     assert train_on_worker(task, stream) == ready.plan.steps
     scored = score_split(ready.recipe, ready.run, "heldout", ready.pools["heldout"])
-    return steps_in(ready.run.metrics), scored.rows
+    return steps_in(ready.run.metrics), scored.rows, searched(ready.run.run_id, home)
+
+
+CORPUS = {"first.txt": "abc def ghi", "second.txt": "sum of squares", "third.txt": "read a file", "fourth.txt": "x"}
+
+
+def searched(run, home):
+    """Of a copy of the run's export: its hits when it embeds the corpus and when it finds the vectors, and each
+    document's similarity by definition."""
+    from cluster.models import export, open_encoder, query
+
+    corpus, asked = home / f"corpus-{run}", "how to read a file"
+    corpus.mkdir()
+    for name, text in CORPUS.items():
+        (corpus / name).write_text(text)
+    model = export(run, home / f"exported-{run}", home).folder
+    found = [query(asked, str(model), str(corpus), k=3, root=home) for _ in range(2)]
+    with open_encoder(model) as encoder:
+        encode = encoder.encode_tokens if encoder.gives_tokens else encoder.encode
+        (one,), documents = encode([asked], "query"), encode(list(CORPUS.values()), "document")
+    similar = [max_sim(one, document) if encoder.gives_tokens else float(one @ document) for document in documents]
+    return *(result.hits for result in found), dict(zip(CORPUS, similar, strict=True))
+
+
+def max_sim(query, document):
+    return float(sum(max(token @ other for other in document) for token in query))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -85,9 +110,13 @@ def check_trains(gloo, pairs, variant, tmp_path):
     base = merged(base, {"data": {"steps": 6}, "checkpoint": {"every_steps": 6}, **HERE})
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(merged(base, variant)))
-    ((steps, rows),) = gloo(1, trained, path, tmp_path / "home")
+    ((steps, rows, (hits, again, similar)),) = gloo(1, trained, path, tmp_path / "home")
     assert all(math.isfinite(step["loss"]) and step["grad_norm"] > 0 for step in steps[1:])
     assert all(0 <= rows["trained"][metric] <= 1 for metric in rows["trained"])
+    assert hits == again
+    best = sorted(similar, key=similar.get, reverse=True)[:3]
+    assert {hit.name: hit.score for hit in hits} == pytest.approx({name: similar[name] for name in best}, abs=1e-5)
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
     return tmp_path / "home"
 
 

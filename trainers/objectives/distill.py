@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity
 from data_services.schema import UsageError
 from trainers.collectives import Group
 from trainers.objectives.blocks import Block
-from trainers.objectives.embedded import Embedded, LossShare
+from trainers.objectives.embedded import Embedded, LossShare, scores_of
 from trainers.objectives.keys import Keys
 from trainers.objectives.own_pairs import own_similarities
 from trainers.objectives.reductions import Reduced, Wanted
@@ -50,7 +50,7 @@ class MarginMSE:
 
     def __call__(self, embedded: Embedded) -> LossShare:
         """Collective. Metrics: loss; margins, how many were compared. Raises UsageError without `scores`."""
-        teacher, b = _scores(embedded, "margin_mse"), len(embedded.queries)
+        teacher, b = scores_of(embedded, "margin_mse"), len(embedded.queries)
         owners = embedded.owners[b:]
         errors = self._scale * _margins(own_similarities(embedded), owners) - _margins(teacher, owners)
         known = ~errors.isnan()
@@ -78,7 +78,7 @@ class KLDistill:
     def __call__(self, embedded: Embedded) -> LossShare:
         """Collective. Metrics: loss; nothing_to_compare, queries that leave the mean. Raises UsageError without
         `scores`."""
-        teacher, b = _scores(embedded, "kl_distill"), len(embedded.queries)
+        teacher, b = scores_of(embedded, "kl_distill"), len(embedded.queries)
         known = ~teacher.isnan()
         owners, temperature = embedded.owners[known], self._section.temperature
         target = _log_softmax_by_owner(teacher[known] / self._section.teacher_temperature, owners, b)
@@ -167,16 +167,16 @@ class SimilarityDistill:
         t, of_teacher = self._section.temperature, self._section.teacher_temperature
         query_keys, document_keys = _bare(embedded.query_keys), _bare(embedded.document_keys)
         with torch.no_grad():
-            sums = self._over_batch(teacher_queries, teacher_documents, query_keys, document_keys, of_teacher)
+            teachers = teacher_queries, teacher_documents
+            sums = self._over_batch(*teachers, query_keys, document_keys, of_teacher, embedded.query_counts)
             normalisers = sums.denominators[0][:, None]
             ones = normalisers.new_ones(len(teacher_documents), 1)
         asked = replace(query_keys, reference=torch.cat([teacher_queries / of_teacher, -normalisers], 1))
         among = replace(document_keys, reference=torch.cat([teacher_documents, ones], 1))
-        # Two exchanges: where candidates are targets, they leave the denominator.
+        wanted = Wanted(targets=_TeacherProbabilities(), soft=True)
         own = embedded.queries, embedded.documents
-        partition = self._over_batch(*own, query_keys, document_keys, t).denominators[0]
-        expected = self._over_batch(*own, asked, among, t, Wanted(targets=_TeacherProbabilities())).target_sum
-        mean = mean_over_workers(partition - expected, embedded.weights, self._group)
+        found = self._over_batch(*own, asked, among, t, embedded.query_counts, wanted)
+        mean = mean_over_workers(found.denominators[0] - found.target_sum, embedded.weights, self._group)
         return LossShare(mean.share, {"loss": mean.value})
 
     def _over_batch(
@@ -186,24 +186,20 @@ class SimilarityDistill:
         query_keys: Keys,
         document_keys: Keys,
         temperature: float,
+        sizes: list[int] | None,
         wanted: Wanted | None = None,
     ) -> Reduced:
-        block = Block(documents, document_keys)
-        section, group = self._section, self._group
         reduced = exchange(
-            queries, query_keys, [block], temperature=temperature, tile=section.tile, group=group, wanted=wanted
+            queries,
+            query_keys,
+            [Block(documents, document_keys)],
+            temperature=temperature,
+            tile=self._section.tile,
+            group=self._group,
+            wanted=wanted,
+            sizes=sizes,
         )
         return reduced.rows
-
-
-def _scores(embedded: Embedded, kind: str) -> Tensor:
-    """[d] of the teacher, in the type that losses are computed in; NaN where it gave none."""
-    if embedded.scores is None:
-        raise UsageError(
-            f"{kind} needs a teacher's score of each document, and the batch has none: name data.teacher, or a "
-            "source's fields of scores under data.sources.positive_scores and data.sources.negative_scores"
-        )
-    return embedded.scores.to(torch.promote_types(embedded.queries.dtype, torch.float32))
 
 
 def _vectors(embedded: Embedded, teacher: str, kind: str) -> tuple[Tensor, Tensor]:

@@ -155,7 +155,7 @@ def test_scores_are_distilled_into_token_vectors(gloo):
 )
 def test_missing_scores_are_named_with_the_key_that_gives_them(objective, section):
     share = replace(random_shares(1, [(2, 3)], DIM)[0], scores=None)
-    with pytest.raises(UsageError, match=rf"{section.kind} needs a teacher's score.*data\.sources\.positive_scores"):
+    with pytest.raises(UsageError, match=rf"{section.kind} needs a score of each.*data\.sources\.positive_scores"):
         objective(section, Group())(share)
 
 
