@@ -207,7 +207,7 @@ def query(
     corpus: the built-in one, or a folder of text files (one document a file). The corpus's vectors are kept
     under the home, by the contents of model and corpus: only the first query of a corpus waits for them.
     """
-    from evaluation.retrieval import rank
+    from evaluation.search import rank
 
     if not text.strip():
         raise UsageError("the query is empty")

@@ -88,14 +88,19 @@ def _builtin(config: SourceConfig, path: str) -> Origin:
 
     def rows() -> Iterator[Row]:
         for number, pair in enumerate(builtin.stdlib_code()[config.split], start=1):
-            yield Row(number, {"name": pair.name, "query": pair.query, "positive": pair.positive})
+            package = pair.module.partition(".")[0]
+            yield Row(number, {"name": pair.name, "package": package, "query": pair.query, "positive": pair.positive})
 
     stamp = builtin.stdlib_stamp()
     layout = Layout("pairs", Fields("query", "positive", id="name"))
     reading = Reading([RowsPart(path, rows)], _want(config, layout), layout.name)
     key = f"{path} {stamp['python']}"
     return Origin(
-        f"{corpus}-{config.split}", key, lambda: stamp, lambda: reading, lambda: ("name", "query", "positive")
+        f"{corpus}-{config.split}",
+        key,
+        lambda: stamp,
+        lambda: reading,
+        lambda: ("name", "package", "query", "positive"),
     )
 
 

@@ -35,7 +35,7 @@ class BeirPart:
 
     def _rows(self, max_bytes: int) -> Iterator[Row | Malformed]:
         judged: dict[str, tuple[int, dict[str, float]]] = {}
-        for row in _judgements(self.qrels):
+        for row in judgements(self.qrels):
             if isinstance(row, Malformed):
                 yield row
                 continue
@@ -65,7 +65,7 @@ def _beir_row(query: str, text: str, documents: Mapping[str, str], scores: Mappi
     }
 
 
-def _judgements(file: File) -> Iterator[Row | Malformed]:
+def judgements(file: File) -> Iterator[Row | Malformed]:
     """query-id, corpus-id, score: tab-separated under a header."""
     with reading(file):
         text = io.TextIOWrapper(file.stream(), encoding="utf-8-sig", errors="replace", newline="")
@@ -118,7 +118,7 @@ def texts_of(files: Iterable[File], wanted: set[str], max_bytes: int) -> dict[st
     """The texts, title before text, of those ids among the documents (or queries) of some files."""
     found: dict[str, str] = {}
     for file in files:
-        fields = _document_fields(file, max_bytes)
+        fields = document_fields(file, max_bytes)
         for _, rows in row_blocks((FilePart.of(file),), Want(fields, max_bytes)):
             for row in rows:
                 if isinstance(row, Row) and (key := str(row.fields.get(fields.query))) in wanted:
@@ -126,7 +126,7 @@ def texts_of(files: Iterable[File], wanted: set[str], max_bytes: int) -> dict[st
     return found
 
 
-def _document_fields(file: File, max_bytes: int) -> Fields:
+def document_fields(file: File, max_bytes: int) -> Fields:
     """The id of a document as `query`, its text as `positive`, its title as `prompt`."""
     present = fields_of(file, max_bytes)
     key = next((name for name in _DOCUMENT_IDS if name in present), None)

@@ -1,0 +1,310 @@
+"""SUITE as a command names it, with its data: a YAML file, a built-in suite, or a source as one retrieval task."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.recipe_file import read_yaml
+from cluster.sections import parse_section
+from data_services.schema import UsageError
+from evaluation.suite import (
+    KINDS,
+    BitextMiningSection,
+    ClassificationSection,
+    ClusteringSection,
+    PairClassificationSection,
+    RerankingSection,
+    RetrievalSection,
+    STSSection,
+    Suite,
+    TaskSection,
+    ZeroShotSection,
+    nearest,
+)
+from evaluation.vectors import Variant
+
+if TYPE_CHECKING:
+    from data_services.sources import SourceConfig
+    from evaluation.tasks.base import Task
+
+BUILTIN = "builtin:"
+_SHIPPED = Path(__file__).resolve().parent.parent / "evaluation" / "suites"
+
+
+@dataclass(frozen=True)
+class OpenSuite:
+    """A suite with its data. Equal fingerprints: equal tasks, texts, judgements and metrics."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    variants: tuple[Variant, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.blake2b(
+            json.dumps([task.fingerprint() for task in self.tasks]).encode(), digest_size=16
+        ).hexdigest()
+
+
+def open_suite(named: str, split: str | None, k: int | None, home: Path) -> OpenSuite:
+    """split, k: of a source that is named as a suite; a suite's own file says these things itself.
+
+    Raises UsageError for a suite, kind, metric, source or field that isn't there, with the nearest that is.
+    """
+    if named.endswith((".yaml", ".yml")) or is_shipped(named):
+        if split is not None or k is not None:
+            told = "--split" if split is not None else "--k"
+            raise UsageError(f"{told} is for a source; a suite's file has `split` and `metrics` of its own")
+        suite = read_suite(_SHIPPED / f"{named.removeprefix(BUILTIN)}.yaml" if is_shipped(named) else Path(named))
+    else:
+        suite = _of_source(named, split, k or 10)
+    return OpenSuite(suite.name, tuple(open_task(task, home) for task in suite.tasks), tuple(suite.variants))
+
+
+def shipped() -> list[str]:
+    """The suites that need no download."""
+    return sorted(f"{BUILTIN}{path.stem}" for path in _SHIPPED.glob("*.yaml"))
+
+
+def is_shipped(named: str) -> bool:
+    return named in shipped()
+
+
+def read_suite(path: Path) -> Suite:
+    """The suite in a YAML file. UsageError with the file, the task and the key."""
+    return parse_suite(read_yaml(path), str(path))
+
+
+def parse_suite(values: Mapping[str, Any], where: str) -> Suite:
+    """`values` as a Suite; errors name `where` it is from, and the task."""
+    made = dict(values)
+    for key, parse in (("tasks", _parse_task), ("variants", _parse_variant)):
+        if isinstance(made.get(key), list):
+            made[key] = [parse(item, where, i) for i, item in enumerate(made[key])]
+    return parse_section(Suite, made, where)
+
+
+def _parse_task(task: Any, where: str, number: int) -> TaskSection:
+    if not isinstance(task, dict):
+        raise UsageError(f"{where}: tasks.{number} is {task!r}: it should have keys of its own, name and kind first")
+    where = f"{where}: task {task.get('name', number)}"
+    if task.get("kind") not in KINDS:
+        raise UsageError(f"{where}: {nearest('kind', str(task.get('kind', '')), tuple(KINDS))}")
+    return parse_section(KINDS[task["kind"]], task, where)
+
+
+def _parse_variant(variant: Any, where: str, number: int) -> Variant:
+    if not isinstance(variant, dict):
+        raise UsageError(f"{where}: variants.{number} is {variant!r}: it should have dim, quantise or prompts")
+    return parse_section(Variant, variant, f"{where}: variants.{number}")
+
+
+def _of_source(path: str, split: str | None, k: int) -> Suite:
+    from evaluation.metrics import metric_names
+
+    if path.startswith(BUILTIN):
+        from data_services.builtin import CORPORA
+
+        known = [*(f"{BUILTIN}{name}" for name in CORPORA), *shipped()]
+        if path not in known:
+            near = difflib.get_close_matches(path, known, n=1, cutoff=0.0)[0]
+            raise UsageError(f"no built-in suite or source {path}: did you mean {near}? There are {', '.join(known)}")
+        split = split or "heldout"
+    task = RetrievalSection(
+        kind="retrieval", name=split or "pool", data=path, split=split, metrics=list(metric_names(k))
+    )
+    return Suite(name=_as_name(path), tasks=[task])
+
+
+def _as_name(path: str) -> str:
+    kept = "".join(c if c.isalnum() or c in "_.-" else "-" for c in Path(path).name)
+    return kept.strip("-.")[:100] or "source"
+
+
+def open_task(section: TaskSection, home: Path) -> Task:
+    """The task with its texts. Raises UsageError for data that isn't there, is malformed, or can't be scored on."""
+    return _OPENERS[type(section)](section, home)
+
+
+# Data.
+
+
+def _source(
+    section: TaskSection, split: str | None, path: str | list[str] | None = None, **fields: Any
+) -> SourceConfig:
+    from data_services.sources import SourceConfig
+
+    path = path or section.data
+    # Files and lists of files have no splits, and are called train.
+    return SourceConfig(path=path, split=split or ("test" if _has_splits(path) else "train"), **fields)
+
+
+def _has_splits(path: str | list[str]) -> bool:
+    return isinstance(path, str) and (":" in path or Path(path).expanduser().is_dir())
+
+
+class _Rows:
+    """Rows of a task's data; each getter gives a column, and names the row that has something else in it."""
+
+    def __init__(self, section: TaskSection, source: SourceConfig, fields: Sequence[str], home: Path) -> None:
+        from data_services.judged import read_fields
+
+        self._task, self._rows = section.name, read_fields(source, fields, home)
+
+    def texts(self, field: str) -> list[str]:
+        return self._each(field, lambda v: v if isinstance(v, str) and v.strip() else None, "a text")
+
+    def labels(self, field: str) -> list[str]:
+        return self._each(field, lambda v: str(v) if isinstance(v, str | int) and str(v).strip() else None, "a label")
+
+    def numbers(self, field: str) -> list[float]:
+        return self._each(field, _number, "a number")
+
+    def truths(self, field: str) -> list[bool]:
+        truths = {"0": False, "1": True, "False": False, "True": True, "0.0": False, "1.0": True}
+        return self._each(field, lambda v: truths.get(str(v)), "0 or 1")
+
+    def lists(self, field: str) -> list[list[str]]:
+        def texts(value: Any) -> list[str] | None:
+            several = value if isinstance(value, list) else [value]
+            return several if several and all(isinstance(v, str) and v.strip() for v in several) else None
+
+        return self._each(field, texts, "a text or a list of texts")
+
+    def _each(self, field: str, read: Callable[[Any], Any], what: str) -> list[Any]:
+        found = []
+        for number, row in enumerate(self._rows, start=1):
+            value = read(row[field])
+            if value is None:
+                raise UsageError(f"task {self._task}: row {number}: {field} is {str(row[field])[:60]!r}, not {what}")
+            found.append(value)
+        return found
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if number - number == 0 else None
+
+
+# Kinds.
+
+
+def _retrieval(section: RetrievalSection, home: Path) -> Task:
+    from data_services.judged import read_judged
+    from evaluation.tasks.ranking import Retrieval
+
+    source = _source(section, section.split, query=section.query, positive=section.positive)
+    queries, documents, grades = read_judged(source, home)
+    answered = {query for query, judged in grades.items() if any(grade > 0 for grade in judged.values())}
+    ids = [query for query in queries if query in answered or section.unanswered == "refuse"]
+    at = {document: i for i, document in enumerate(documents)}
+    return Retrieval(
+        section.name,
+        section.asked,
+        ids,
+        [queries[query] for query in ids],
+        list(documents),
+        list(documents.values()),
+        [{at[document]: grade for document, grade in grades[query].items()} for query in ids],
+        section.bm25,
+    )
+
+
+def _reranking(section: RerankingSection, home: Path) -> Task:
+    from evaluation.tasks.base import numbered
+    from evaluation.tasks.ranking import Reranking
+
+    fields = [section.query, section.positive, section.negatives]
+    rows = _Rows(section, _source(section, section.split), fields, home)
+    queries = rows.texts(section.query)
+    sides = zip(rows.lists(section.positive), rows.lists(section.negatives), strict=True)
+    candidates = [dict.fromkeys(wrong, False) | dict.fromkeys(right, True) for right, wrong in sides]
+    return Reranking(section.name, section.asked, numbered(len(queries)), queries, candidates, section.bm25)
+
+
+def _pairs(section: Any, home: Path, *others: str) -> tuple[_Rows, tuple[Any, ...]]:
+    rows = _Rows(section, _source(section, section.split), [section.first, section.second, *others], home)
+    both = rows.texts(section.first), rows.texts(section.second)
+    return rows, (section.name, section.asked, *both, section.side)
+
+
+def _sts(section: STSSection, home: Path) -> Task:
+    from evaluation.tasks.pairs import STS
+
+    rows, pairs = _pairs(section, home, section.score)
+    return STS(*pairs, rows.numbers(section.score))
+
+
+def _pair_classification(section: PairClassificationSection, home: Path) -> Task:
+    from evaluation.tasks.pairs import PairClassification
+
+    rows, pairs = _pairs(section, home, section.label)
+    return PairClassification(*pairs, rows.truths(section.label))
+
+
+def _bitext_mining(section: BitextMiningSection, home: Path) -> Task:
+    from evaluation.tasks.pairs import BitextMining
+
+    return BitextMining(*_pairs(section, home)[1])
+
+
+def _labelled(section: Any, source: SourceConfig, home: Path) -> tuple[list[str], list[str]]:
+    """(texts, labels) of the rows that have one of the section's labels."""
+    rows = _Rows(section, source, [section.text, section.label], home)
+    both = list(zip(rows.texts(section.text), rows.labels(section.label), strict=True))
+    there = dict.fromkeys(label for _, label in both)
+    missing = next((label for label in section.labels if label not in there), None)
+    if missing is not None:
+        raise UsageError(f"task {section.name}: {nearest('label', missing, tuple(there)[:50])}")
+    kept = [(text, label) for text, label in both if not section.labels or label in section.labels]
+    return [text for text, _ in kept], [label for _, label in kept]
+
+
+def _classification(section: ClassificationSection, home: Path) -> Task:
+    from evaluation.tasks.labels import Classification
+
+    texts, labels = _labelled(section, _source(section, section.split), home)
+    if section.train is None and not _has_splits(section.data):
+        raise UsageError(f"task {section.name}: {section.data} has one split; name the data to learn from in `train`")
+    train = _source(section, section.train_split or "train", section.train)
+    learned = _labelled(section, train, home)
+    return Classification(section.name, section.asked, texts, labels, section.side, *learned, section.neighbours)
+
+
+def _zero_shot(section: ZeroShotSection, home: Path) -> Task:
+    from evaluation.tasks.labels import ZeroShot
+
+    texts, labels = _labelled(section, _source(section, section.split), home)
+    known = sorted(set(labels))
+    if unknown := sorted(set(section.names) - set(known)):
+        raise UsageError(f"task {section.name}: names: {nearest('label', unknown[0], tuple(known))}")
+    shown = {label: section.template.replace("{}", section.names.get(label, label)) for label in known}
+    return ZeroShot(section.name, section.asked, texts, labels, section.side, shown)
+
+
+def _clustering(section: ClusteringSection, home: Path) -> Task:
+    from evaluation.tasks.labels import Clustering
+
+    texts, labels = _labelled(section, _source(section, section.split), home)
+    return Clustering(section.name, section.asked, texts, labels, section.side, section.repeats)
+
+
+_OPENERS: dict[type[TaskSection], Callable[[Any, Path], Task]] = {
+    RetrievalSection: _retrieval,
+    RerankingSection: _reranking,
+    STSSection: _sts,
+    PairClassificationSection: _pair_classification,
+    BitextMiningSection: _bitext_mining,
+    ClassificationSection: _classification,
+    ZeroShotSection: _zero_shot,
+    ClusteringSection: _clustering,
+}
