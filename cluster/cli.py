@@ -83,22 +83,33 @@ def submit(
         raise typer.Exit(job.exit_code or FAILED)
 
 
-@app.command(epilog="Example: gyre evaluate models:/quickstart@champion --suite builtin:stdlib-code")
+@app.command(epilog="Example: gyre evaluate models:/quickstart@champion --suite builtin:code")
 def evaluate(
     model: Model,
-    suite: Annotated[str, typer.Option(help="A source of queries and documents.")] = "builtin:stdlib-code",
-    split: Annotated[str, typer.Option(help="A split of it.")] = "heldout",
-    k: Annotated[int, typer.Option(min=1, help="Cutoff of the metrics.")] = 10,
+    suite: Annotated[
+        str, typer.Option(help="A suite's YAML, builtin:code, or a source of queries and documents.")
+    ] = "builtin:stdlib-code",
+    split: Annotated[str | None, typer.Option(help="Split of a source; none: heldout or test.")] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="Cutoff of a source's metrics; none: 10.")] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL", help="Beside it; none: the champion, or the untrained model. `none`: BM25 alone."
+        ),
+    ] = None,
     json_file: Json = None,
 ) -> None:
-    """Score a model beside BM25."""
-    from cluster import models
-    from cluster.console import show_evaluation
+    """Score a model on a suite, beside BM25 and other models."""
+    from cluster import evaluating
+    from cluster.console import Progress, show_evaluation
 
     check_json(json_file)
-    found = models.evaluate(model, suite, split, k)
-    write_json(json_file, found.as_dict())
-    show_evaluation(open_console(), found)
+    console = open_console()
+    with Progress(console) as progress:
+        job = evaluating.EvaluationJob(model, suite, split, k, tuple(baseline or ()))
+        found = evaluating.evaluate(job, on_progress=progress)
+    write_json(json_file, found.result.model_dump() | {"folder": str(found.folder)})
+    show_evaluation(console, found)
 
 
 app.command(epilog="Example: gyre embed models:/quickstart@champion corpus.jsonl text=body title=title --out vectors")(

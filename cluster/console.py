@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from cluster.doctor import Diagnosis
     from cluster.embedding import EmbeddingResult
     from cluster.jobs import JobResult
-    from cluster.models import Evaluation, QueryResult, SavedStep
+    from cluster.models import QueryResult, SavedStep
     from cluster.registry import Move, Version
+    from evaluation.stored import StoredEvaluation
 
 PLAIN_EVERY_S = 5.0
 _MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}
@@ -185,9 +186,16 @@ def show_trained(console: Console, result: Mapping[str, Any], root: Path) -> Non
         console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
 
-def show_evaluation(console: Console, found: Evaluation) -> None:
-    title = f"{found.suite}, {found.split}: {found.queries} queries, {found.documents} candidates"
-    console.print(table(found.rows, console, title), soft_wrap=True)
+def show_evaluation(console: Console, found: StoredEvaluation) -> None:
+    """A table for each task, then where the evaluation is stored."""
+    from cluster.evaluating import rows_of
+
+    result = found.result
+    for name, task in result.tasks.items():
+        counts = ", ".join(f"{count:,} {side}" for side, count in task.counts.items())
+        console.print(table(rows_of(result, name), console, f"{name} ({task.kind}): {counts}"), soft_wrap=True)
+        console.print()
+    show_lines(console, f"stored  {found.folder}")
 
 
 def show_embedding(console: Console, found: EmbeddingResult) -> None:

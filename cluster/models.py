@@ -1,4 +1,4 @@
-"""What is done with a trained model: score it, search with it, hand it out, look at its checkpoints.
+"""What is done with a trained model: open it, search with it, hand it out, look at its checkpoints.
 
 MODEL everywhere is a folder, a run (its id, the beginning of one, or its folder), `models:/NAME@ALIAS`,
 `models:/NAME/VERSION`, or a hub id.
@@ -35,21 +35,6 @@ class ModelRef:
 
     name: str
     folder: Path
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """rows: {"bm25": {metric: value}, model: {metric: value}}, over the same queries and candidates."""
-
-    model: str
-    suite: str
-    split: str
-    queries: int
-    documents: int
-    rows: dict[str, dict[str, float]]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -173,25 +158,6 @@ def local_encoder(tower: TextEncoder | Towers, tokenize: TokenizePrompted) -> En
     if isinstance(tower, Towers):
         return LocalTowers(LocalEncoder(tower.query, tokenize), LocalEncoder(tower.document, tokenize))
     return LocalEncoder(tower, tokenize)
-
-
-def evaluate(
-    model: str, suite: str = BUILTIN, split: str = "heldout", k: int = 10, root: Path | None = None
-) -> Evaluation:
-    """Scores MODEL and BM25 on the pool of a source: every positive is a candidate for every query.
-
-    suite: a source's path, as in `data.sources` of a recipe; split: one it has.
-    """
-    from data_services.sources import SourceConfig, open_source, retrieval_pool
-    from evaluation.retrieval import EvaluationConfig, bm25_rows, evaluate_encoder
-
-    ref = resolve(model, root)
-    pool = retrieval_pool(open_source(SourceConfig(path=suite, split=split), root or home()))
-    baselines = bm25_rows(pool.queries, pool.documents, pool.relevant, EvaluationConfig(k=k))
-    rows = {name: scores.metrics for name, scores in baselines.items()}
-    with open_encoder(ref.folder) as encoder:
-        rows[ref.name] = evaluate_encoder(encoder, pool.queries, pool.documents, pool.relevant, k).metrics
-    return Evaluation(ref.name, suite, split, len(pool.queries), len(pool.documents), rows)
 
 
 def query(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cluster.config import Recipe
 from cluster.paths import RunPaths
-from cluster.prepare import Prepared, tokenizer_of
+from cluster.prepare import Prepared
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,19 +35,15 @@ def score_everywhere(ready: Prepared) -> dict[str, Scored]:
 
 def score_split(recipe: Recipe, run: RunPaths, split: str, pool: StoredSource) -> Scored:
     """BM25, the model before training and after it. Per-query values go to the run's folder, for comparisons."""
-    import torch
-
-    from cluster.models import exported_encoder, local_encoder
-    from cluster.worker import model_of
+    from cluster.baselines import untrained
+    from cluster.models import exported_encoder
     from data_services.sources import retrieval_pool
     from evaluation.retrieval import bm25_rows, evaluate_encoder
     from evaluation.significance import paired_bootstrap
 
     queries, documents, relevant = retrieval_pool(pool)
     scores = bm25_rows(queries, documents, relevant, recipe.evaluation)
-    torch.manual_seed(recipe.seed)
-    untrained = local_encoder(model_of(recipe, run.model, {}).tower, tokenizer_of(run.model))
-    for name, encoder in {"untrained": untrained, "trained": exported_encoder(run.export)}.items():
+    for name, encoder in {"untrained": untrained(recipe, run), "trained": exported_encoder(run.export)}.items():
         scores[name] = evaluate_encoder(encoder, queries, documents, relevant, recipe.evaluation.k)
     save_per_query(run, split, queries, {name: s.per_query for name, s in scores.items()})
     metric = f"ndcg@{recipe.evaluation.k}"

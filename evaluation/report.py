@@ -11,7 +11,15 @@ if TYPE_CHECKING:
     from evaluation.gates import GateResult
 
 _BASELINE = "bm25"
-_NAMES = {_BASELINE: "BM25", "bm25_tuned": "BM25 tuned", "ndcg": "nDCG", "mrr": "MRR"}
+_NAMES = {
+    _BASELINE: "BM25",
+    "bm25_tuned": "BM25 tuned",
+    "ndcg": "nDCG",
+    "mrr": "MRR",
+    "map": "MAP",
+    "ap": "AP",
+    "f1": "F1",
+}
 
 Cells = tuple[list[str], list[list[str]]]
 

@@ -5,7 +5,7 @@ Data is named as in a recipe's `data.sources`, but read whole and strictly: a ma
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 

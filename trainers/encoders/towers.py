@@ -155,7 +155,7 @@ class LocalTowers:
     """Both encoders on this process's device, `LocalEncoder` each; a field's texts go to its own."""
 
     def __init__(self, query: LocalEncoder, document: LocalEncoder) -> None:
-        self._query, self._document = query, document
+        self.query, self.document = query, document
         self.gives_tokens, self.unit_vectors = query.gives_tokens, query.unit_vectors
 
     def encode(self, texts: Sequence[str], field: str) -> np.ndarray:
@@ -167,7 +167,7 @@ class LocalTowers:
         return self._of(field).encode_tokens(texts, field)
 
     def _of(self, field: str) -> LocalEncoder:
-        return self._query if field.endswith(QUERY) else self._document
+        return self.query if field.endswith(QUERY) else self.document
 
 
 def export_towers(
