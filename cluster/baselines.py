@@ -35,7 +35,7 @@ def baseline_models(model: str, named: Sequence[str], root: Path, stack: ExitSta
         if len({ref.name for ref in refs}) < len(refs):
             raise UsageError("--baseline names one model twice")
         return {ref.name: stack.enter_context(open_encoder(ref.folder)) for ref in refs}
-    folder, run = resolve(model, root).folder, _run_of(model, root)
+    folder, run = resolve(model, root).folder, run_of(model, root)
     champion = _champion(_registered_name(model, run), root)
     if champion and fingerprint(champion) != fingerprint(folder):
         return {CHAMPION: stack.enter_context(open_encoder(champion))}
@@ -56,7 +56,7 @@ def untrained(recipe: Recipe, run: RunPaths) -> Encoder:
         return local_encoder(model_of(recipe, run.model, {}).tower, tokenizer_of(run.model))
 
 
-def _run_of(model: str, root: Path) -> RunPaths | None:
+def run_of(model: str, root: Path) -> RunPaths | None:
     """The run that a model came from, where it is under the home."""
     try:
         return find_run(_version(model, root).tags.get("gyre.run", "") if _is_registered(model) else model, root)

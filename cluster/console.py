@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cluster.jobs import JobResult
     from cluster.models import QueryResult, SavedStep
     from cluster.registry import Move, Version
-    from evaluation.stored import StoredEvaluation
+    from evaluation.stored import StoredEvaluation, TaskResult
 
 PLAIN_EVERY_S = 5.0
 _MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}
@@ -187,15 +187,29 @@ def show_trained(console: Console, result: Mapping[str, Any], root: Path) -> Non
 
 
 def show_evaluation(console: Console, found: StoredEvaluation) -> None:
-    """A table for each task, then where the evaluation is stored."""
+    """A table for each task with what it says of its texts, then where the evaluation is stored."""
     from cluster.evaluating import rows_of
 
     result = found.result
     for name, task in result.tasks.items():
         counts = ", ".join(f"{count:,} {side}" for side, count in task.counts.items())
         console.print(table(rows_of(result, name), console, f"{name} ({task.kind}): {counts}"), soft_wrap=True)
+        show_lines(console, *_about(task, result.geometry.get(name, {})))
         console.print()
+    for probe, told in result.bias.items():
+        show_lines(console, f"bias {probe}: effect {told['effect']:+.2f}, p {told['p']:.2g}")
     show_lines(console, f"stored  {found.folder}")
+
+
+def _about(task: TaskResult, geometry: Mapping[str, float]) -> Iterator[str]:
+    """What a table of scores doesn't show."""
+    parts = {name: scores[task.main] for name, scores in task.slices.items() if task.main in scores}
+    if parts:
+        yield f"{task.main} of " + ", ".join(f"{name} {score:.4f}" for name, score in parts.items())
+    for side, held in (task.contamination or {}).items():
+        yield f"training data holds {held.exact} of {held.texts} {side}, and nearly {held.near} more"
+    if geometry:
+        yield "geometry: " + ", ".join(f"{name} {value:.3f}" for name, value in geometry.items())
 
 
 def show_embedding(console: Console, found: EmbeddingResult) -> None:

@@ -10,12 +10,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.baselines import baseline_models
+from cluster.baselines import baseline_models, run_of
+from cluster.contamination import Held, contamination
 from cluster.models import fingerprint, open_encoder, resolve
 from cluster.paths import home
 from cluster.suites import OpenSuite, open_suite
 from data_services.schema import Encoder, UsageError
+from evaluation.bias import associations
+from evaluation.geometry import stability
+from evaluation.slices import by_language, by_length
 from evaluation.stored import PerQuery, Result, StoredEvaluation, TaskResult, new_id, write
+from evaluation.tasks.ranking import Retrieval
 from evaluation.vectors import Side, Vectors, variant_vectors
 
 if TYPE_CHECKING:
@@ -50,11 +55,13 @@ def evaluate(
     root, began = root or home(), time.monotonic()
     ref = resolve(job.model, root)
     suite = open_suite(job.suite, job.split, job.k, root)
+    held = contamination(run_of(job.model, root), suite.tasks, root, on_progress)
     with ExitStack() as stack:
         encoder = stack.enter_context(open_encoder(ref.folder))
         others = baseline_models(job.model, job.baselines, root, stack)
-        scorer = _Scorer(suite, encoder, others, on_progress)
+        scorer = _Scorer(suite, encoder, others, held, on_progress)
         tasks, dim = dict(scorer.tasks()), dimensions(encoder)
+        bias = associations(scorer.vectors) if suite.bias else {}
     result = Result(
         id=new_id(),
         model=ref.name,
@@ -65,6 +72,9 @@ def evaluate(
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=time.monotonic() - began,
         tasks=tasks,
+        geometry=scorer.geometry,
+        bias=bias,
+        training_data=held.training_data,
     )
     return write(root, result, scorer.per_query)
 
@@ -73,16 +83,22 @@ class _Scorer:
     """Every task with the model, its variants and the baselines; texts that tasks share are encoded once."""
 
     def __init__(
-        self, suite: OpenSuite, encoder: Encoder, baselines: Mapping[str, Encoder], on_progress: Progress
+        self,
+        suite: OpenSuite,
+        encoder: Encoder,
+        baselines: Mapping[str, Encoder],
+        held: Held,
+        on_progress: Progress,
     ) -> None:
-        self._suite, self._tell = suite, on_progress
-        self._model = Vectors(encoder)
+        self._suite, self._held, self._tell = suite, held, on_progress
+        self.vectors = Vectors(encoder)
         self._baselines = {name: Vectors(other) for name, other in baselines.items()}
         self._variants = {
-            v.name: variant_vectors(self._model, v, lambda prompts: with_prompts(encoder, prompts))
+            v.name: variant_vectors(self.vectors, v, lambda prompts: with_prompts(encoder, prompts))
             for v in suite.variants
         }
         self.per_query: dict[str, PerQuery] = {}
+        self.geometry: dict[str, dict[str, float]] = {}
 
     def tasks(self) -> Iterator[tuple[str, TaskResult]]:
         for done, task in enumerate(self._suite.tasks):
@@ -92,10 +108,16 @@ class _Scorer:
             yield task.name, self._scored(task)
 
     def _scored(self, task: Task) -> TaskResult:
-        scores = task.score(self._model)
+        scores = task.score(self.vectors)
         self.per_query[task.name] = scores.per_query
-        baselines: dict[str, TaskScores] = dict(task.baselines())
-        baselines |= {name: task.score(vectors) for name, vectors in self._baselines.items()}
+        others = {name: task.score(vectors) for name, vectors in self._baselines.items()}
+        baselines = task.baselines() | others
+        if isinstance(task, Retrieval) and not self.vectors.tokens:
+            overlap = {
+                f"neighbours_kept_of_{name}": stability(scores.per_query.hits, other.per_query.hits)
+                for name, other in others.items()
+            }
+            self.geometry[task.name] = task.geometry(self.vectors) | overlap
         return TaskResult(
             kind=task.kind,
             main=task.main,
@@ -103,7 +125,17 @@ class _Scorer:
             counts=task.counts,
             baselines={name: other.metrics for name, other in baselines.items()},
             variants={name: task.score(vectors).metrics for name, vectors in self._variants.items()},
+            slices=slices_of(task, scores),
+            contamination=self._held.by_task.get(task.name),
         )
+
+
+def slices_of(task: Task, scores: TaskScores) -> dict[str, dict[str, float]]:
+    """The task's metrics by length of its queries, and by language where that is known."""
+    single = scores.per_query.scores
+    if not task.asked_texts or not single:
+        return {}
+    return by_length(single, task.asked_texts) | (by_language(single, task.languages) if task.languages else {})
 
 
 def dimensions(encoder: Encoder) -> int:

@@ -44,6 +44,7 @@ class OpenSuite:
     name: str
     tasks: tuple[Task, ...]
     variants: tuple[Variant, ...] = ()
+    bias: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -64,7 +65,8 @@ def open_suite(named: str, split: str | None, k: int | None, home: Path) -> Open
         suite = read_suite(_SHIPPED / f"{named.removeprefix(BUILTIN)}.yaml" if is_shipped(named) else Path(named))
     else:
         suite = _of_source(named, split, k or 10)
-    return OpenSuite(suite.name, tuple(open_task(task, home) for task in suite.tasks), tuple(suite.variants))
+    tasks = tuple(open_task(task, home) for task in suite.tasks)
+    return OpenSuite(suite.name, tasks, tuple(suite.variants), suite.bias)
 
 
 def shipped() -> list[str]:
@@ -199,7 +201,7 @@ def _number(value: Any) -> float | None:
 
 
 def _retrieval(section: RetrievalSection, home: Path) -> Task:
-    from data_services.judged import read_judged
+    from data_services.judged import read_judged, read_languages
     from evaluation.tasks.ranking import Retrieval
 
     source = _source(section, section.split, query=section.query, positive=section.positive)
@@ -207,6 +209,7 @@ def _retrieval(section: RetrievalSection, home: Path) -> Task:
     answered = {query for query, judged in grades.items() if any(grade > 0 for grade in judged.values())}
     ids = [query for query in queries if query in answered or section.unanswered == "refuse"]
     at = {document: i for i, document in enumerate(documents)}
+    spoken = read_languages(source, section.language, home) if section.language else {}
     return Retrieval(
         section.name,
         section.asked,
@@ -216,6 +219,7 @@ def _retrieval(section: RetrievalSection, home: Path) -> Task:
         list(documents.values()),
         [{at[document]: grade for document, grade in grades[query].items()} for query in ids],
         section.bm25,
+        languages=[spoken[queries[query]] for query in ids] if spoken else (),
     )
 
 
@@ -223,12 +227,14 @@ def _reranking(section: RerankingSection, home: Path) -> Task:
     from evaluation.tasks.base import numbered
     from evaluation.tasks.ranking import Reranking
 
-    fields = [section.query, section.positive, section.negatives]
+    fields = [section.query, section.positive, section.negatives, *([section.language] if section.language else [])]
     rows = _Rows(section, _source(section, section.split), fields, home)
+    languages = rows.labels(section.language) if section.language else ()
     queries = rows.texts(section.query)
     sides = zip(rows.lists(section.positive), rows.lists(section.negatives), strict=True)
     candidates = [dict.fromkeys(wrong, False) | dict.fromkeys(right, True) for right, wrong in sides]
-    return Reranking(section.name, section.asked, numbered(len(queries)), queries, candidates, section.bm25)
+    ids = numbered(len(queries))
+    return Reranking(section.name, section.asked, ids, queries, candidates, section.bm25, languages=languages)
 
 
 def _pairs(section: Any, home: Path, *others: str) -> tuple[_Rows, tuple[Any, ...]]:
@@ -254,47 +260,54 @@ def _pair_classification(section: PairClassificationSection, home: Path) -> Task
 def _bitext_mining(section: BitextMiningSection, home: Path) -> Task:
     from evaluation.tasks.pairs import BitextMining
 
-    return BitextMining(*_pairs(section, home)[1])
+    rows, pairs = _pairs(section, home, *([section.language] if section.language else []))
+    return BitextMining(*pairs, languages=rows.labels(section.language) if section.language else ())
 
 
-def _labelled(section: Any, source: SourceConfig, home: Path) -> tuple[list[str], list[str]]:
-    """(texts, labels) of the rows that have one of the section's labels."""
-    rows = _Rows(section, source, [section.text, section.label], home)
-    both = list(zip(rows.texts(section.text), rows.labels(section.label), strict=True))
-    there = dict.fromkeys(label for _, label in both)
+def _labelled(
+    section: Any, source: SourceConfig, home: Path, language: str | None = None
+) -> tuple[list[str], list[str], list[str]]:
+    """(texts, labels, languages) of the rows that have one of the section's labels."""
+    rows = _Rows(section, source, [section.text, section.label, *([language] if language else [])], home)
+    labels = rows.labels(section.label)
+    spoken = rows.labels(language) if language else [""] * len(labels)
+    there = dict.fromkeys(labels)
     missing = next((label for label in section.labels if label not in there), None)
     if missing is not None:
         raise UsageError(f"task {section.name}: {nearest('label', missing, tuple(there)[:50])}")
-    kept = [(text, label) for text, label in both if not section.labels or label in section.labels]
-    return [text for text, _ in kept], [label for _, label in kept]
+    whole = zip(rows.texts(section.text), labels, spoken, strict=True)
+    kept = [row for row in whole if not section.labels or row[1] in section.labels]
+    texts, labels, spoken = ([row[i] for row in kept] for i in range(3))
+    return texts, labels, spoken if language else []
 
 
 def _classification(section: ClassificationSection, home: Path) -> Task:
     from evaluation.tasks.labels import Classification
 
-    texts, labels = _labelled(section, _source(section, section.split), home)
+    texts, labels, spoken = _labelled(section, _source(section, section.split), home, section.language)
     if section.train is None and not _has_splits(section.data):
         raise UsageError(f"task {section.name}: {section.data} has one split; name the data to learn from in `train`")
     train = _source(section, section.train_split or "train", section.train)
-    learned = _labelled(section, train, home)
-    return Classification(section.name, section.asked, texts, labels, section.side, *learned, section.neighbours)
+    learned, learned_labels, _ = _labelled(section, train, home)
+    tried = (section.name, section.asked, texts, labels, section.side)
+    return Classification(*tried, learned, learned_labels, section.neighbours, languages=spoken)
 
 
 def _zero_shot(section: ZeroShotSection, home: Path) -> Task:
     from evaluation.tasks.labels import ZeroShot
 
-    texts, labels = _labelled(section, _source(section, section.split), home)
+    texts, labels, spoken = _labelled(section, _source(section, section.split), home, section.language)
     known = sorted(set(labels))
     if unknown := sorted(set(section.names) - set(known)):
         raise UsageError(f"task {section.name}: names: {nearest('label', unknown[0], tuple(known))}")
     shown = {label: section.template.replace("{}", section.names.get(label, label)) for label in known}
-    return ZeroShot(section.name, section.asked, texts, labels, section.side, shown)
+    return ZeroShot(section.name, section.asked, texts, labels, section.side, shown, languages=spoken)
 
 
 def _clustering(section: ClusteringSection, home: Path) -> Task:
     from evaluation.tasks.labels import Clustering
 
-    texts, labels = _labelled(section, _source(section, section.split), home)
+    texts, labels, _ = _labelled(section, _source(section, section.split), home)
     return Clustering(section.name, section.asked, texts, labels, section.side, section.repeats)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,23 @@ def read_judged(source: SourceConfig, home: Path) -> Judged:
     reading = origin_of(source, home).reading()
     part = reading.parts[0] if reading.parts else None
     return _beir(part, source.max_bytes) if isinstance(part, BeirPart) else _pairs(source, home)
+
+
+def read_languages(source: SourceConfig, field: str, home: Path) -> dict[str, str]:
+    """The language of each query of `read_judged`, by its text: a field of BEIR's queries, or of the source's rows."""
+    reading = origin_of(source, home).reading()
+    part = reading.parts[0] if reading.parts else None
+    if not isinstance(part, BeirPart):
+        query = reading.want.fields.query
+        return {str(row[query]): str(row[field]) for row in read_fields(source, [query, field], home)}
+    languages = {}
+    for file in part.queries:
+        fields = document_fields(file, source.max_bytes)._replace(label=field)
+        for where, row in _good_rows(FilePart.of(file).blocks(Want(fields, source.max_bytes))):
+            if field not in row:
+                raise UsageError(f"{where}: no field {field!r}; it has {', '.join(map(str, row))}")
+            languages[_whole_text(row)] = str(row[field])
+    return languages
 
 
 def read_fields(source: SourceConfig, fields: Sequence[str], home: Path) -> list[dict[str, Any]]:
@@ -92,7 +109,11 @@ def _texts(files: Iterable[File], max_bytes: int) -> Iterator[tuple[str, str]]:
         fields = document_fields(file, max_bytes)
         blocks = FilePart.of(file).blocks(Want(fields, max_bytes))
         for _, row in _good_rows(blocks):
-            yield str(row[fields.query]), " ".join(str(row[n]) for n in ("title", "text") if row.get(n))
+            yield str(row[fields.query]), _whole_text(row)
+
+
+def _whole_text(row: Mapping[str, Any]) -> str:
+    return " ".join(str(row[name]) for name in ("title", "text") if row.get(name))
 
 
 def _pairs(source: SourceConfig, home: Path) -> Judged:

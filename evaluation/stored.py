@@ -93,6 +93,7 @@ class Result(Section):
     seconds: float
     tasks: dict[str, TaskResult]
     geometry: dict[str, dict[str, float]] = Field({}, description="{task: {'alignment': …, 'uniformity': …}}")
+    bias: dict[str, dict[str, float]] = Field({}, description="{probe: {'effect': …, 'p': …}}, see evaluation/bias.py")
     training_data: str | None = Field(None, description="fingerprint of what the model was trained on, where known")
 
 

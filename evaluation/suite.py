@@ -68,6 +68,7 @@ class RetrievalSection(_Ranking):
     kind: Literal["retrieval"]
     query: str | None = Field(None, description="field of the query; none: as the source's layout has it")
     positive: str | None = Field(None, description="field of the relevant text, or list of them")
+    language: str | None = Field(None, description="field of its language: the scores are given for each, too")
     unanswered: Literal["refuse", "leave_out"] = Field(
         "refuse", description="what happens where a query has no relevant document"
     )
@@ -79,6 +80,7 @@ class RerankingSection(_Ranking):
     kind: Literal["reranking"]
     query: str = Field("query", description="field of the query")
     positive: str = Field("positive", description="field of the relevant text, or list of them")
+    language: str | None = Field(None, description="field of its language: the scores are given for each, too")
     negatives: str = Field("negatives", description="field of the irrelevant ones")
 
 
@@ -114,6 +116,7 @@ class BitextMiningSection(_Pair):
     """Is the translation of a text the nearest one?"""
 
     kind: Literal["bitext_mining"]
+    language: str | None = Field(None, description="field of its language: the scores are given for each, too")
 
     @classmethod
     def known_metrics(cls) -> tuple[str, ...]:
@@ -131,6 +134,7 @@ class ClassificationSection(_Labelled):
     """A linear probe and nearest neighbours, learned on the training split's vectors."""
 
     kind: Literal["classification"]
+    language: str | None = Field(None, description="field of its language: the scores are given for each, too")
     train: str | list[str] | None = Field(None, min_length=1, description="data to learn from; none: the same data's")
     train_split: str | None = Field(None, description="split of it; none: train")
     neighbours: int = Field(5, ge=1, description="k of the nearest neighbours")
@@ -144,6 +148,7 @@ class ZeroShotSection(_Labelled):
     """The label whose own text is nearest."""
 
     kind: Literal["zero_shot"]
+    language: str | None = Field(None, description="field of its language: the scores are given for each, too")
     template: str = Field("{}", description="what is encoded for a label, {} its name")
     names: dict[str, str] = Field({}, description="a label's name in the template, where it isn't the label")
 
@@ -190,6 +195,7 @@ class Suite(Section):
 
     name: str = Field(pattern=_NAME)
     tasks: list[AnyTask] = Field(min_length=1)
+    bias: bool = Field(False, description="association tests over the word sets that come with gyre (English)")
     variants: list[Variant] = Field([], description="ways of using the model that every task is scored with, too")
 
     @model_validator(mode="after")

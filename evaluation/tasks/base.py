@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,10 +25,15 @@ class TaskScores:
 
 @dataclass(frozen=True)
 class Task:
-    """A task with its texts, made by one of the kinds. metrics: what is asked for, the main one first."""
+    """A task with its texts, made by one of the kinds.
+
+    metrics    what is asked for, the main one first
+    languages  of each of `asked_texts`, where that is known
+    """
 
     name: str
     metrics: tuple[str, ...]
+    languages: Sequence[str] = field(default=(), kw_only=True)
     kind: ClassVar[str]
 
     @property
@@ -38,6 +43,11 @@ class Task:
     def sides(self) -> dict[str, Sequence[str]]:
         """The texts that are scored, by what they are: queries, documents, texts."""
         raise NotImplementedError
+
+    @property
+    def asked_texts(self) -> Sequence[str]:
+        """The text of each single score, where a mean over some of the scores is the metric of that part."""
+        return ()
 
     def content(self) -> Any:
         """What decides the scores beside the model, as JSON."""

@@ -55,6 +55,10 @@ class Classification(Labelled):
     kind: ClassVar[str] = "classification"
     METRICS: ClassVar = ("accuracy", "f1", "knn_accuracy", "knn_f1")
 
+    @property
+    def asked_texts(self) -> Sequence[str]:
+        return self.texts
+
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_empty(self.name, training_texts=self.train_texts)
@@ -106,6 +110,10 @@ class ZeroShot(Labelled):
     label_texts: dict[str, str]
     kind: ClassVar[str] = "zero_shot"
     METRICS: ClassVar = ("accuracy", "f1")
+
+    @property
+    def asked_texts(self) -> Sequence[str]:
+        return self.texts
 
     def content(self) -> Any:
         return [*super().content(), sorted(self.label_texts.items())]

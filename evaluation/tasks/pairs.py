@@ -134,6 +134,10 @@ class BitextMining(Pairs):
     kind: ClassVar[str] = "bitext_mining"
     METRICS: ClassVar = ("f1", "accuracy", "back_accuracy")
 
+    @property
+    def asked_texts(self) -> Sequence[str]:
+        return self.first
+
     def score(self, vectors: Vectors) -> TaskScores:
         from sklearn.metrics import f1_score
 

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_services.schema import UsageError, text_id
+from evaluation.geometry import figures
 from evaluation.metrics import Grades, depth_needed, per_query
 from evaluation.retrieval import BM25Config, bm25
 from evaluation.stored import PerQuery
 from evaluation.tasks.base import Task, TaskScores, means, refuse_empty
-from evaluation.vectors import Vectors
+from evaluation.vectors import Vectors, unit_length
 
 HITS = 10
 
@@ -47,6 +48,16 @@ class Retrieval(Task):
 
     def sides(self) -> dict[str, Sequence[str]]:
         return {"queries": self.queries, "documents": self.documents}
+
+    @property
+    def asked_texts(self) -> Sequence[str]:
+        return self.queries
+
+    def geometry(self, vectors: Vectors) -> dict[str, float]:
+        """`geometry.figures` of the queries and documents, as the model gives them or scaled to length 1."""
+        pairs = [(q, d) for q, grades in enumerate(self.grades) for d, grade in grades.items() if grade > 0]
+        queries, documents = vectors.of(self.queries, "query"), vectors.of(self.documents, "document")
+        return figures(unit_length(queries), unit_length(documents), tuple(np.array(pairs).T))  # type: ignore[arg-type]
 
     def content(self) -> Any:
         graded = [sorted((self.document_ids[d], grade) for d, grade in grades.items()) for grades in self.grades]
@@ -88,6 +99,10 @@ class Reranking(Task):
 
     def sides(self) -> dict[str, Sequence[str]]:
         return {"queries": self.queries, "documents": self._documents}
+
+    @property
+    def asked_texts(self) -> Sequence[str]:
+        return self.queries
 
     def content(self) -> Any:
         return [list(self.query_ids), list(self.queries), [sorted(c.items()) for c in self.candidates]]
