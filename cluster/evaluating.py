@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from cluster.models import fingerprint, open_encoder, resolve
 from cluster.paths import home
 from cluster.suites import OpenSuite, open_suite
 from data_services.schema import Encoder, UsageError
+from evaluation import mteb_adapter
 from evaluation.bias import associations
 from evaluation.geometry import stability
 from evaluation.slices import by_language, by_length
@@ -45,38 +46,94 @@ class EvaluationJob:
     baselines: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What a suite gives: the fields of `stored.Result` that aren't of the model, and the single scores."""
+
+    suite: str
+    suite_fingerprint: str
+    tasks: dict[str, TaskResult]
+    per_query: dict[str, PerQuery] = field(default_factory=dict)
+    geometry: dict[str, dict[str, float]] = field(default_factory=dict)
+    bias: dict[str, dict[str, float]] = field(default_factory=dict)
+    training_data: str | None = None
+
+
+_Measure = Callable[[Encoder, Mapping[str, Encoder]], _Measured]
+
+
 def evaluate(
     job: EvaluationJob, root: Path | None = None, on_progress: Progress = lambda event: None
 ) -> StoredEvaluation:
     """Scores a model and its baselines on every task of a suite and stores it under the home.
 
-    Raises UsageError for what isn't there or doesn't fit, RunError for vectors that are none and a full disk.
+    Raises UsageError for what isn't there or doesn't fit, RunError for vectors that are none, data that mteb can't
+    load and a full disk.
     """
     root, began = root or home(), time.monotonic()
     ref = resolve(job.model, root)
-    suite = open_suite(job.suite, job.split, job.k, root)
-    held = contamination(run_of(job.model, root), suite.tasks, root, on_progress)
+    made = fingerprint(ref.folder)
+    if job.suite.startswith(mteb_adapter.PREFIX):
+        measure = _mteb(job, ref.name, made, root)
+    else:
+        measure = _suite(job, root, on_progress)
     with ExitStack() as stack:
         encoder = stack.enter_context(open_encoder(ref.folder))
-        others = baseline_models(job.model, job.baselines, root, stack)
-        scorer = _Scorer(suite, encoder, others, held, on_progress)
-        tasks, dim = dict(scorer.tasks()), dimensions(encoder)
-        bias = associations(scorer.vectors) if suite.bias else {}
+        found = measure(encoder, baseline_models(job.model, job.baselines, root, stack))
+        dim = dimensions(encoder)
     result = Result(
         id=new_id(),
         model=ref.name,
-        model_fingerprint=fingerprint(ref.folder),
+        model_fingerprint=made,
         dim=dim,
-        suite=suite.name,
-        suite_fingerprint=suite.fingerprint,
+        suite=found.suite,
+        suite_fingerprint=found.suite_fingerprint,
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=time.monotonic() - began,
-        tasks=tasks,
-        geometry=scorer.geometry,
-        bias=bias,
-        training_data=held.training_data,
+        tasks=found.tasks,
+        geometry=found.geometry,
+        bias=found.bias,
+        training_data=found.training_data,
     )
-    return write(root, result, scorer.per_query)
+    return write(root, result, found.per_query)
+
+
+def _suite(job: EvaluationJob, root: Path, on_progress: Progress) -> _Measure:
+    """Our own tasks: their data is read before a model is."""
+    suite = open_suite(job.suite, job.split, job.k, root)
+    held = contamination(run_of(job.model, root), suite.tasks, root, on_progress)
+
+    def measure(encoder: Encoder, baselines: Mapping[str, Encoder]) -> _Measured:
+        scorer = _Scorer(suite, encoder, baselines, held, on_progress)
+        tasks = dict(scorer.tasks())
+        bias = associations(scorer.vectors) if suite.bias else {}
+        return _Measured(
+            suite.name, suite.fingerprint, tasks, scorer.per_query, scorer.geometry, bias, held.training_data
+        )
+
+    return measure
+
+
+def _mteb(job: EvaluationJob, name: str, revision: str, root: Path) -> _Measure:
+    """mteb's tasks; its result files go to <home>/mteb."""
+    if job.split is not None or job.k is not None:
+        raise UsageError("--split and --k are for a source; mteb's tasks have splits and cutoffs of their own")
+    tasks = mteb_adapter.tasks_named(job.suite.removeprefix(mteb_adapter.PREFIX).split(","))
+
+    def scored(encoder: Encoder, name: str) -> dict[str, TaskResult]:
+        model = mteb_adapter.MtebModel(encoder, f"gyre/{name.replace('/', '-')}", revision[:16])
+        return mteb_adapter.score(model, tasks, root / "mteb")
+
+    def measure(encoder: Encoder, baselines: Mapping[str, Encoder]) -> _Measured:
+        found = scored(encoder, name)
+        others = {other: scored(model, other) for other, model in baselines.items()}
+        beside = {
+            task: result.model_copy(update={"baselines": {o: scores[task].metrics for o, scores in others.items()}})
+            for task, result in found.items()
+        }
+        return _Measured(job.suite, mteb_adapter.fingerprint(tasks), beside)
+
+    return measure
 
 
 class _Scorer:
