@@ -22,6 +22,7 @@ from cluster.fit import Progress, Stopped, stopped_by_signal, training
 from cluster.paths import find_run, run_home
 from cluster.prepare import Prepared, check_resumable, check_sources, data_fingerprint, prepare
 from cluster.scoring import score_everywhere
+from cluster.watching import keep_best
 from data_services.schema import RunError
 from trainers.checkpoint import latest, write_json
 
@@ -158,6 +159,10 @@ def conclude(ready: Prepared, tracker: Tracker, tell: Progress, began: float, fi
     from cluster import registry
 
     recipe, run = ready.recipe, ready.run
+    newest = latest(run.checkpoints)
+    assert newest is not None, "a finished run has its last checkpoint"
+    for step, watched in keep_best(run, recipe, newest.step, tell).items():
+        tracker.log_result({f"watched.{name}": value for name, value in watched.items()}, step)
     scored = score_everywhere(ready)
     scores = {split: found.rows for split, found in scored.items()}
     for split, rows in scores.items():
@@ -180,8 +185,6 @@ def conclude(ready: Prepared, tracker: Tracker, tell: Progress, began: float, fi
         },
         root=ready.root,
     )
-    newest = latest(run.checkpoints)
-    assert newest is not None, "a finished run has its last checkpoint"
     result = TrainResult(
         run_id=run.run_id,
         checkpoint=str(newest.folder),

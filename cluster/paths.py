@@ -48,6 +48,8 @@ class RunPaths:
     failure      a worker's last sentence, where it failed in a way that a restart would repeat
     quarantine   rows that could not be decoded while training, a JSON file each
     mined        hard negatives mined while training, a folder for each step they were mined after
+    watched      models scored while training, and their scores, a folder for each step
+    ended        the step at which training ended before its last, since no score was better for long (JSON)
     stop_request created to ask the workers to checkpoint and stop
     """
 
@@ -100,6 +102,14 @@ class RunPaths:
     @property
     def mined(self) -> Path:
         return self.root / "mined"
+
+    @property
+    def watched(self) -> Path:
+        return self.root / "watched"
+
+    @property
+    def ended(self) -> Path:
+        return self.root / "ended.json"
 
     @property
     def stop_request(self) -> Path:

@@ -161,11 +161,11 @@ class Tracker:
                 self._client.log_batch(self.run_id, metrics=rows, tags=[last])
             del self._waiting[:taken]
 
-    def log_result(self, metrics: Mapping[str, float]) -> None:
-        """Figures of the whole run, at its last step."""
+    def log_result(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Figures of the whole run, at its last step, or of the model after another one."""
         from mlflow.entities import Metric
 
-        at, step = int(time.time() * 1000), max(self.last_step, 0)
+        at, step = int(time.time() * 1000), max(self.last_step, 0) if step is None else step
         rows = [Metric(metric_name(k), float(v), at, step) for k, v in metrics.items() if math.isfinite(v)]
         with store_errors(self._client.tracking_uri):
             self._client.log_batch(self.run_id, metrics=rows)

@@ -5,13 +5,14 @@ Legend: q queries, n documents, D dimension, k ranked documents of each query.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_services.schema import Encoder, Section, UsageError
 from evaluation.metrics import Grades, metric_names, per_query, relevant_count
@@ -51,10 +52,40 @@ class EvaluationConfig(Section):
         "{path, query, positive}; None: the first of `data.sources`",
     )
     validation: str | None = Field("validation", description="split that gates and choices look at; null: none")
+    every_steps: int | None = Field(
+        None, ge=1, description="score the validation split after every so many steps, beside training; null: never"
+    )
+    best_by: str | None = Field(
+        None, description="metric of these scores by which the best model is exported; null: the last one is"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="end training after so many scores without a better one; null: train to the end"
+    )
     heldout: str | None = Field("heldout", description="split of the final table; null: none")
     k: int = Field(10, ge=1, description="cutoff of ndcg@k, mrr@k and recall@k")
     bm25: BM25Config = _BM25
     bm25_tuned: BM25Config | None = Field(None, description="a second baseline row, with parameters of your own")
+
+    @model_validator(mode="after")
+    def _watched_by_what_is_measured(self) -> EvaluationConfig:
+        known = metric_names(self.k)
+        if self.every_steps is not None and self.validation is None:
+            raise ValueError("every_steps scores the validation split: name it in `validation`")
+        if self.best_by is not None and self.every_steps is None:
+            raise ValueError("best_by chooses among the models of every_steps, which is empty: set it")
+        if self.patience is not None and self.best_by is None:
+            raise ValueError("patience counts scores without a better one: name the metric in `best_by`")
+        if self.best_by is not None and self.best_by not in known:
+            near = difflib.get_close_matches(self.best_by, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"best_by is {self.best_by!r}, which k = {self.k} doesn't measure: did you mean {near!r}? "
+                f"There are {', '.join(known)}"
+            )
+        return self
+
+    def watches(self, step: int, steps: int) -> bool:
+        """Whether the weights after `step` of `steps` steps are scored beside training; the last are at its end."""
+        return self.every_steps is not None and step % self.every_steps == 0 and step < steps
 
 
 @dataclass(frozen=True)
