@@ -97,6 +97,7 @@ def evaluate(
             metavar="MODEL", help="Beside it; none: the champion, or the untrained model. `none`: BM25 alone."
         ),
     ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that encode and search a large corpus.")] = 1,
     json_file: Json = None,
 ) -> None:
     """Score a model on a suite, beside BM25 and other models."""
@@ -106,7 +107,7 @@ def evaluate(
     check_json(json_file)
     console = open_console()
     with Progress(console) as progress:
-        job = evaluating.EvaluationJob(model, suite, split, k, tuple(baseline or ()))
+        job = evaluating.EvaluationJob(model, suite, split, k, tuple(baseline or ()), workers)
         found = evaluating.evaluate(job, on_progress=progress)
     write_json(json_file, found.result.model_dump() | {"folder": str(found.folder)})
     show_evaluation(console, found)

@@ -14,6 +14,7 @@ from cluster.baselines import baseline_models, run_of
 from cluster.contamination import Held, contamination
 from cluster.models import fingerprint, open_encoder, resolve
 from cluster.paths import home
+from cluster.sharded import ShardedVectors
 from cluster.suites import OpenSuite, open_suite
 from data_services.schema import Encoder, UsageError
 from evaluation import mteb_adapter
@@ -37,6 +38,7 @@ class EvaluationJob:
 
     split, k   of a suite that is a source; None: heldout or test, 10
     baselines  further models in every table; empty: the champion of its name, or the model before training
+    workers    Ray actors that encode and search a large corpus; 1 without a cluster: this process
     """
 
     model: str
@@ -44,6 +46,7 @@ class EvaluationJob:
     split: str | None = None
     k: int | None = None
     baselines: tuple[str, ...] = ()
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,12 @@ def evaluate(
 def _suite(job: EvaluationJob, root: Path, on_progress: Progress) -> _Measure:
     """Our own tasks: their data is read before a model is."""
     suite = open_suite(job.suite, job.split, job.k, root)
+    folder = resolve(job.model, root).folder
     held = contamination(run_of(job.model, root), suite.tasks, root, on_progress)
 
     def measure(encoder: Encoder, baselines: Mapping[str, Encoder]) -> _Measured:
-        scorer = _Scorer(suite, encoder, baselines, held, on_progress)
+        vectors = ShardedVectors(encoder, folder, root, job.workers, on_progress)
+        scorer = _Scorer(suite, vectors, encoder, baselines, held, on_progress)
         tasks = dict(scorer.tasks())
         bias = associations(scorer.vectors) if suite.bias else {}
         return _Measured(
@@ -142,13 +147,14 @@ class _Scorer:
     def __init__(
         self,
         suite: OpenSuite,
+        vectors: Vectors,
         encoder: Encoder,
         baselines: Mapping[str, Encoder],
         held: Held,
         on_progress: Progress,
     ) -> None:
         self._suite, self._held, self._tell = suite, held, on_progress
-        self.vectors = Vectors(encoder)
+        self.vectors = vectors
         self._baselines = {name: Vectors(other) for name, other in baselines.items()}
         self._variants = {
             v.name: variant_vectors(self.vectors, v, lambda prompts: with_prompts(encoder, prompts))

@@ -12,6 +12,7 @@ from benchmarks import (
     data,
     data_sides,
     embed,
+    evaluate,
     mine,
     mine_sides,
     negatives,
@@ -24,7 +25,9 @@ from benchmarks import (
 from trainers.collectives import Group
 
 
-@pytest.mark.parametrize("name", ["step", "startup", "quality", "caching", "padding", "ema", "mine", "embed", "data"])
+@pytest.mark.parametrize(
+    "name", ["step", "startup", "quality", "caching", "padding", "ema", "mine", "embed", "data", "evaluate"]
+)
 def test_help_tells_what_is_measured_without_importing_what_measures(name):
     code = (
         f"import runpy, sys; sys.argv[1:] = ['--help']\n"
@@ -239,6 +242,15 @@ def test_packing_is_compared_in_tokens_a_second_and_tokens_computed():
     assert figures["packed_over_random"]["median"] == 4.0
     assert figures["packed_over_sorted"]["median"] == figures["sorted_over_random"]["median"] == 2.0
     assert figures["computed_per_token"] == {"random": 3.0, "sorted": 1.05, "packed": 1.0}
+
+
+def test_a_suite_is_compared_in_seconds_and_by_its_scores():
+    def result(seconds: float, score: float) -> dict:
+        return {"seconds": seconds, "scores": dict.fromkeys(evaluate.TASKS, score)}
+
+    figures = evaluate.summary({"ours": [result(2.0, 0.5)], "st": [result(6.0, 0.5 + 1e-5)]})
+    assert figures["over_st_evaluators"]["median"] == 3.0
+    assert figures["largest_difference"] == pytest.approx(1e-5)
 
 
 # benchmarks/mine.py

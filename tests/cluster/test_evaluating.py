@@ -2,14 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.evaluating import EvaluationJob, evaluate, rows_of
+from cluster.models import open_encoder
+from cluster.sharded import ShardedVectors
 from data_services import builtin
 from data_services.schema import UsageError
 from evaluation.stored import find, read
+from evaluation.vectors import Vectors
 from tests.cluster.test_suites import beir, json_lines, saved
 
 PAIRS = [pair for pair in builtin.stdlib_code()["heldout"] if len(pair.positive) < 600][:60]
@@ -142,3 +146,18 @@ def test_the_command_shows_a_source_beside_bm25_and_another_model_and_says_where
     assert "nDCG@2 − BM25" in shown
     with pytest.raises(UsageError, match="--baseline none and other baselines exclude each other"):
         evaluate(EvaluationJob(str(pretrained), data, baselines=("none", str(other))), tmp_path / "home")
+
+
+def test_a_large_corpus_goes_through_files_and_is_ranked_the_same(pretrained, tmp_path):
+    with open_encoder(pretrained) as encoder:
+        expected, scores = Vectors(encoder).nearest(DOCSTRINGS[:8], CODES, 5)
+        told = []
+        sharded = ShardedVectors(encoder, pretrained, tmp_path, on_progress=told.append, large=10)
+        found, theirs = sharded.nearest(DOCSTRINGS[:8], CODES, 5)
+        assert found.tolist() == expected.tolist()
+        np.testing.assert_allclose(theirs, scores, atol=1e-5)
+        assert told[-1]["step"] == told[-1]["steps"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["vectors"]
+        told.clear()
+        assert sharded.nearest(DOCSTRINGS[:8], CODES, 5)[0].tolist() == expected.tolist()
+        assert not told  # the vectors were there
