@@ -79,7 +79,7 @@ def evaluate(
     if job.suite.startswith(mteb_adapter.PREFIX):
         measure = _mteb(job, ref.name, made, root)
     else:
-        measure = _suite(job, root, on_progress)
+        measure = _suite(job, ref.folder, root, on_progress)
     with ExitStack() as stack:
         encoder = stack.enter_context(open_encoder(ref.folder))
         found = measure(encoder, baseline_models(job.model, job.baselines, root, stack))
@@ -101,10 +101,9 @@ def evaluate(
     return write(root, result, found.per_query)
 
 
-def _suite(job: EvaluationJob, root: Path, on_progress: Progress) -> _Measure:
+def _suite(job: EvaluationJob, folder: Path, root: Path, on_progress: Progress) -> _Measure:
     """Our own tasks: their data is read before a model is."""
     suite = open_suite(job.suite, job.split, job.k, root)
-    folder = resolve(job.model, root).folder
     held = contamination(run_of(job.model, root), suite.tasks, root, on_progress)
 
     def measure(encoder: Encoder, baselines: Mapping[str, Encoder]) -> _Measured:

@@ -76,21 +76,25 @@ def stability(hits: Sequence[Sequence[str]], others: Sequence[Sequence[str]]) ->
 
 
 def figures(queries: np.ndarray, documents: np.ndarray, pairs: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
-    """All of the above by name. pairs: (row of a query, row of a document that answers it)."""
-    drawn = _drawn(len(pairs[0]))
-    of_queries, of_documents = queries[pairs[0][drawn]], documents[pairs[1][drawn]]
-    some, rest = queries[_drawn(len(queries))], documents[_drawn(len(documents))]
-    blocks = probe_dimensions(of_queries, of_documents)
+    """All of the above by name. pairs: [n, D] queries, and a document that answers each."""
+    blocks = probe_dimensions(*pairs)
     return {
-        "alignment": alignment(of_queries, of_documents),
-        "uniformity_queries": uniformity(some),
-        "uniformity_documents": uniformity(rest),
-        "effective_rank": effective_rank(rest),
-        "anisotropy": anisotropy(rest),
-        "hubness": hubness(some, rest),
-        "modality_gap": modality_gap(some, rest),
+        "alignment": alignment(*pairs),
+        "uniformity_queries": uniformity(queries),
+        "uniformity_documents": uniformity(documents),
+        "effective_rank": effective_rank(documents),
+        "anisotropy": anisotropy(documents),
+        "hubness": hubness(queries, documents),
+        "modality_gap": modality_gap(queries, documents),
         **{f"block_{i}_of_{len(blocks)}": float(share) for i, share in enumerate(blocks, start=1)},
     }
+
+
+def drawn(count: int) -> list[int]:
+    """Of so many rows all, or MOST_VECTORS that are the same every time; ascending."""
+    if count <= MOST_VECTORS:
+        return list(range(count))
+    return sorted(np.random.default_rng(0).choice(count, MOST_VECTORS, replace=False).tolist())
 
 
 def _pair_cosines(vectors: np.ndarray) -> np.ndarray:
@@ -99,10 +103,3 @@ def _pair_cosines(vectors: np.ndarray) -> np.ndarray:
         return np.ones(1)
     wide = vectors.astype(np.float64)
     return (wide @ wide.T)[np.triu_indices(len(vectors), 1)]
-
-
-def _drawn(count: int) -> np.ndarray:
-    """Rows, ascending: all, or MOST_VECTORS that are the same every time."""
-    if count <= MOST_VECTORS:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(0).choice(count, MOST_VECTORS, replace=False))

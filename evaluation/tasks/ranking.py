@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_services.schema import UsageError, text_id
-from evaluation.geometry import figures
+from evaluation.geometry import drawn, figures
 from evaluation.metrics import Grades, depth_needed, per_query
 from evaluation.retrieval import BM25Config, bm25
 from evaluation.stored import PerQuery
 from evaluation.tasks.base import Task, TaskScores, means, refuse_empty
-from evaluation.vectors import Vectors, unit_length
+from evaluation.vectors import Side, Vectors, unit_length
 
 HITS = 10
 
@@ -56,8 +56,16 @@ class Retrieval(Task):
     def geometry(self, vectors: Vectors) -> dict[str, float]:
         """`geometry.figures` of the queries and documents, as the model gives them or scaled to length 1."""
         pairs = [(q, d) for q, grades in enumerate(self.grades) for d, grade in grades.items() if grade > 0]
-        queries, documents = vectors.of(self.queries, "query"), vectors.of(self.documents, "document")
-        return figures(unit_length(queries), unit_length(documents), tuple(np.array(pairs).T))  # type: ignore[arg-type]
+        some = [pairs[i] for i in drawn(len(pairs))]
+
+        def of(texts: Sequence[str], rows: Sequence[int], side: Side) -> np.ndarray:
+            return unit_length(vectors.of([texts[row] for row in rows], side))
+
+        return figures(
+            of(self.queries, drawn(len(self.queries)), "query"),
+            of(self.documents, drawn(len(self.documents)), "document"),
+            (of(self.queries, [q for q, _ in some], "query"), of(self.documents, [d for _, d in some], "document")),
+        )
 
     def content(self) -> Any:
         graded = [sorted((self.document_ids[d], grade) for d, grade in grades.items()) for grades in self.grades]

@@ -76,14 +76,13 @@ def test_stability_is_the_share_of_neighbours_that_stayed():
 
 
 def test_many_vectors_are_drawn_and_the_same_every_time(monkeypatch):
-    a, b = cloud(300, seed=1), cloud(300, seed=2)
-    pairs = np.arange(300), np.arange(300)
-    whole = geometry.figures(a, b, pairs)
+    assert geometry.drawn(300) == list(range(300))
     monkeypatch.setattr(geometry, "MOST_VECTORS", 200)
-    drawn = geometry.figures(a, b, pairs)
-    assert drawn == geometry.figures(a, b, pairs)
-    assert drawn["uniformity_documents"] == pytest.approx(whole["uniformity_documents"], abs=0.1)
-    assert set(drawn) == set(whole)
+    some = geometry.drawn(300)
+    assert some == geometry.drawn(300) == sorted(set(some))
+    assert len(some) == 200
+    vectors = cloud(300)
+    assert geometry.uniformity(vectors[some]) == pytest.approx(geometry.uniformity(vectors), abs=0.1)
 
 
 def test_an_association_is_found_where_it_was_planted_and_has_its_sign():
