@@ -84,7 +84,7 @@ def _tokenizer(recipe: Recipe, sources: tuple[StoredSource, ...], root: Path, ru
     if run is not None:
         return tokenizer_of(find_run(run, root).model)
     with tempfile.TemporaryDirectory(prefix="gyre-plan-") as folder:
-        make_model_folder(recipe, Path(folder) / "model", sources)
+        make_model_folder(recipe, Path(folder) / "model", sources, root)
         tokenizer = tokenizer_of(Path(folder) / "model")
         tokenizer(["loaded while its folder is there"], "query")
     return tokenizer

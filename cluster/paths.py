@@ -42,6 +42,7 @@ class RunPaths:
     export       the Sentence Transformers folder
     metrics      one JSON line a step, written by rank 0 as training goes
     data         fingerprint of every source (JSON)
+    parent       the weights that training began from: folder, hub id, NAME/VERSION, or "random weights"
     tracker      id of the run in the tracking store (JSON)
     startup      when rank 0 entered training and when its model and engine stood, seconds since 1970, and what
                  the run chose: cached, precision, reduction (JSON)
@@ -78,6 +79,10 @@ class RunPaths:
     @property
     def data(self) -> Path:
         return self.root / "data.json"
+
+    @property
+    def parent(self) -> Path:
+        return self.root / "parent.txt"
 
     @property
     def tracker(self) -> Path:
