@@ -18,6 +18,7 @@ from benchmarks import (
     negatives,
     negatives_sides,
     padding,
+    serve,
     startup,
     step,
     step_runs,
@@ -26,7 +27,7 @@ from trainers.collectives import Group
 
 
 @pytest.mark.parametrize(
-    "name", ["step", "startup", "quality", "caching", "padding", "ema", "mine", "embed", "data", "evaluate"]
+    "name", ["step", "startup", "quality", "caching", "padding", "ema", "mine", "embed", "data", "evaluate", "serve"]
 )
 def test_help_tells_what_is_measured_without_importing_what_measures(name):
     code = (
@@ -282,6 +283,17 @@ def test_embedding_compares_sides_of_one_round():
     assert figures["over_best"]["max"] == 1.2
     assert figures["over_pool"]["max"] == 2.0
     assert figures["texts_per_s"]["st"]["median"] == 20.0
+
+
+def test_the_server_is_compared_with_the_loop_of_its_round():
+    def result(seconds: float, p95_ms: float = 0.0) -> dict:
+        return {"texts": 100, "seconds": seconds, "p50_ms": p95_ms / 2, "p95_ms": p95_ms}
+
+    runs = {"served": [result(2.0, 40), result(4.0, 60)], "loop": [result(3.0), result(4.0)]}
+    figures = serve.summary(runs | {"whole": [result(1.0), result(2.0)]})
+    assert figures["over_encode_loop"] == {"median": 1.25, "min": 1.0, "max": 1.5}
+    assert figures["over_one_call"]["max"] == 0.5
+    assert figures["p95_ms"] == {"median": 50, "min": 40, "max": 60}
 
 
 def test_the_feed_is_compared_in_rows_a_second_tokenising_and_not():
