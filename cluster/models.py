@@ -62,13 +62,14 @@ class QueryResult:
 
 @dataclass(frozen=True)
 class Export:
-    """An exported Sentence Transformers folder."""
+    """An exported Sentence Transformers folder. url: where it was pushed to, None where it wasn't."""
 
-    run_id: str
+    model: str
     folder: Path
+    url: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {"run_id": self.run_id, "folder": str(self.folder)}
+        return {"model": self.model, "folder": str(self.folder), "url": self.url}
 
 
 @dataclass(frozen=True)
@@ -230,29 +231,34 @@ def _corpus_vectors(
     return vectors
 
 
-def export(run: str, folder: Path, root: Path | None = None) -> Export:
-    """Copies a run's Sentence Transformers folder to `folder`, whole or not at all.
+def export(
+    model: str, folder: Path, root: Path | None = None, push_to_hub: str | None = None, public: bool = False
+) -> Export:
+    """Copies MODEL's Sentence Transformers folder to `folder`, whole or not at all.
 
-    Raises UsageError for a run that isn't there or hasn't finished, and for a folder that isn't empty.
+    push_to_hub: a repository OWNER/NAME of the Hugging Face hub to which it goes as well, made private unless `public`
+
+    Raises UsageError for a model that isn't there or a run that hasn't finished, and for a folder that isn't empty;
+    RunError where the hub doesn't take it, with the copy in place.
     """
-    found = find_run(run, root)
-    if not found.export.is_dir():
-        raise UsageError(
-            f"run {found.run_id} has no exported model yet; finish it: gyre train RECIPE --resume {found.run_id}"
-        )
+    found = resolve(model, root)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already and not empty; name a new folder")
     making = folder.with_name(folder.name + ".making")
     try:
         shutil.rmtree(making, ignore_errors=True)
-        shutil.copytree(found.export, making)
+        shutil.copytree(found.folder, making)
         if folder.exists():
             folder.rmdir()
         making.rename(folder)
     except OSError as error:
         shutil.rmtree(making, ignore_errors=True)
         raise RunError(f"{folder} can't be written: {error}") from error
-    return Export(found.run_id, folder.absolute())
+    if push_to_hub is None:
+        return Export(found.name, folder.absolute())
+    from cluster.hub import push
+
+    return Export(found.name, folder.absolute(), push(folder, push_to_hub, public))
 
 
 def checkpoints(run: str, root: Path | None = None) -> list[SavedStep]:
