@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -164,5 +165,10 @@ def _peer() -> Any:
 
 
 if __name__ == "__main__":
-    sides = {"prepare": prepare, "served": served, "loop": loop, "whole": whole}
+    sides: dict[str, Callable[..., dict[str, Any]]] = {
+        "prepare": prepare,
+        "served": served,
+        "loop": loop,
+        "whole": whole,
+    }
     child_main(sides) if sys.argv[1:2] and sys.argv[1] in sides else main()

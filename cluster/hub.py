@@ -23,7 +23,7 @@ def push(folder: Path, repository: str, public: bool = False) -> str:
         raise UsageError(f"--push-to-hub {repository}: {str(error).splitlines()[0]}") from error
     if "/" not in repository:
         raise UsageError(f"--push-to-hub {repository}: write OWNER/NAME")
-    without_answer = HfHubHTTPError.__bases__[0]  # the hub's HTTP library's own error
+    without_answer: type[Exception] = HfHubHTTPError.__bases__[0]  # the hub's HTTP library's own error
     api, again = HfApi(), "; the copy is in place, and can be pushed with `hf upload`"
     try:
         made = api.create_repo(repository, private=not public, exist_ok=True)

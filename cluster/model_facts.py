@@ -50,7 +50,8 @@ def latency_p95_ms(folder: Path) -> float:
     """95th percentile of the milliseconds that one text of 32 words takes, one at a time, on this machine."""
     from cluster.embedding import load_encoder
 
-    encoder, taken = load_encoder(folder, "query"), []
+    encoder = load_encoder(folder, "query")
+    taken: list[float] = []
     for _ in range(_WARM_UP + _REPEATS):
         began = time.perf_counter()
         encoder.encode([_TIMED], "query")

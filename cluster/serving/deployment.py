@@ -7,6 +7,7 @@ many batches are under way.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -94,6 +95,7 @@ def _started(config: ServeConfig, root: Path, threads: int, token: str | None) -
 
     from cluster.serving.endpoint import digest
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     try:
         options = {"host": config.host, "port": config.port}

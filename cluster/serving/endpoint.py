@@ -134,13 +134,14 @@ class Endpoint:
 
 class _Metrics:
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        of = {"registry": self.registry}
-        self._requests = Counter("gyre_requests", "Requests answered", ("path", "status"), **of)
-        self._seconds = Histogram("gyre_request_seconds", "From request to answer", buckets=_SECONDS, **of)
-        self.texts = Counter("gyre_texts", "Texts embedded", **of)
-        self.tokens = Counter("gyre_tokens", "Tokens of those texts, prompts included", **of)
-        self.model = Info("gyre_model", "Which version answers, and what keeps it from following its alias", **of)
+        self.registry = of = CollectorRegistry()
+        self._requests = Counter("gyre_requests", "Requests answered", ("path", "status"), registry=of)
+        self._seconds = Histogram("gyre_request_seconds", "From request to answer", buckets=_SECONDS, registry=of)
+        self.texts = Counter("gyre_texts", "Texts embedded", registry=of)
+        self.tokens = Counter("gyre_tokens", "Tokens of those texts, prompts included", registry=of)
+        self.model = Info(
+            "gyre_model", "Which version answers, and what keeps it from following its alias", registry=of
+        )
 
     def count(self, path: str, status: int, seconds: float) -> None:
         self._requests.labels(path, str(status)).inc()
