@@ -51,7 +51,7 @@ class RegistryConfig(Section):
 
     name: str | None = Field(None, pattern=NAME, description="registered model; None: the recipe's name")
     gate: GateConfig | None = Field(None, description="None: every version may become champion")
-    card: CardConfig = CardConfig()
+    card: CardConfig = Field(CardConfig(), description="what the model card says that nobody can measure")
 
 
 class ClusterConfig(Section):
