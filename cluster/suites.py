@@ -27,7 +27,7 @@ from evaluation.suite import (
     ZeroShotSection,
     nearest,
 )
-from evaluation.vectors import Variant
+from evaluation.vectors import Side, Variant
 
 if TYPE_CHECKING:
     from data_services.sources import SourceConfig
@@ -237,10 +237,13 @@ def _reranking(section: RerankingSection, home: Path) -> Task:
     return Reranking(section.name, section.asked, ids, queries, candidates, section.bm25, languages=languages)
 
 
-def _pairs(section: Any, home: Path, *others: str) -> tuple[_Rows, tuple[Any, ...]]:
+def _pairs(
+    section: Any, home: Path, *others: str
+) -> tuple[_Rows, tuple[str, tuple[str, ...], list[str], list[str], Side]]:
+    """The rows with those other fields, and what every task of pairs is made of."""
     rows = _Rows(section, _source(section, section.split), [section.first, section.second, *others], home)
-    both = rows.texts(section.first), rows.texts(section.second)
-    return rows, (section.name, section.asked, *both, section.side)
+    first, second = rows.texts(section.first), rows.texts(section.second)
+    return rows, (section.name, section.asked, first, second, section.side)
 
 
 def _sts(section: STSSection, home: Path) -> Task:

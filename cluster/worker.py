@@ -82,6 +82,11 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
     )
     watcher.resume(start)
     stop = StopFile(task.run.stop_request)
+
+    def after_step(taken: int) -> None:
+        refresher(taken)
+        watcher(taken)
+
     store = CheckpointStore(task.run.checkpoints, task.recipe.checkpoint, group)
 
     def save(at: int) -> None:
@@ -94,7 +99,7 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
             start=start,
             stop=task.steps,
             save=save,
-            after_step=lambda taken: (refresher(taken), watcher(taken)),
+            after_step=after_step,
             checkpoint=task.recipe.checkpoint,
             group=group,
             sink=MetricsLog(task.run.metrics, start) if group.rank == 0 else lambda step, metrics: None,
