@@ -135,7 +135,8 @@ def ours(folder: str, model: str, dims: list[int]) -> dict[str, Any]:
 
 def st(folder: str, model: str, dims: list[int]) -> dict[str, Any]:
     began = time.perf_counter()
-    from sentence_transformers import SentenceTransformer, evaluation
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import evaluation
 
     def rows(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (Path(folder) / f"{name}.jsonl").read_text().splitlines()]

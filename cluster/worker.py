@@ -18,7 +18,7 @@ from cluster.paths import RunPaths
 from cluster.refresh import Refresher
 from cluster.watching import Watcher
 from data_services.imports import import_object
-from data_services.schema import BatchStream, UsageError
+from data_services.schema import BatchStream
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +82,11 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
     )
     watcher.resume(start)
     stop = StopFile(task.run.stop_request)
+
+    def after_step(taken: int) -> None:
+        refresher(taken)
+        watcher(taken)
+
     store = CheckpointStore(task.run.checkpoints, task.recipe.checkpoint, group)
 
     def save(at: int) -> None:
@@ -94,7 +99,7 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
             start=start,
             stop=task.steps,
             save=save,
-            after_step=lambda taken: (refresher(taken), watcher(taken)),
+            after_step=after_step,
             checkpoint=task.recipe.checkpoint,
             group=group,
             sink=MetricsLog(task.run.metrics, start) if group.rank == 0 else lambda step, metrics: None,
@@ -197,27 +202,15 @@ def model_of(recipe: Recipe, folder: Path, learned: Mapping[str, float]) -> Trai
 
 def encoder_of(recipe: Recipe, folder: Path) -> TextEncoder:
     """The recipe's tower from its model folder; random weights come from the current torch generator."""
-    from trainers.encoders.text import TextEncoder, build_encoder
-    from trainers.export import BACKBONE, READOUT
+    from trainers.encoders.custom import checked
+    from trainers.encoders.spec import ModelSpec
+    from trainers.encoders.text import build_encoder
 
     named = recipe.model.encoder
     if named is None:
         return build_encoder(recipe.model, folder)
-    encoder = import_object(named, "model.encoder")(recipe.model, folder)
-    if not isinstance(encoder, TextEncoder):
-        raise UsageError(f"model.encoder: {named} returned a {type(encoder).__name__}; it must return a TextEncoder")
-    if recipe.model.packing == "on" and not encoder.packed:
-        raise UsageError(f"model.packing: on, but {named} returned an encoder that pads; build it with build_encoder")
-    if recipe.model.adapter is not None and all("lora_" not in name for name, _ in encoder.named_parameters()):
-        raise UsageError(f"model.adapter: {named} returned an encoder without one; build it with build_encoder")
-    names = [name for name, _ in encoder.named_parameters()]
-    outside = next((name for name in names if not name.startswith((BACKBONE, READOUT))), None)
-    if outside:
-        raise UsageError(
-            f"model.encoder: {named} has the weight {outside}, which an export can't hold; move it into the backbone "
-            "or the readout"
-        )
-    return encoder
+    made = import_object(named, "model.encoder")(recipe.model, folder)
+    return checked(made, recipe.model, ModelSpec.load(folder))
 
 
 def tensors_of(step: ContrastiveStep) -> dict[str, torch.Tensor]:

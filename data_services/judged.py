@@ -12,7 +12,7 @@ from data_services.origins import origin_of
 from data_services.readers.blocks import Block, Want
 from data_services.readers.formats import FilePart
 from data_services.readers.joined import BeirPart, document_fields, judgements
-from data_services.records import Malformed, Row
+from data_services.records import Malformed
 from data_services.schema import Column, UsageError, text_id
 from data_services.sources import SourceConfig, open_source
 
@@ -85,16 +85,15 @@ def _good_rows(blocks: Iterable[Block]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _beir(part: BeirPart, max_bytes: int) -> Judged:
-    grades: dict[str, dict[str, float]] = {}
-    for row in judgements(part.qrels):
-        if not isinstance(row, Row):
-            raise UsageError(f"{part.qrels.name}:{row.number}: {row.reason}")
-        grades.setdefault(row.fields["query"], {})[row.fields["document"]] = row.fields["score"]
+    judged, malformed = judgements(part.qrels)
+    if malformed:
+        raise UsageError(f"{part.qrels.name}:{malformed[0].number}: {malformed[0].reason}")
+    grades = {query: scores for query, (_, scores) in judged.items()}
     queries, documents = (dict(_texts(files, max_bytes)) for files in (part.queries, part.corpus))
-    for query, judged in grades.items():
+    for query, scores in grades.items():
         if query not in queries:
             raise UsageError(f"{part.qrels.name} names query {query!r}, which isn't in {part.queries[0].name}")
-        missing = next((document for document in judged if document not in documents), None)
+        missing = next((document for document in scores if document not in documents), None)
         if missing is not None:
             raise UsageError(
                 f"{part.qrels.name} names document {missing!r} for query {query!r}, which isn't in "

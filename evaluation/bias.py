@@ -39,7 +39,7 @@ def probes() -> dict[str, Probe]:
 
 def associations(vectors: Vectors) -> dict[str, dict[str, float]]:
     """{probe: {"effect": d, "p": p}}: see `association`."""
-    return {name: association(*(_embedded(vectors, words) for words in probe)) for name, probe in probes().items()}
+    return {name: association(*_of_probe(vectors, probe)) for name, probe in probes().items()}
 
 
 def association(x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, float]:
@@ -62,6 +62,11 @@ def association(x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray, seed
 
 def _difference(pulls: np.ndarray, n: int) -> float:
     return float(pulls[:n].mean() - pulls[n:].mean())
+
+
+def _of_probe(vectors: Vectors, probe: Probe) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    x, y, a, b = (_embedded(vectors, words) for words in probe)
+    return x, y, a, b
 
 
 def _embedded(vectors: Vectors, words: Iterable[str]) -> np.ndarray:
