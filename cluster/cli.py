@@ -17,6 +17,8 @@ import typer
 from cluster.corpus_commands import embed, mine
 from cluster.data_commands import data_app
 from cluster.options import Json, Model, Overrides, Recipe, check_json, open_console, write_json
+from cluster.registry_commands import compare, list_models, promote, rollback
+from cluster.serve_command import serve
 
 DONE, FAILED, WRONG, REFUSED = 0, 1, 2, 3
 
@@ -31,7 +33,6 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, the beginning of one, or its folder.")]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A registered model.")]
 
 
 @app.command(epilog="Example: gyre train recipes/quickstart.yaml optimizer.lr=1e-3 --json result.json")
@@ -83,22 +84,34 @@ def submit(
         raise typer.Exit(job.exit_code or FAILED)
 
 
-@app.command(epilog="Example: gyre evaluate models:/quickstart@champion --suite builtin:stdlib-code")
+@app.command(epilog="Example: gyre evaluate models:/quickstart@champion --suite builtin:code")
 def evaluate(
     model: Model,
-    suite: Annotated[str, typer.Option(help="A source of queries and documents.")] = "builtin:stdlib-code",
-    split: Annotated[str, typer.Option(help="A split of it.")] = "heldout",
-    k: Annotated[int, typer.Option(min=1, help="Cutoff of the metrics.")] = 10,
+    suite: Annotated[
+        str, typer.Option(help="A suite's YAML, builtin:code, or a source of queries and documents.")
+    ] = "builtin:stdlib-code",
+    split: Annotated[str | None, typer.Option(help="Split of a source; none: heldout or test.")] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="Cutoff of a source's metrics; none: 10.")] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL", help="Beside it; none: the champion, or the untrained model. `none`: BM25 alone."
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that encode and search a large corpus.")] = 1,
     json_file: Json = None,
 ) -> None:
-    """Score a model beside BM25."""
-    from cluster import models
-    from cluster.console import show_evaluation
+    """Score a model on a suite, beside BM25 and other models."""
+    from cluster import evaluating
+    from cluster.console import Progress, show_evaluation
 
     check_json(json_file)
-    found = models.evaluate(model, suite, split, k)
-    write_json(json_file, found.as_dict())
-    show_evaluation(open_console(), found)
+    console = open_console()
+    with Progress(console) as progress:
+        job = evaluating.EvaluationJob(model, suite, split, k, tuple(baseline or ()), workers)
+        found = evaluating.evaluate(job, on_progress=progress)
+    write_json(json_file, found.result.model_dump() | {"folder": str(found.folder)})
+    show_evaluation(console, found)
 
 
 app.command(epilog="Example: gyre embed models:/quickstart@champion corpus.jsonl text=body title=title --out vectors")(
@@ -109,67 +122,39 @@ app.command(epilog="Example: gyre mine models:/quickstart@champion pairs.jsonl -
 )
 
 
-@app.command("models", epilog="Example: gyre models quickstart")
-def list_models(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One model; else all.")] = None,
-    json_file: Json = None,
-) -> None:
-    """List registered versions with aliases and scores."""
-    from cluster import registry
-    from cluster.console import show_versions
-
-    check_json(json_file)
-    versions = registry.list_models(name)
-    write_json(json_file, [v.as_dict() for v in versions])
-    show_versions(open_console(), versions)
+app.command(epilog="Example: gyre compare models:/quickstart@champion models:/quickstart@candidate --suite team.yaml")(
+    compare
+)
+app.command("models", epilog="Example: gyre models quickstart")(list_models)
+app.command(epilog="Example: gyre promote quickstart 2 --gates team-gates.yaml --sign-off ann")(promote)
+app.command(epilog="Example: gyre rollback quickstart")(rollback)
+app.command(epilog="Example: gyre serve models:/quickstart@champion --port 8000")(serve)
 
 
-@app.command(epilog="Example: gyre promote quickstart 2")
-def promote(name: Name, version: Annotated[int, typer.Argument(metavar="VERSION")], json_file: Json = None) -> None:
-    """Make a version the champion, if it passes its gate; else exit 3."""
-    from cluster import registry
-    from cluster.console import show_move
-    from data_services.schema import Refused
-
-    check_json(json_file)
-    try:
-        moved = registry.promote(name, version)
-    except Refused as refused:
-        if isinstance(refused, registry.GateFailed):
-            from evaluation.report import gate_text
-
-            typer.echo(gate_text(refused.result))
-            write_json(json_file, {"refused": str(refused), "gates": refused.rows()})
-        raise
-    write_json(json_file, moved.as_dict())
-    show_move(open_console(), moved)
-
-
-@app.command(epilog="Example: gyre rollback quickstart")
-def rollback(name: Name, json_file: Json = None) -> None:
-    """Make the version before the champion the champion again."""
-    from cluster import registry
-    from cluster.console import show_move
-
-    check_json(json_file)
-    moved = registry.rollback(name)
-    write_json(json_file, moved.as_dict())
-    show_move(open_console(), moved)
-
-
-@app.command(epilog="Example: gyre export 3f2a9c models/mine")
+@app.command(epilog="Example: gyre export models:/quickstart@champion models/mine --push-to-hub me/mine")
 def export(
-    run: Run,
+    model: Model,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Upload it to the Hugging Face hub too.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --push-to-hub: a repository that all can read.")
+    ] = False,
     json_file: Json = None,
 ) -> None:
-    """Copy a run's model out, as a Sentence Transformers folder."""
+    """Copy a model out, as a Sentence Transformers folder with its model card."""
     from cluster import models
+    from data_services.schema import UsageError
 
     check_json(json_file)
-    done = models.export(run, folder)
+    if public and push_to_hub is None:
+        raise UsageError("--public says how --push-to-hub makes the repository: give OWNER/NAME there")
+    done = models.export(model, folder, push_to_hub=push_to_hub, public=public)
     write_json(json_file, done.as_dict())
-    typer.echo(f"{done.folder}\nload it with SentenceTransformer({str(done.folder)!r})")
+    typer.echo(f"{done.folder}\nload it with SentenceTransformer({push_to_hub or str(done.folder)!r})")
+    if done.url:
+        typer.echo(done.url)
 
 
 @app.command(

@@ -38,11 +38,21 @@ COLUMN_OF = {
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 
 
+class CardConfig(Section):
+    """`registry.card:` what the model card says that nobody can measure."""
+
+    licence: str | None = Field(None, description="of the model, as the hub writes it: apache-2.0, mit, cc-by-4.0, …")
+    languages: list[str] = Field([], description="ISO codes: en, de, code, …")
+    datasets: list[str] = Field([], description="hub ids of the training data; []: those of data.sources")
+    description: str | None = Field(None, description="what the model is for, and what it isn't for (Markdown)")
+
+
 class RegistryConfig(Section):
     """`registry:` where the trained model is registered, and what it must reach to become champion."""
 
     name: str | None = Field(None, pattern=NAME, description="registered model; None: the recipe's name")
     gate: GateConfig | None = Field(None, description="None: every version may become champion")
+    card: CardConfig = Field(CardConfig(), description="what the model card says that nobody can measure")
 
 
 class ClusterConfig(Section):

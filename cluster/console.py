@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from cluster.doctor import Diagnosis
     from cluster.embedding import EmbeddingResult
     from cluster.jobs import JobResult
-    from cluster.models import Evaluation, QueryResult, SavedStep
+    from cluster.models import QueryResult, SavedStep
     from cluster.registry import Move, Version
+    from evaluation.compare import Comparison
+    from evaluation.stored import StoredEvaluation, TaskResult
 
 PLAIN_EVERY_S = 5.0
 _MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}
@@ -185,9 +187,30 @@ def show_trained(console: Console, result: Mapping[str, Any], root: Path) -> Non
         console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
 
-def show_evaluation(console: Console, found: Evaluation) -> None:
-    title = f"{found.suite}, {found.split}: {found.queries} queries, {found.documents} candidates"
-    console.print(table(found.rows, console, title), soft_wrap=True)
+def show_evaluation(console: Console, found: StoredEvaluation) -> None:
+    """A table for each task with what it says of its texts, then where the evaluation is stored."""
+    from cluster.evaluating import rows_of
+
+    result = found.result
+    for name, task in result.tasks.items():
+        counts = ", ".join(f"{count:,} {side}" for side, count in task.counts.items())
+        console.print(table(rows_of(result, name), console, f"{name} ({task.kind}): {counts}"), soft_wrap=True)
+        show_lines(console, *_about(task, result.geometry.get(name, {})))
+        console.print()
+    for probe, told in result.bias.items():
+        show_lines(console, f"bias {probe}: effect {told['effect']:+.2f}, p {told['p']:.2g}")
+    show_lines(console, f"stored  {found.folder}")
+
+
+def _about(task: TaskResult, geometry: Mapping[str, float]) -> Iterator[str]:
+    """What a table of scores doesn't show."""
+    parts = {name: scores[task.main] for name, scores in task.slices.items() if task.main in scores}
+    if parts:
+        yield f"{task.main} of " + ", ".join(f"{name} {score:.4f}" for name, score in parts.items())
+    for side, held in (task.contamination or {}).items():
+        yield f"training data holds {held.exact} of {held.texts} {side}, and nearly {held.near} more"
+    if geometry:
+        yield "geometry: " + ", ".join(f"{name} {value:.3f}" for name, value in geometry.items())
 
 
 def show_embedding(console: Console, found: EmbeddingResult) -> None:
@@ -216,9 +239,40 @@ def show_versions(console: Console, versions: list[Version]) -> None:
     show_table(console, ("model", "version", "aliases", "held-out scores", "run"), rows)
 
 
+def show_lineage(console: Console, versions: list[Version]) -> None:
+    """Where each version comes from, and how it became champion. Fingerprints are cut; --json has them whole."""
+    for v in versions:
+        lines = [f"{part:12}{value if part == 'parent' else value[:40]}" for part, value in v.lineage.items()]
+        if (promoted := v.promotion) is not None:
+            over = f", over its gate: {promoted['override']}" if promoted.get("override") else ""
+            before = f", after version {promoted['previous']}" if promoted.get("previous") else ""
+            lines.append(f"{'champion':12}by {promoted['by']} at {promoted['at']}{before}{over}")
+        if v.signed_off_by:
+            lines.append(f"{'signed by':12}{', '.join(v.signed_off_by)}")
+        show_lines(console, "", f"{v.name} version {v.version}", *(f"  {line}" for line in lines))
+
+
+def show_comparison(console: Console, found: Comparison) -> None:
+    """The table, the queries that changed most of each task, and how to read it."""
+    from evaluation.report import comparison_table, comparison_text
+
+    console.print(f"A  {found.a} ({found.evaluations[0]})", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"B  {found.b} ({found.evaluations[1]})", highlight=False, soft_wrap=True, markup=False)
+    if console.is_terminal:
+        console.print(comparison_table(found))
+    else:
+        show_lines(console, comparison_text(found))
+    for task in found.tasks:
+        if task.changed:
+            show_lines(console, "", f"{task.task}: the queries that changed most ({task.metric}, A to B)")
+            show_lines(console, *(f"  {c.b - c.a:+.4f}  {c.a:.4f} to {c.b:.4f}  {c.query_id}" for c in task.changed))
+
+
 def show_move(console: Console, moved: Move) -> None:
     before = f"; before it: version {moved.previous}" if moved.previous is not None else ""
     console.print(f"{moved.name}: champion is version {moved.version}{before}", highlight=False)
+    if moved.override:
+        show_lines(console, f"a gate said no; recorded: {moved.override}")
 
 
 def show_hits(console: Console, found: QueryResult, lines: int = 12) -> None:

@@ -96,7 +96,7 @@ def _tokenizer(recipe: Recipe, sources: tuple[StoredSource, ...], root: Path, ru
         yield tokenizer_of(find_run(run, root).model)
         return
     with tempfile.TemporaryDirectory(prefix="gyre-plan-") as folder:
-        make_model_folder(recipe, Path(folder) / "model", sources)
+        make_model_folder(recipe, Path(folder) / "model", sources, root)
         yield tokenizer_of(Path(folder) / "model")
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.paths import RunPaths
 from cluster.prepare import Prepared
+from cluster.watching import scores_of
 from cluster.worker import Task, train_on_worker
 from data_services.schema import RunError, UsageError
 from trainers.checkpoint import latest
@@ -82,8 +83,14 @@ class Fitting(threading.Thread):
 
 
 def is_trained(ready: Prepared) -> bool:
-    newest = latest(ready.run.checkpoints)
-    return ready.run.export.exists() and newest is not None and newest.step == ready.plan.steps
+    return ready.run.export.exists() and _at_its_end(ready)
+
+
+def _at_its_end(ready: Prepared) -> bool:
+    """Whether the newest checkpoint is the plan's last, or the one at which no score had been better for long."""
+    newest, ended = latest(ready.run.checkpoints), ready.run.ended
+    last = json.loads(ended.read_text())["step"] if ended.exists() else ready.plan.steps
+    return newest is not None and newest.step == last
 
 
 def check_outcome(error: BaseException | None, ready: Prepared, stopped: bool) -> None:
@@ -91,7 +98,7 @@ def check_outcome(error: BaseException | None, ready: Prepared, stopped: bool) -
     newest = latest(ready.run.checkpoints)
     if error is not None:
         raise run_error(error, ready.run, newest) from error
-    if stopped or newest is None or newest.step < ready.plan.steps:
+    if stopped or not _at_its_end(ready):
         at = f"at step {newest.step}" if newest else "before the first checkpoint"
         raise Stopped(f"stopped {at}; go on with: gyre train RECIPE --resume {ready.run.run_id}")
 
@@ -228,13 +235,19 @@ class Follower:
         self.tracker, self.tell = tracker, tell
         self.first_step_at = time.time()
         self._seen, self._next = 0, tracker.last_step + 1  # the tracker has the steps before
+        self._watched, self._scored = run, set(scores_of(run))
 
     def poll(self) -> None:
-        """Takes in the whole lines of steps that are new.
+        """Takes in the whole lines of steps that are new, and tells new scores.
 
         They are found by their step, not by an offset: after a restart rank 0 has cut the file, and may have
         written on past the old offset before this looks again.
         """
+        for step, scores in scores_of(self._watched).items():
+            if step not in self._scored:
+                self._scored.add(step)
+                told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+                self.tell({"kind": "note", "text": f"after step {step}: {told}"})
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:

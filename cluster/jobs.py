@@ -35,7 +35,10 @@ EXCLUDED = (
 )
 # Variables of this shell that the command means to take along; secrets are the cluster's own business.
 PASSED = ("GYRE_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "HF_HUB_OFFLINE")
-COMMANDS = ("train", "evaluate", "models", "promote", "rollback", "export", "query", "doctor", "checkpoints")
+COMMANDS = (
+    *("train", "evaluate", "compare", "models", "promote", "rollback", "serve", "export", "query"),
+    *("doctor", "checkpoints"),
+)
 
 
 @dataclass(frozen=True)

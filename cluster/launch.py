@@ -19,9 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
 from cluster.fit import Progress, Stopped, stopped_by_signal, training
+from cluster.model_card import CardFacts, write_card
 from cluster.paths import find_run, run_home
 from cluster.prepare import Prepared, check_resumable, check_sources, data_fingerprint, prepare
+from cluster.revision import code_revision
 from cluster.scoring import score_everywhere
+from cluster.watching import keep_best
 from data_services.schema import RunError
 from trainers.checkpoint import latest, write_json
 
@@ -164,6 +167,10 @@ def conclude(ready: Prepared, tracker: Tracker, tell: Progress, began: float, fi
     from cluster import registry
 
     recipe, run = ready.recipe, ready.run
+    newest = latest(run.checkpoints)
+    assert newest is not None, "a finished run has its last checkpoint"
+    for step, watched in keep_best(run, recipe, newest.step, tell).items():
+        tracker.log_result({f"watched.{name}": value for name, value in watched.items()}, step)
     scored = score_everywhere(ready)
     scores = {split: found.rows for split, found in scored.items()}
     for split, rows in scores.items():
@@ -173,21 +180,26 @@ def conclude(ready: Prepared, tracker: Tracker, tell: Progress, began: float, fi
     if heldout:
         tell({"kind": "table", "title": f"{evaluation.heldout} split", "rows": heldout})
     tell({"kind": "phase", "text": "registering"})
+    newest = latest(run.checkpoints)
+    assert newest is not None, "a finished run has its last checkpoint"
+    lineage = {
+        "run": run.run_id,
+        "data": data_fingerprint(ready.sources),
+        "config": recipe.fingerprint(),
+        "parent": run.parent.read_text() if run.parent.is_file() else "unknown",
+        "checkpoint": newest.folder.name,
+        "code": code_revision(),
+    }
+    write_card(run.export, CardFacts(recipe, scores, lineage))
     version = registry.register(
         recipe.registered_name,
         run.export,
         run_id=tracker.run_id,
         scores={"validation": validation, "heldout": heldout},
         gate=recipe.registry.gate,
-        tags={
-            "gyre.run": run.run_id,
-            "gyre.recipe": recipe.fingerprint(),
-            "gyre.data": data_fingerprint(ready.sources),
-        },
+        tags={registry.LINEAGE[part]: value for part, value in lineage.items()},
         root=ready.root,
     )
-    newest = latest(run.checkpoints)
-    assert newest is not None, "a finished run has its last checkpoint"
     result = TrainResult(
         run_id=run.run_id,
         checkpoint=str(newest.folder),

@@ -1,4 +1,4 @@
-"""What is done with a trained model: score it, search with it, hand it out, look at its checkpoints.
+"""What is done with a trained model: open it, search with it, hand it out, look at its checkpoints.
 
 MODEL everywhere is a folder, a run (its id, the beginning of one, or its folder), `models:/NAME@ALIAS`,
 `models:/NAME/VERSION`, or a hub id.
@@ -38,21 +38,6 @@ class ModelRef:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """rows: {"bm25": {metric: value}, model: {metric: value}}, over the same queries and candidates."""
-
-    model: str
-    suite: str
-    split: str
-    queries: int
-    documents: int
-    rows: dict[str, dict[str, float]]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
 class Hit:
     """A document that answers a query: its similarity (the cosine, of token vectors the sum of their maxima), its name,
     its text (of an image none)."""
@@ -78,13 +63,14 @@ class QueryResult:
 
 @dataclass(frozen=True)
 class Export:
-    """An exported Sentence Transformers folder."""
+    """An exported Sentence Transformers folder. url: where it was pushed to, None where it wasn't."""
 
-    run_id: str
+    model: str
     folder: Path
+    url: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {"run_id": self.run_id, "folder": str(self.folder)}
+        return {"model": self.model, "folder": str(self.folder), "url": self.url}
 
 
 @dataclass(frozen=True)
@@ -167,28 +153,6 @@ def exported_encoder(folder: Path, device: str = "cpu") -> Encoder:
     return LocalEncoder(tower.to(device), tokenizer_of(folder))
 
 
-def evaluate(
-    model: str, suite: str = BUILTIN, split: str = "heldout", k: int = 10, root: Path | None = None
-) -> Evaluation:
-    """Scores MODEL and BM25 on the pool of a source: every positive is a candidate for every query.
-
-    suite: a source's path, as in `data.sources` of a recipe; split: one it has.
-    """
-    from data_services.items import TEXT
-    from data_services.sources import SourceConfig, open_source, retrieval_pool
-    from evaluation.retrieval import EvaluationConfig, bm25_rows, evaluate_encoder
-
-    ref = resolve(model, root)
-    source = open_source(SourceConfig(path=suite, split=split), root or home())
-    pool = retrieval_pool(source)
-    config = EvaluationConfig(k=k)
-    baselines = bm25_rows(*pool, config) if source.kinds == TEXT else {}
-    rows = {name: scores.metrics for name, scores in baselines.items()}
-    with open_encoder(ref.folder) as encoder:
-        rows[ref.name] = evaluate_encoder(encoder, pool.queries, pool.documents, pool.relevant, k).metrics
-    return Evaluation(ref.name, suite, split, len(pool.queries), len(pool.documents), rows)
-
-
 def query(
     text: str | None,
     model: str,
@@ -204,7 +168,7 @@ def query(
     images. The corpus's vectors are kept under the home, by the contents of model and corpus: only the first query of
     a corpus waits for them.
     """
-    from evaluation.retrieval import rank, rank_tokens
+    from evaluation.search import rank, rank_tokens
 
     ref = resolve(model, root)
     kinds = kinds_of(ref.folder)
@@ -322,29 +286,34 @@ def _gives_tokens(encoder: Encoder) -> bool:
     return getattr(encoder, "gives_tokens", False)
 
 
-def export(run: str, folder: Path, root: Path | None = None) -> Export:
-    """Copies a run's Sentence Transformers folder to `folder`, whole or not at all.
+def export(
+    model: str, folder: Path, root: Path | None = None, push_to_hub: str | None = None, public: bool = False
+) -> Export:
+    """Copies MODEL's Sentence Transformers folder to `folder`, whole or not at all.
 
-    Raises UsageError for a run that isn't there or hasn't finished, and for a folder that isn't empty.
+    push_to_hub: a repository OWNER/NAME of the Hugging Face hub to which it goes as well, made private unless `public`
+
+    Raises UsageError for a model that isn't there or a run that hasn't finished, and for a folder that isn't empty;
+    RunError where the hub doesn't take it, with the copy in place.
     """
-    found = find_run(run, root)
-    if not found.export.is_dir():
-        raise UsageError(
-            f"run {found.run_id} has no exported model yet; finish it: gyre train RECIPE --resume {found.run_id}"
-        )
+    found = resolve(model, root)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already and not empty; name a new folder")
     making = folder.with_name(folder.name + ".making")
     try:
         shutil.rmtree(making, ignore_errors=True)
-        shutil.copytree(found.export, making)
+        shutil.copytree(found.folder, making)
         if folder.exists():
             folder.rmdir()
         making.rename(folder)
     except OSError as error:
         shutil.rmtree(making, ignore_errors=True)
         raise RunError(f"{folder} can't be written: {error}") from error
-    return Export(found.run_id, folder.absolute())
+    if push_to_hub is None:
+        return Export(found.name, folder.absolute())
+    from cluster.hub import push
+
+    return Export(found.name, folder.absolute(), push(folder, push_to_hub, public))
 
 
 def checkpoints(run: str, root: Path | None = None) -> list[SavedStep]:

@@ -42,12 +42,15 @@ class RunPaths:
     export       the Sentence Transformers folder
     metrics      one JSON line a step, written by rank 0 as training goes
     data         fingerprint of every source (JSON)
+    parent       the weights that training began from: folder, hub id, NAME/VERSION, or "random weights"
     tracker      id of the run in the tracking store (JSON)
     startup      when rank 0 entered training and when its model and engine stood, seconds since 1970, and what
                  the run chose: cached, precision, reduction (JSON)
     failure      a worker's last sentence, where it failed in a way that a restart would repeat
     quarantine   rows that could not be decoded while training, a JSON file each
     mined        hard negatives mined while training, a folder for each step they were mined after
+    watched      models scored while training, and their scores, a folder for each step
+    ended        the step at which training ended before its last, since no score was better for long (JSON)
     stop_request created to ask the workers to checkpoint and stop
     """
 
@@ -78,6 +81,10 @@ class RunPaths:
         return self.root / "data.json"
 
     @property
+    def parent(self) -> Path:
+        return self.root / "parent.txt"
+
+    @property
     def tracker(self) -> Path:
         return self.root / "tracker.json"
 
@@ -100,6 +107,14 @@ class RunPaths:
     @property
     def mined(self) -> Path:
         return self.root / "mined"
+
+    @property
+    def watched(self) -> Path:
+        return self.root / "watched"
+
+    @property
+    def ended(self) -> Path:
+        return self.root / "ended.json"
 
     @property
     def stop_request(self) -> Path:

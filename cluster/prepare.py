@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from data_services.store import Report, StoredSource
     from data_services.stream import Reader
     from data_services.teacher import Progress, Teacher
+    from trainers.config import ModelConfig
 
 TOKENIZER_RECORDS = 200_000  # more don't change a vocabulary of thousands
 READ_RECORDS = 1024
@@ -139,7 +140,7 @@ def prepare(
     building = RunPaths(run.root.with_name(f".{run.root.name}.new"))
     building.root.mkdir(parents=True)
     try:
-        make_model_folder(recipe, building.model, sources)
+        building.parent.write_text(make_model_folder(recipe, building.model, sources, root))
         write_json(building.recipe, recipe.model_dump(mode="json"))
         write_json(building.data, made_of)
         building.root.rename(run.root)
@@ -209,8 +210,11 @@ def check_scoring(recipe: Recipe, pools: Mapping[str, StoredSource]) -> None:
 _KEY_OF = {"image": "image", "audio": "audio", "parts": "fields"}  # of a kind's tower in `model:`
 
 
-def make_model_folder(recipe: Recipe, folder: Path, sources: tuple[StoredSource, ...]) -> None:
-    """Config, tokenizer and, for a pretrained model, weights: one folder that every worker reads."""
+def make_model_folder(recipe: Recipe, folder: Path, sources: tuple[StoredSource, ...], root: Path | None = None) -> str:
+    """Config, tokenizer and, for a pretrained model, weights: one folder that every worker reads.
+
+    Gives the name of the weights it begins from.
+    """
     from data_services.tokenizer import train_bpe
     from trainers.encoders.model_folder import prepare_model_folder
     from trainers.encoders.towers import prepare_towers
@@ -218,8 +222,21 @@ def make_model_folder(recipe: Recipe, folder: Path, sources: tuple[StoredSource,
     def train_tokenizer(vocabulary: int, target: Path) -> None:
         train_bpe(training_texts(sources), vocabulary, target)
 
-    prepare_model_folder(recipe.model, folder, train_tokenizer)
-    prepare_towers(recipe.model, folder)
+    model, parent = on_this_machine(recipe.model, root)
+    prepare_model_folder(model, folder, train_tokenizer)
+    prepare_towers(model, folder)
+    return parent
+
+
+def on_this_machine(model: ModelConfig, root: Path | None) -> tuple[ModelConfig, str]:
+    """The section with folders for the registered models that it names, and the name of the weights it begins from."""
+    from cluster.models import resolve
+
+    named = {key: getattr(model, key) for key in ("path", "document_path", "init_from")}
+    found = {key: resolve(uri, root) for key, uri in named.items() if uri and uri.startswith("models:")}
+    names = named | {key: ref.name for key, ref in found.items()}
+    folders = {key: str(ref.folder) for key, ref in found.items()}
+    return model.model_copy(update=folders), names["init_from"] or names["path"] or "random weights"
 
 
 def training_texts(sources: tuple[StoredSource, ...]) -> Iterator[str]:

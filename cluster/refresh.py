@@ -1,8 +1,7 @@
 """Mining beside training: a process that rank 0 starts, and what that process does.
 
-It is a process of its own, since loading a model draws random numbers, and training's must be what they are without it.
-One that died with its run is started again by the next: the snapshot of the weights is there before any checkpoint of
-its step, so that a run which goes on reads what it would have read.
+A process that died with its run is started again by the next: the snapshot of the weights is there before any
+checkpoint of its step, so that a run which goes on reads what it would have read.
 """
 
 from __future__ import annotations
@@ -10,18 +9,15 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from cluster.beside import main_beside, run_beside
 from cluster.config import Recipe
 from cluster.paths import RunPaths
 from data_services.refresh import FAILED, MINED, step_folder
-from data_services.schema import RunError, UsageError
 from data_services.store import StoredSource
 
 if TYPE_CHECKING:
@@ -55,17 +51,8 @@ class Refresher:
         folder = step_folder(self._run.mined, step)
         if self._rank or (folder / MINED).exists():
             return
-        (folder / FAILED).unlink(missing_ok=True)
-        command = [sys.executable, "-m", "cluster.refresh", str(self._run.root), str(step), str(os.getpid())]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        threading.Thread(target=_watch, args=(process, folder), daemon=True).start()
-
-
-def _watch(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Leaves a sentence where the process died without one: readers wait for it."""
-    code = process.wait()
-    if code and not (folder / FAILED).exists():
-        (folder / FAILED).write_text(f"the process that mined ended with code {code}")
+        work = ("cluster.refresh", self._run, step, folder / FAILED)
+        threading.Thread(target=run_beside, args=work, daemon=True).start()
 
 
 def mine_step(run: RunPaths, step: int) -> None:
@@ -123,22 +110,7 @@ def _fingerprint(files: list[Path]) -> str:
 
 
 def main() -> None:
-    run, step, parent = RunPaths(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    try:
-        mine_step(run, step)
-    except (UsageError, RunError, OSError) as error:
-        if os.getppid() != parent:  # the next attempt has a miner of its own
-            os._exit(1)
-        (step_folder(run.mined, step) / FAILED).write_text(" ".join(str(error).split()))
-        sys.exit(1)
-
-
-def _end_with(parent: int) -> None:
-    """A worker that was killed takes its miner along: the next attempt starts its own."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+    main_beside(mine_step, lambda run, step: step_folder(run.mined, step) / FAILED)
 
 
 if __name__ == "__main__":

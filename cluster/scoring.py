@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cluster.config import Recipe
 from cluster.paths import RunPaths
-from cluster.prepare import Prepared, tokenizer_of
+from cluster.prepare import Prepared
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,20 +42,15 @@ def score_split(recipe: Recipe, run: RunPaths, split: str, pool: StoredSource, t
 
     training  what a baseline of images looks at
     """
-    import torch
-
+    from cluster.baselines import untrained
     from cluster.models import exported_encoder
-    from cluster.worker import model_of
     from data_services.sources import retrieval_pool
     from evaluation.both_ways import every_way
     from evaluation.significance import paired_bootstrap
-    from trainers.encoders.local import LocalEncoder
 
     queries, documents, relevant = task = retrieval_pool(pool)
     scores = baselines(task, pool.kinds, training, recipe.evaluation)
-    torch.manual_seed(recipe.seed)
-    untrained = LocalEncoder(model_of(recipe, run.model, {}).tower, tokenizer_of(run.model))
-    for name, encoder in {"untrained": untrained, "trained": exported_encoder(run.export)}.items():
+    for name, encoder in {"untrained": untrained(recipe, run), "trained": exported_encoder(run.export)}.items():
         scores |= every_way(name, encoder, queries, documents, relevant, recipe.evaluation)
     save_per_query(run, split, queries, {name: s.per_query for name, s in scores.items()})
     rows = {name: s.metrics for name, s in scores.items()}

@@ -67,8 +67,23 @@ def store_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        told = _without_password(str(error).strip()).splitlines()
-        raise RunError(f"the tracking store {_without_password(uri)} failed: {told[0] if told else error!r}") from error
+        raise RunError(f"the tracking store {_without_password(uri)} {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """What became of a request to the store."""
+    text = str(error).strip()
+    if "error code 401" in text or "401 Client Error" in text:
+        return "refuses the user or password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    if "error code 403" in text or "403 Client Error" in text:
+        return "doesn't let this user do that: ask its administrator for the permission"
+    if re.search(r"[Tt]imed out|Timeout", text):
+        return (
+            "doesn't answer in time; nothing is lost, run the same again (MLFLOW_HTTP_REQUEST_TIMEOUT is its patience)"
+        )
+    if re.search(r"Max retries exceeded|Connection (?:refused|aborted|reset)|RemoteDisconnected", text):
+        return "doesn't answer: is it running, and MLFLOW_TRACKING_URI right? Nothing is lost, run the same again"
+    return f"failed: {_without_password(text).splitlines()[0] if text else repr(error)}"
 
 
 def _without_password(text: str) -> str:
@@ -161,11 +176,11 @@ class Tracker:
                 self._client.log_batch(self.run_id, metrics=rows, tags=[last])
             del self._waiting[:taken]
 
-    def log_result(self, metrics: Mapping[str, float]) -> None:
-        """Figures of the whole run, at its last step."""
+    def log_result(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Figures of the whole run, at its last step, or of the model after another one."""
         from mlflow.entities import Metric
 
-        at, step = int(time.time() * 1000), max(self.last_step, 0)
+        at, step = int(time.time() * 1000), max(self.last_step, 0) if step is None else step
         rows = [Metric(metric_name(k), float(v), at, step) for k, v in metrics.items() if math.isfinite(v)]
         with store_errors(self._client.tracking_uri):
             self._client.log_batch(self.run_id, metrics=rows)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.config import Recipe
 from cluster.paths import RunPaths
 from cluster.refresh import Refresher
+from cluster.watching import Watcher
 from data_services.imports import import_object
 from data_services.schema import BatchStream
 
@@ -72,6 +73,20 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
 
     refresher = Refresher(task.run, task.recipe, task.steps, group.rank, snapshot)
     refresher.resume(start)
+    watcher = Watcher(
+        task.run,
+        task.recipe.evaluation,
+        task.steps,
+        group.rank,
+        lambda folder: write_model(task, step, group, folder, task.recipe.momentum.export),
+    )
+    watcher.resume(start)
+    stop = StopFile(task.run.stop_request)
+
+    def after_step(taken: int) -> None:
+        refresher(taken)
+        watcher(taken)
+
     store = CheckpointStore(task.run.checkpoints, task.recipe.checkpoint, group)
 
     def save(at: int) -> None:
@@ -84,16 +99,19 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
             start=start,
             stop=task.steps,
             save=save,
-            after_step=refresher,
+            after_step=after_step,
             checkpoint=task.recipe.checkpoint,
             group=group,
             sink=MetricsLog(task.run.metrics, start) if group.rank == 0 else lambda step, metrics: None,
-            stop_requested=StopFile(task.run.stop_request),
+            stop_requested=lambda: stop() or watcher.stalled(),
             peak_flops=loop.measured_peak_flops(step.engine.compute_dtype, step.engine.device),
         )
     )
-    if reached == task.steps:
+    ended_early = group.broadcast_object(watcher.stalled())
+    if reached == task.steps or ended_early:
         write_model(task, step, group, task.run.export, task.recipe.momentum.export)
+        if group.rank == 0 and ended_early:
+            write_json(task.run.ended, {"step": reached})
     return reached
 
 

@@ -97,7 +97,9 @@ def stdlib_code() -> dict[str, tuple[Pair, ...]]:
 
 def rows(split: str) -> Iterator[dict[str, str]]:
     """The pairs of a split as rows of a source."""
-    return ({"name": pair.name, "query": pair.query, "positive": pair.positive} for pair in stdlib_code()[split])
+    for pair in stdlib_code()[split]:
+        package = pair.module.partition(".")[0]
+        yield {"name": pair.name, "package": package, "query": pair.query, "positive": pair.positive}
 
 
 def split_modules(modules: list[str]) -> dict[str, list[str]]:

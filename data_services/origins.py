@@ -106,7 +106,8 @@ def _builtin(config: SourceConfig, path: str) -> Origin:
     layout = Layout("pairs", corpus.fields)
     reading = Reading([RowsPart(path, rows)], _want(config, layout), layout.name)
     key = f"{path} {sys.version}"
-    return Origin(f"{name}-{config.split}", key, lambda: stamp, lambda: reading, lambda: corpus.fields.named)
+    present = dict.fromkeys([*corpus.fields.named, *corpus.further])
+    return Origin(f"{name}-{config.split}", key, lambda: stamp, lambda: reading, lambda: tuple(present))
 
 
 def _function(config: SourceConfig, path: str) -> Origin:

@@ -6,6 +6,7 @@ White space gives no tokens, so indentation is free.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -130,6 +131,11 @@ class FolderTokenizer:
         ids = self._encode([prompt])[0]
         return len(ids) - int(ids[-1] in self._loaded.special_ids)
 
+    def lengths(self, texts: Sequence[str], field: str) -> np.ndarray:
+        """[n] int64, tokens of each text before it is cut, prompt and special tokens included."""
+        prompt = self.prompt(field)
+        return np.array([len(e.ids) for e in self._uncut.encode_batch_fast([prompt + text for text in texts])], int)
+
     def _encode(self, texts: list[str]) -> Ragged:
         firsts = range(0, max(len(texts), 1), _TEXTS_AT_ONCE)
         parts = [self._encode_some(texts[first : first + _TEXTS_AT_ONCE]) for first in firsts]
@@ -141,6 +147,12 @@ class FolderTokenizer:
         np.cumsum([len(ids) for ids in lists], out=offsets[1:])
         values = np.fromiter(itertools.chain.from_iterable(lists), np.int32, offsets[-1])
         return Ragged(values, offsets)
+
+    @cached_property
+    def _uncut(self) -> Tokenizer:
+        backend = copy.deepcopy(self._loaded.backend)
+        backend.no_truncation()
+        return backend
 
     @cached_property
     def _loaded(self) -> _Loaded:

@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from evaluation.gates import shown
+
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from evaluation.compare import Comparison
     from evaluation.gates import GateResult
 
 _BASELINE = "bm25"
-_NAMES = {_BASELINE: "BM25", "bm25_tuned": "BM25 tuned", "ndcg": "nDCG", "mrr": "MRR"}
+_NAMES = {
+    _BASELINE: "BM25",
+    "bm25_tuned": "BM25 tuned",
+    "ndcg": "nDCG",
+    "mrr": "MRR",
+    "map": "MAP",
+    "ap": "AP",
+    "f1": "F1",
+}
 
 Cells = tuple[list[str], list[list[str]]]
 
@@ -40,6 +51,28 @@ def gate_text(result: GateResult) -> str:
     return _plain(_gates(result))
 
 
+def comparison_table(found: Comparison) -> Table:
+    """A row a task: both scores, B less A with its 95 % interval and p, and on how many queries B is better, worse."""
+    return _rich(_comparison(found), found.suite)
+
+
+def comparison_text(found: Comparison) -> str:
+    """The same as plain lines."""
+    return _plain(_comparison(found))
+
+
+def _comparison(found: Comparison) -> Cells:
+    header = ["task", "metric", "A", "B", "B − A", "95 % interval", "p", "wins", "losses", "ties"]
+    body = []
+    for task in found.tasks:
+        row = [task.task, _label(task.metric), f"{task.a:.4f}", f"{task.b:.4f}", f"{task.b - task.a:+.4f}"]
+        if task.difference is not None and task.p is not None:
+            interval = f"[{task.difference.low:+.4f}, {task.difference.high:+.4f}]"
+            row += [interval, f"{task.p:.2g}", str(task.wins), str(task.losses), str(task.ties)]
+        body.append(row + [""] * (len(header) - len(row)))
+    return header, body
+
+
 def _results(rows: Mapping[str, Mapping[str, float]]) -> Cells:
     metrics = list(next(iter(rows.values()))) if rows else []
     lacking = [(model, metric) for model, row in rows.items() for metric in metrics if metric not in row]
@@ -60,9 +93,9 @@ def _gates(result: GateResult) -> Cells:
     return header, [
         [
             row.gate,
-            f"{row.required:.4f}",
-            f"{row.got:.4f}",
-            f"{row.margin:+.4f}",
+            shown(row.required),
+            shown(row.got),
+            "" if row.margin is None else f"{row.margin:+.4f}",
             "passed" if row.passed else "FAILED",
         ]
         for row in result.rows

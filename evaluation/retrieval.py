@@ -1,25 +1,23 @@
-"""Retrieval: exact search over vectors, BM25 as the baseline, and one way to score both.
+"""Retrieval: what a run is measured on, BM25 as the baseline, and one way to score both.
 
 Legend: q queries, n documents, D dimension, k ranked documents of each query.
-
-Ties: equal scores are ordered by document position, everywhere. Similarities are summed in float64 and
-compared in float32, so that the order in which a library adds doesn't decide between equal documents.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from data_services.schema import Encoder, Item, RunError, Section, UsageError
-from evaluation.metrics import metric_names, per_query
-
-_QUERY_BLOCK, _DOCUMENT_BLOCK = 256, 8192  # scores held at once: 16 MiB in float64
+from data_services.schema import Encoder, Item, Section, UsageError
+from evaluation.metrics import Grades, metric_names, per_query, relevant_count
+from evaluation.search import best_first, rank, rank_tokens, top_columns
+from evaluation.vectors import encode
 
 
 class BM25Config(Section):
@@ -54,6 +52,15 @@ class EvaluationConfig(Section):
         "{path, query, positive}; None: the first of `data.sources`",
     )
     validation: str | None = Field("validation", description="split that gates and choices look at; null: none")
+    every_steps: int | None = Field(
+        None, ge=1, description="score the validation split after every so many steps, beside training; null: never"
+    )
+    best_by: str | None = Field(
+        None, description="metric of these scores by which the best model is exported; null: the last one is"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="end training after so many scores without a better one; null: train to the end"
+    )
     heldout: str | None = Field("heldout", description="split of the final table; null: none")
     k: int = Field(10, ge=1, description="cutoff of ndcg@k, mrr@k and recall@k")
     recall_at: list[int] = Field([], description="further cutoffs of recall, below k")
@@ -79,9 +86,30 @@ class EvaluationConfig(Section):
             raise ValueError(f"recall_at {self.recall_at} goes beyond 1 … k = {self.k}; raise k or leave them out")
         return self
 
+    @model_validator(mode="after")
+    def _watched_by_what_is_measured(self) -> EvaluationConfig:
+        known = self.metrics
+        if self.every_steps is not None and self.validation is None:
+            raise ValueError("every_steps scores the validation split: name it in `validation`")
+        if self.best_by is not None and self.every_steps is None:
+            raise ValueError("best_by chooses among the models of every_steps, which is empty: set it")
+        if self.patience is not None and self.best_by is None:
+            raise ValueError("patience counts scores without a better one: name the metric in `best_by`")
+        if self.best_by is not None and self.best_by not in known:
+            near = difflib.get_close_matches(self.best_by, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"best_by is {self.best_by!r}, which k = {self.k} doesn't measure: did you mean {near!r}? "
+                f"There are {', '.join(known)}"
+            )
+        return self
+
     @property
     def metrics(self) -> tuple[str, ...]:
         return metric_names(self.k, self.recall_at)
+
+    def watches(self, step: int, steps: int) -> bool:
+        """Whether the weights after `step` of `steps` steps are scored beside training; the last are at its end."""
+        return self.every_steps is not None and step % self.every_steps == 0 and step < steps
 
 
 @dataclass(frozen=True)
@@ -94,7 +122,7 @@ class Scores:
 
 def evaluate_retrieval(
     ranking: np.ndarray,
-    relevant: Sequence[set[int]],
+    relevant: Sequence[Set[int] | Grades],
     metrics: Sequence[str] = metric_names(),
     *,
     scores: np.ndarray | None = None,
@@ -102,13 +130,14 @@ def evaluate_retrieval(
 ) -> Scores:
     """Score a ranking [q, k] of document positions (best first, -1 after the last) against the relevant ones.
 
-    With `scores` [q, k] the columns may stand in any order: they are sorted by falling score, equal ones by
-    position. UsageError names the query (and quotes it from `queries`) that has no relevant document.
+    relevant: of each query the set of its documents, or their grades. With `scores` [q, k] the columns may stand in
+    any order: they are sorted by falling score, equal ones by position. UsageError names the query
+    (and quotes it from `queries`) that has no relevant document.
     """
     if not relevant:
         raise UsageError("there is no query to evaluate: the split is empty, or the source has no such split")
     for i, positions in enumerate(relevant):
-        if not positions:
+        if not relevant_count(positions):
             query = queries[i] if queries else None
             text = f" ({query[:60]!r})" if isinstance(query, str) else ""
             raise UsageError(f"query {i}{text} has no relevant document: give it a positive or leave it out")
@@ -121,7 +150,7 @@ def evaluate_retrieval(
 
 
 def bm25_rows(
-    queries: Sequence[Item], documents: Sequence[Item], relevant: Sequence[set[int]], config: EvaluationConfig
+    queries: Sequence[Item], documents: Sequence[Item], relevant: Sequence[Set[int] | Grades], config: EvaluationConfig
 ) -> dict[str, Scores]:
     """The lexical baselines of a table of texts: "bm25", and "bm25_tuned" where the recipe gives its parameters."""
     variants = {"bm25": config.bm25} | ({"bm25_tuned": config.bm25_tuned} if config.bm25_tuned else {})
@@ -134,7 +163,7 @@ def evaluate_encoder(
     encoder: Encoder,
     queries: Sequence[Item],
     documents: Sequence[Item],
-    relevant: Sequence[set[int]],
+    relevant: Sequence[Set[int] | Grades],
     k: int = 10,
     recall_at: Sequence[int] = (),
 ) -> Scores:
@@ -149,7 +178,7 @@ def evaluate_encoder(
         found = late.encode_tokens(queries, "query"), late.encode_tokens(documents, "document")
         ranking, _ = rank_tokens(*found, k)
     else:
-        ranking, _ = rank(_encode(encoder, queries, "query"), _encode(encoder, documents, "document"), k)
+        ranking, _ = rank(encode(encoder, queries, "query"), encode(encoder, documents, "document"), k)
     return evaluate_retrieval(ranking, relevant, metric_names(k, recall_at), queries=queries)
 
 
@@ -157,107 +186,6 @@ class TokenEncoder(Protocol):
     """Texts of one field to token vectors [m, D] float32 each, for late interaction."""
 
     def encode_tokens(self, texts: Sequence[Item], field: str) -> list[np.ndarray]: ...
-
-
-def _encode(encoder: Encoder, texts: Sequence[Item], field: str) -> np.ndarray:
-    vectors = np.asarray(encoder.encode(texts, field))
-    if vectors.ndim != 2 or len(vectors) != len(texts):
-        raise RunError(f"the encoder gave {vectors.shape} for {len(texts)} {field} texts: give one row for each")
-    _refuse_nan(vectors, field)
-    if not getattr(encoder, "unit_vectors", True):
-        return vectors
-    length = np.linalg.norm(vectors.astype(np.float64), axis=1)
-    off = np.abs(length - 1) > 1e-2  # bf16 vectors are within 4e-3
-    if off.any():
-        row = int(np.argmax(off))
-        raise RunError(f"the encoder's {field} vector {row} has length {length[row]:.3g}: normalise to unit length")
-    return vectors
-
-
-def _refuse_nan(vectors: np.ndarray, field: str) -> None:
-    broken = ~np.isfinite(vectors).all(axis=1)
-    if broken.any():
-        raise RunError(
-            f"{int(broken.sum())} of {len(vectors)} {field} vectors hold NaN or infinity, the first at row "
-            f"{int(np.argmax(broken))}: the model has diverged, or its weights are damaged"
-        )
-
-
-def rank(queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Exact search by dot product: queries [q, D] against documents [n, D].
-
-    Returns positions [q, k] int64 and their scores [q, k] float32, best first, ties by position; -1 and -inf
-    where n < k. Memory beside the input is a block of scores, whatever q and n. RunError on NaN or infinity.
-    """
-    if queries.shape[1] != documents.shape[1]:
-        raise ValueError(f"queries have dimension {queries.shape[1]} (axis 1), documents {documents.shape[1]}")
-    _refuse_nan(queries, "query")
-    _refuse_nan(documents, "document")
-    ranked = [_best(queries[at : at + _QUERY_BLOCK], documents, k) for at in range(0, len(queries), _QUERY_BLOCK)]
-    ids, scores = zip(*ranked, strict=True) if ranked else ([np.zeros((0, k), int)], [np.zeros((0, k), np.float32)])
-    return np.concatenate(ids), np.concatenate(scores)
-
-
-def rank_tokens(
-    queries: Sequence[np.ndarray], documents: Sequence[np.ndarray], k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Exact search by the sum, over a query's tokens [m, D], of the largest inner product with a document's [l, D].
-
-    Results as of `rank`. A document without tokens scores 0. RunError on NaN or infinity.
-    """
-    for side, name in ((queries, "query"), (documents, "document")):
-        for vectors in side:
-            _refuse_nan(vectors, f"token of a {name}'s")
-    ids = np.full((len(queries), k), -1, np.int64)
-    scores = np.full((len(queries), k), -np.inf, np.float32)
-    lengths = np.array([len(tokens) for tokens in documents])
-    some = np.flatnonzero(lengths)
-    everything = np.concatenate([documents[int(i)] for i in some]) if len(some) else None
-    begins = np.concatenate([[0], np.cumsum(lengths[some])[:-1]]).astype(int)
-    for i, tokens in enumerate(queries):
-        row = np.zeros((1, len(documents)), np.float32)
-        if everything is not None and len(tokens):
-            row[0, some] = np.maximum.reduceat(tokens @ everything.T, begins, axis=1).sum(0)
-        columns = _top_columns(row, k)
-        found, best = _best_first(columns, np.take_along_axis(row, columns, 1), k)
-        ids[i], scores[i] = found[0], best[0]
-    return ids, scores
-
-
-def _best(queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.zeros((len(queries), 0), np.int64)
-    scores = np.zeros((len(queries), 0), np.float32)
-    wide = queries.astype(np.float64)
-    for at in range(0, len(documents), _DOCUMENT_BLOCK):
-        block = (wide @ documents[at : at + _DOCUMENT_BLOCK].T.astype(np.float64)).astype(np.float32)
-        columns = _top_columns(block, k)
-        # Earlier blocks hold the smaller positions: columns stay ordered by position, which settles ties.
-        ids = np.concatenate([ids, columns + at], axis=1)
-        scores = np.concatenate([scores, np.take_along_axis(block, columns, 1)], axis=1)
-        columns = _top_columns(scores, k)
-        ids, scores = np.take_along_axis(ids, columns, 1), np.take_along_axis(scores, columns, 1)
-    return _best_first(ids, scores, k)
-
-
-def _top_columns(scores: np.ndarray, k: int) -> np.ndarray:
-    """Columns [q, min(k, n)] of each row's k largest scores, ascending; of equal scores the leftmost."""
-    rows, n = scores.shape
-    if n <= k:
-        return np.broadcast_to(np.arange(n), (rows, n))
-    threshold = np.partition(scores, n - k, axis=1)[:, n - k, None]
-    above, tied = scores > threshold, scores == threshold
-    room = k - above.sum(axis=1, keepdims=True)
-    return np.nonzero(above | (tied & (np.cumsum(tied, axis=1) <= room)))[1].reshape(rows, k)
-
-
-def _best_first(ids: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Columns ordered by position to columns ordered by falling score, filled up to k with -1 and -inf."""
-    order = np.argsort(-scores, axis=1, kind="stable")
-    fill = ((0, 0), (0, k - ids.shape[1]))
-    return (
-        np.pad(np.take_along_axis(ids, order, 1), fill, constant_values=-1),
-        np.pad(np.take_along_axis(scores, order, 1), fill, constant_values=-np.inf),
-    )
 
 
 _WORD = re.compile(r"[^\W_]+")
@@ -298,7 +226,7 @@ def bm25(
     for i, query in enumerate(queries):
         known = [vocabulary[t] for t in terms(query, leave_out) if t in vocabulary]
         row = index.get_scores_from_ids(known).astype(np.float32)[None]
-        columns = _top_columns(row, k)
-        found, best = _best_first(columns, np.take_along_axis(row, columns, 1), k)
+        columns = top_columns(row, k)
+        found, best = best_first(columns, np.take_along_axis(row, columns, 1), k)
         ids[i], scores[i] = np.where(best > 0, found, -1)[0], np.where(best > 0, best, -np.inf)[0]
     return ids, scores

@@ -12,11 +12,13 @@ from benchmarks import (
     data,
     data_sides,
     embed,
+    evaluate,
     mine,
     mine_sides,
     negatives,
     negatives_sides,
     padding,
+    serve,
     startup,
     step,
     step_runs,
@@ -24,7 +26,9 @@ from benchmarks import (
 from trainers.collectives import Group
 
 
-@pytest.mark.parametrize("name", ["step", "startup", "quality", "caching", "padding", "ema", "mine", "embed", "data"])
+@pytest.mark.parametrize(
+    "name", ["step", "startup", "quality", "caching", "padding", "ema", "mine", "embed", "data", "evaluate", "serve"]
+)
 def test_help_tells_what_is_measured_without_importing_what_measures(name):
     code = (
         f"import runpy, sys; sys.argv[1:] = ['--help']\n"
@@ -241,6 +245,15 @@ def test_packing_is_compared_in_tokens_a_second_and_tokens_computed():
     assert figures["computed_per_token"] == {"random": 3.0, "sorted": 1.05, "packed": 1.0}
 
 
+def test_a_suite_is_compared_in_seconds_and_by_its_scores():
+    def result(seconds: float, score: float) -> dict:
+        return {"seconds": seconds, "scores": dict.fromkeys(evaluate.TASKS, score)}
+
+    figures = evaluate.summary({"ours": [result(2.0, 0.5)], "st": [result(6.0, 0.5 + 1e-5)]})
+    assert figures["over_st_evaluators"]["median"] == 3.0
+    assert figures["largest_difference"] == pytest.approx(1e-5)
+
+
 # benchmarks/mine.py
 
 
@@ -270,6 +283,17 @@ def test_embedding_compares_sides_of_one_round():
     assert figures["over_best"]["max"] == 1.2
     assert figures["over_pool"]["max"] == 2.0
     assert figures["texts_per_s"]["st"]["median"] == 20.0
+
+
+def test_the_server_is_compared_with_the_loop_of_its_round():
+    def result(seconds: float, p95_ms: float = 0.0) -> dict:
+        return {"texts": 100, "seconds": seconds, "p50_ms": p95_ms / 2, "p95_ms": p95_ms}
+
+    runs = {"served": [result(2.0, 40), result(4.0, 60)], "loop": [result(3.0), result(4.0)]}
+    figures = serve.summary(runs | {"whole": [result(1.0), result(2.0)]})
+    assert figures["over_encode_loop"] == {"median": 1.25, "min": 1.0, "max": 1.5}
+    assert figures["over_one_call"]["max"] == 0.5
+    assert figures["p95_ms"] == {"median": 50, "min": 40, "max": 60}
 
 
 def test_the_feed_is_compared_in_rows_a_second_tokenising_and_not():

@@ -44,7 +44,7 @@ def _names(module: str) -> set[str] | None:
     if not (TREE / module.partition(".")[0]).is_dir():
         assert importlib.util.find_spec(module.partition(".")[0]), f"no package {module}"
         return None
-    inside = {path.stem for path in place.glob("*.py")}
+    inside = {path.stem for path in place.glob("*.py")} | {path.parent.name for path in place.glob("*/__init__.py")}
     source = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
     for node in ast.parse(source.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

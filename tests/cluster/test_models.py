@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cluster import models
-from cluster.models import checkpoints, evaluate, export, query, resolve
+from cluster.models import checkpoints, export, query, resolve
 from cluster.paths import RunPaths, find_run
 from data_services.schema import UsageError
 
@@ -92,7 +92,7 @@ def test_a_damaged_checkpoint_is_told_from_a_whole_one(runs):
     assert file.name in damaged.damage
 
 
-def test_a_pretrained_model_is_scored_and_searched_with(pretrained, tmp_path, monkeypatch):
+def test_a_pretrained_model_is_searched_with(pretrained, tmp_path, monkeypatch):
     from sentence_transformers import SentenceTransformer
 
     monkeypatch.setenv("GYRE_HOME", str(tmp_path / "home"))
@@ -115,19 +115,6 @@ def test_a_pretrained_model_is_scored_and_searched_with(pretrained, tmp_path, mo
 
     monkeypatch.setattr(np, "save", None)  # a second query finds the vectors and embeds no corpus
     assert query(asked, str(pretrained), str(folder), k=1).hits[0] == found.hits[0]
-
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text(
-        "".join(
-            json.dumps({"query": q, "positive": t}) + "\n"
-            for q, t in zip(("making soup", "fixing a bike", "bad weather"), texts.values(), strict=True)
-        )
-    )
-    scored = evaluate(str(pretrained), str(pairs), "train", k=2)
-    assert (scored.queries, scored.documents) == (3, 3)
-    assert scored.rows[pretrained.name]["recall@1"] == 1.0
-    assert scored.rows["bm25"]["recall@1"] < 1.0
-    assert json.loads(json.dumps(scored.as_dict()))["suite"] == str(pairs)
 
 
 def test_a_corpus_without_text_and_an_empty_query_are_refused(runs, tmp_path):

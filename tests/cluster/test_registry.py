@@ -1,32 +1,13 @@
-"""A model reaches `champion` on the evidence it was registered with, and goes back with one call."""
+"""A model is registered with its evidence, reaches `champion` on it, and goes back with one call."""
 
 import json
 
 import pytest
 
-from cluster import registry
-from cluster.registry import HISTORY, GateFailed, list_models, model_folder, promote, register, rollback
-from cluster.tracking import Tracker, client
+from cluster.registry import GateFailed, list_models, model_folder, promote, rollback
+from cluster.registry.champion import HISTORY, MAX_HISTORY_CHARS, history_of
+from cluster.tracking import client
 from data_services.schema import Refused, UsageError
-from evaluation.gates import GateConfig
-
-GATE = GateConfig(over_bm25=0.02)
-
-
-@pytest.fixture
-def add(root, tmp_path):
-    """Registers a run whose trained model stands at `ndcg`, BM25 at 0.30."""
-
-    def _add(ndcg: float, name: str = "small", gate: GateConfig | None = GATE, run_id: str | None = None):
-        folder = tmp_path / "export"
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({"ndcg": ndcg}))
-        run_id = run_id or Tracker.start("exp", "run", {}, root).run_id
-        rows = {"bm25": {"ndcg@10": 0.30}, "trained": {"ndcg@10": ndcg}}
-        scores = {"validation": rows, "heldout": rows}
-        return register(name, folder, run_id=run_id, scores=scores, gate=gate, tags={"gyre.data": "f00"})
-
-    return _add
 
 
 def champion(root, name="small"):
@@ -40,8 +21,14 @@ def test_the_first_version_that_passes_its_gate_becomes_champion(root, add):
     third = add(0.40)
     assert third.aliases == ("candidate",)
     assert champion(root) == {"candidate": 3, "champion": 2}
-    assert third.tags["gyre.data"] == "f00"
+    assert third.lineage == {"run": "mini", "data": "f00"}
     assert third.scores["heldout"]["trained"] == {"ndcg@10": 0.40}
+
+
+def test_no_version_becomes_champion_by_itself_where_its_gate_asks_for_more_than_scores(add):
+    from evaluation.gates import GateConfig
+
+    assert add(0.5, gate=GateConfig(minimum=0.1, signed_off_by=["ann"])).aliases == ("candidate",)
 
 
 def test_registering_a_run_again_gives_the_version_it_has(root, add):
@@ -53,7 +40,7 @@ def test_registering_a_run_again_gives_the_version_it_has(root, add):
 def test_promotion_is_refused_with_what_failed_and_by_how_much(root, add):
     add(0.35)
     add(0.305)
-    with pytest.raises(GateFailed, match=r"version 2 .* over BM25 is 0.0050 where 0.0200 .*-0.0150") as caught:
+    with pytest.raises(GateFailed, match=r"version 2 .* over BM25 is 0.0050 where 0.0200 .*-0.015") as caught:
         promote("small", 2)
     assert caught.value.rows()[0]["passed"] is False
     assert champion(root)["champion"] == 1
@@ -68,13 +55,24 @@ def test_promotion_remembers_and_rollback_walks_back(root, add):
     assert promote("small", 3).previous == 2, "promoting the champion changes nothing"
     back = rollback("small")
     assert (back.version, back.previous) == (2, 3)
+    left = next(v for v in list_models("small") if v.version == 3)
+    assert json.loads(left.tags["gyre.rolled_back"])["to"] == 2
     assert rollback("small").version == 1
     with pytest.raises(UsageError, match="version 1 is its first champion"):
         rollback("small")
     assert champion(root)["champion"] == 1
 
 
-def test_a_kill_between_the_history_and_the_alias_is_healed(root, add, monkeypatch):
+def test_a_promotion_is_on_record_with_its_evidence(root, add):
+    for ndcg in (0.35, 0.36):
+        add(ndcg)
+    moved = promote("small", 2)
+    record = list_models("small")[0].promotion
+    assert (record["by"], record["at"], record["previous"], record["override"]) == (moved.by, moved.at, 1, None)
+    assert [(row["gate"], row["passed"]) for row in record["gates"]] == [("ndcg@10 over BM25", True)]
+
+
+def test_a_kill_between_the_history_and_the_alias_is_healed(root, add):
     for ndcg in (0.35, 0.36, 0.37):
         add(ndcg)
     promote("small", 2)
@@ -89,6 +87,18 @@ def test_an_alias_moved_by_other_means_joins_the_history(root, add):
     add(0.36)
     client(root).set_registered_model_alias("small", "champion", "2")
     assert rollback("small").version == 1
+
+
+def test_a_long_history_loses_its_beginning_and_fits_its_tag(root, add):
+    for ndcg in (0.35, 0.36, 0.37):
+        add(ndcg)
+    long = [{"version": 1, "by": "x" * 50, "at": "y" * 25} for _ in range(45)]
+    client(root).set_registered_model_tag("small", HISTORY, json.dumps(long))
+    promote("small", 2)
+    promote("small", 3)
+    model = client(root).get_registered_model("small")
+    assert len(model.tags[HISTORY]) <= MAX_HISTORY_CHARS
+    assert [entry["version"] for entry in history_of(model)][-3:] == [1, 2, 3]
 
 
 def test_a_version_without_evidence_is_refused(root, add):
@@ -134,21 +144,3 @@ def test_a_model_uri_is_the_registered_folder(root, add):
     folder.rmdir()
     with pytest.raises(UsageError, match="is gone"):
         model_folder("models:/small@candidate")
-
-
-def test_remote_artifacts_are_fetched_once(root, add, monkeypatch):
-    add(0.35)
-    real, seen = registry._version, []
-    monkeypatch.setattr(
-        registry,
-        "_version",
-        lambda *a: registry.Version(**{**real(*a).as_dict(), "source": "mlflow-artifacts:/1/model"}),
-    )
-    made = client(root)
-    fetch = type(made).download_artifacts
-    monkeypatch.setattr(type(made), "download_artifacts", lambda *a: (seen.append(a), fetch(*a))[1])
-    for _ in range(2):
-        folder, _version = model_folder("models:/small/1")
-        assert json.loads((folder / "config.json").read_text()) == {"ndcg": 0.35}
-    assert len(seen) == 1
-    assert folder.is_relative_to(root / "models")

@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from data_services.schema import UsageError
-from evaluation.gates import GateConfig, check
+from evaluation.gates import GateConfig
+from evaluation.gates import check_scores as check
 from evaluation.report import gate_table, gate_text, results_table, results_text
 
 HEAVY = ["torch", "ray", "mlflow", "transformers", "deepspeed", "bm25s", "ir_measures", "rich", "scipy"]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_services.schema import UsageError
-from evaluation.metrics import metric_names, parse_metric, per_query
+from evaluation.metrics import depth_needed, metric_names, parse_metric, per_query, ranking_metrics
 from evaluation.retrieval import evaluate_retrieval
 
 
@@ -76,7 +76,13 @@ def test_a_ranking_of_other_queries_is_refused():
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("ndgc@10", "ndcg@10"), ("recall@", "recall@1"), ("MRR@10", "mrr@10"), ("ndcg@0", "ndcg@10")],
+    [
+        ("ndgc@10", "ndcg@10"),
+        ("recall@", "recall@1"),
+        ("MRR@10", "mrr@10"),
+        ("ndcg@0", "ndcg@10"),
+        ("rprecision", "r_precision"),
+    ],
 )
 def test_an_unknown_metric_names_the_nearest(name, near):
     with pytest.raises(UsageError, match=f"did you mean '{near}"):
@@ -85,3 +91,50 @@ def test_an_unknown_metric_names_the_nearest(name, near):
 
 def test_a_cutoff_of_one_names_each_metric_once():
     assert metric_names(1) == ("ndcg@1", "mrr@1", "recall@1")
+
+
+def naive_graded(row: list[int], grades: dict[int, int], k: int) -> dict[str, float]:
+    """The definitions with grades: gain is the grade, what is graded 0 or less is not relevant."""
+    right = {d for d, grade in grades.items() if grade > 0}
+    gains = [max(grades.get(d, 0), 0) for d in row[:k]]
+    best = sorted((grades[d] for d in right), reverse=True)[:k]
+    dcg, ideal = (sum(g / math.log2(i + 2) for i, g in enumerate(x)) for x in (gains, best))
+    hits = [d in right for d in row]
+    precise = [sum(hits[: i + 1]) / (i + 1) for i in range(min(k, len(row))) if hits[i]]
+    return {
+        f"ndcg@{k}": dcg / ideal,
+        f"map@{k}": sum(precise) / len(right),
+        f"precision@{k}": sum(hits[:k]) / k,
+        "r_precision": sum(hits[: len(right)]) / len(right),
+    }
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.tuples(st.permutations(range(12)), st.lists(st.integers(-1, 3), min_size=12, max_size=12)), min_size=1),
+    st.integers(1, 12),
+)
+def test_graded_metrics_equal_their_definitions(cases, k):
+    cases = [(list(row), dict(enumerate([*grades[:-1], 1]))) for row, grades in cases]
+    names = [f"ndcg@{k}", f"map@{k}", f"precision@{k}", "r_precision"]
+    values = per_query(np.array([row for row, _ in cases]), [grades for _, grades in cases], names)
+    for i, (row, grades) in enumerate(cases):
+        assert {name: x[i] for name, x in values.items()} == pytest.approx(naive_graded(row, grades, k))
+
+
+def test_r_precision_needs_a_ranking_as_deep_as_the_query_with_most_relevant_documents():
+    assert depth_needed(["ndcg@2"], [{1, 2, 3}]) == 2
+    assert depth_needed(["ndcg@2", "r_precision"], [{1, 2, 3}, {4: 1, 5: 0}]) == 3
+    with pytest.raises(ValueError, match=r"2 documents \(axis 1\).*needs 3"):
+        per_query(np.array([[0, 1]]), [{1, 2, 3}], ["r_precision"])
+
+
+def test_a_grade_that_trec_eval_would_cut_is_refused():
+    with pytest.raises(ValueError, match="whole number"):
+        per_query(np.array([[0]]), [{0: 0.5}], ["ndcg@1"])
+
+
+def test_a_suites_metrics_are_all_known():
+    assert [parse_metric(name)[0] for name in ranking_metrics(3)] == [
+        "ndcg", "map", "mrr", "recall", "recall", "precision", "r_precision"
+    ]  # fmt: skip

@@ -4,9 +4,10 @@ import math
 import numpy as np
 import pytest
 
-import evaluation.retrieval as retrieval
+import evaluation.search as search
 from data_services.schema import RunError, UsageError
-from evaluation.retrieval import BM25Config, bm25, evaluate_encoder, evaluate_retrieval, rank, rank_tokens, terms
+from evaluation.retrieval import BM25Config, bm25, evaluate_encoder, evaluate_retrieval, terms
+from evaluation.search import rank, rank_tokens
 
 
 def naive_rank(queries, documents, k):
@@ -24,8 +25,8 @@ def tied_vectors(seed, rows, dimension=3):
 @pytest.mark.parametrize(("query_block", "document_block"), [(256, 8192), (3, 7), (1, 1), (5, 4)])
 @pytest.mark.parametrize("k", [1, 4, 10])
 def test_blocks_give_the_full_sort_with_ties_by_position(monkeypatch, query_block, document_block, k):
-    monkeypatch.setattr(retrieval, "_QUERY_BLOCK", query_block)
-    monkeypatch.setattr(retrieval, "_DOCUMENT_BLOCK", document_block)
+    monkeypatch.setattr(search, "_QUERY_BLOCK", query_block)
+    monkeypatch.setattr(search, "_DOCUMENT_BLOCK", document_block)
     queries, documents = tied_vectors(0, 17), tied_vectors(1, 53)
     ids, scores = rank(queries, documents, k)
     expected_ids, expected_scores = naive_rank(queries, documents, k)
@@ -38,7 +39,7 @@ def test_equal_documents_tie_wherever_they_stand(monkeypatch):
     once = rng.normal(size=(40, 96)).astype(np.float32)
     documents = np.concatenate([once, rng.normal(size=(7, 96)).astype(np.float32), once])
     for block in (8192, 13):
-        monkeypatch.setattr(retrieval, "_DOCUMENT_BLOCK", block)
+        monkeypatch.setattr(search, "_DOCUMENT_BLOCK", block)
         ids, scores = rank(once, documents, 2)
         np.testing.assert_array_equal(ids, np.stack([np.arange(40), np.arange(40) + 47], axis=1))
         np.testing.assert_array_equal(scores[:, 0], scores[:, 1])

@@ -1,16 +1,20 @@
+import itertools
+
 import numpy as np
 import pytest
+from scipy.stats import norm, t
 
-from evaluation.significance import paired_bootstrap
+from evaluation.significance import paired_bootstrap, paired_randomisation
 
 
 def naive(a, b, resamples, seed):
     """One resample at a time."""
     rng = np.random.default_rng(seed)
-    d = a - b
-    means = np.array([d[rng.integers(len(d), size=len(d))].mean() for _ in range(resamples)])
+    d, n = a - b, len(a)
+    means = np.array([d[rng.integers(n, size=n)].mean() for _ in range(resamples)])
     as_far = sum(abs(m - d.mean()) >= abs(d.mean()) for m in means)
-    return d.mean(), np.quantile(means, 0.025), np.quantile(means, 0.975), (as_far + 1) / (resamples + 1)
+    tail = norm.cdf(-t.ppf(0.975, n - 1) * (n / (n - 1)) ** 0.5)
+    return d.mean(), np.quantile(means, tail), np.quantile(means, 1 - tail), (as_far + 1) / (resamples + 1)
 
 
 def pair(shift, n=300, seed=0):
@@ -42,6 +46,39 @@ def test_pure_noise_is_significant_about_one_time_in_twenty():
     rng = np.random.default_rng(1)
     hits = sum(paired_bootstrap(rng.normal(size=80), rng.normal(size=80), 300, seed=i).p < 0.05 for i in range(400))
     assert 8 <= hits <= 36  # 20 expected; the bootstrap is a little liberal at 80 queries
+
+
+@pytest.mark.parametrize(("queries", "confidence"), [(20, 0.95), (60, 0.9)])
+def test_intervals_cover_the_truth_as_often_as_they_say(queries, confidence):
+    """Differences like those of reciprocal ranks: many zeros, a few large jumps, in two thirds of them upwards."""
+    rng = np.random.default_rng(0)
+    inside, trials = 0, 1200
+    for _ in range(trials):
+        a = np.where(rng.random(queries) < 0.6, rng.beta(1, 2, queries), 0) * rng.choice([1, 1, -1], queries)
+        found = paired_bootstrap(a, np.zeros(queries), 1000, seed=int(rng.integers(2**31)), confidence=confidence)
+        inside += found.low <= 0.6 / 3 / 3 <= found.high
+    assert confidence - 0.02 <= inside / trials <= confidence + 0.02
+
+
+def test_randomisation_is_the_share_of_all_sign_changes():
+    d = np.array([0.5, 0.25, -0.125, 0.5, 0.0, 0.25, 0.75, -0.25, 0.125])
+    means = [abs(np.mean(d * signs)) for signs in itertools.product((1, -1), repeat=len(d))]
+    exact = np.mean([m >= abs(d.mean()) - 1e-12 for m in means])
+    assert paired_randomisation(d, np.zeros(len(d)), 40_000) == pytest.approx(exact, abs=0.005)
+    assert paired_randomisation(d, d) == 1.0
+
+
+def test_randomisation_blocks_are_of_one_stream(monkeypatch):
+    a, b = pair(0.02)
+    whole = paired_randomisation(a, b, 500, seed=3)
+    monkeypatch.setattr("evaluation.significance._BLOCK", 1200)
+    assert paired_randomisation(a, b, 500, seed=3) == whole
+
+
+def test_randomisation_of_pure_noise_is_significant_one_time_in_twenty():
+    rng = np.random.default_rng(1)
+    hits = sum(paired_randomisation(rng.normal(size=40), np.zeros(40), 300, seed=i) < 0.05 for i in range(600))
+    assert 16 <= hits <= 44  # 30 expected
 
 
 def test_the_direction_is_a_minus_b_and_the_seed_decides():

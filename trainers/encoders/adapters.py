@@ -137,7 +137,7 @@ def _filled(weights: Mapping[str, Tensor], config: AdapterConfig, model_folder: 
 def base_of(config: ModelConfig, model_folder: Path) -> str:
     """What an adapter names as its base: the hub id where the model folder changed nothing of it, else the folder."""
     changed = json.loads((model_folder / "config.json").read_text()).get("is_causal") is False
-    if config.path is None or Path(config.path).is_dir() or changed:
+    if config.path is None or Path(config.path).is_dir() or changed or config.path.startswith("models:"):
         return str(model_folder.resolve())
     return config.path
 
