@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 TREE = Path(__file__).parents[2]
-PATIENCE_S = 240  # for anything that an idle machine does in seconds: test machines are shared
+PATIENCE_S = 420  # for anything that an idle machine does in seconds: test machines are shared
 # The user's shell, without what would point a test at the user's own cluster, stores or proxies.
 SHELL = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "GYRE_"))}
 # What a step's metrics hold beside its result: times, and what is derived from them.
