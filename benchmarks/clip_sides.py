@@ -128,7 +128,7 @@ def peer(
 
     steps, watch = Length(**length), Stopwatch()
     small = batch // accum_freq
-    data = Pictures(Path(home), image_transform(SIDE, is_train=False), steps.steps * batch)
+    data: Any = Pictures(Path(home), image_transform(SIDE, is_train=False), steps.steps * batch)
     loader: Any = DataLoader(data, small, num_workers=workers)
     loader.num_batches, loader.num_samples = len(loader), len(data)
     torch.manual_seed(0)

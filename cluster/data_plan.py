@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ class PlannedBatch:
     steps       of the whole run
     weights     of each source at this step
     duplicates  rows that share their query or a positive with a row before them: the loss masks each other's
+    clusters    how many rows are of which cluster, of a plan of neighbours
     tokens      of each worker
     """
 
@@ -56,6 +58,7 @@ class PlannedBatch:
     rows: list[PlannedRow]
     duplicates: int
     tokens: list[int]
+    clusters: dict[int, int]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -131,4 +134,6 @@ def _described(
     flat = np.array([x for one in lists for x in one], np.int64)
     shared = duplicate_rows(Carried.of(batch.query_ids, flat, np.array([len(one) for one in lists])))
     tokens = np.bincount(worker, weights=costs, minlength=workers).astype(int).tolist()
-    return PlannedBatch(batch.step, plan.steps, weights, rows, len(shared), tokens)
+    clusters: Counter[int] = Counter(table.column(Column.CLUSTER).to_pylist()) if plan.neighbours else Counter()
+    of_cluster = dict(sorted(clusters.items()))
+    return PlannedBatch(batch.step, plan.steps, weights, rows, len(shared), tokens, of_cluster)

@@ -54,7 +54,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Hit:
-    """A document that answers a query: its cosine similarity, its name, its text (of an image none)."""
+    """A document that answers a query: its similarity (the cosine, of token vectors the sum of their maxima), its name,
+    its text (of an image none)."""
 
     score: float
     name: str
@@ -203,7 +204,7 @@ def query(
     images. The corpus's vectors are kept under the home, by the contents of model and corpus: only the first query of
     a corpus waits for them.
     """
-    from evaluation.retrieval import rank
+    from evaluation.retrieval import rank, rank_tokens
 
     ref = resolve(model, root)
     kinds = kinds_of(ref.folder)
@@ -211,11 +212,12 @@ def query(
     names, items = _corpus(corpus, root or home(), kinds)
     with open_encoder(ref.folder) as encoder:
         documents = _corpus_vectors(encoder, ref.folder, items, (root or home()) / "vectors", on_progress)
+        nearest: Any = rank_tokens if _gives_tokens(encoder) else rank
         try:
-            looking = encoder.encode([asked], "query")
+            looking = _vectors(encoder, [asked], "query")
         except Undecodable as error:
             raise UsageError(f"{image}: {error}") from error
-        positions, scores = rank(looking, documents, min(k, len(items)))
+        positions, scores = nearest(looking, documents, min(k, len(items)))
     found = [(float(score), names[i], items[i]) for i, score in zip(positions[0], scores[0], strict=True)]
     hits = [Hit(score, name, item if isinstance(item, str) else "") for score, name, item in found]
     return QueryResult(text or str(image), ref.name, corpus, len(items), hits)
@@ -288,21 +290,36 @@ def _item_of(path: Path, kinds: tuple[str, ...]) -> Item | None:
 
 def _corpus_vectors(
     encoder: Encoder, folder: Path, items: list[Item], cache: Path, on_progress: Callable[[str], None]
-) -> np.ndarray:
+) -> np.ndarray | list[np.ndarray]:
+    """As `_vectors` of the documents; token vectors are kept end to end, with their numbers."""
     import numpy as np
 
     digest = hashlib.sha256(json.dumps([item_id(item) for item in items]).encode())
     digest.update(fingerprint(folder).encode())
-    kept = cache / f"{digest.hexdigest()[:32]}.npy"
+    tokens = _gives_tokens(encoder)
+    kept = cache / f"{digest.hexdigest()[:32]}.{'npz' if tokens else 'npy'}"
     if kept.is_file():
-        return np.load(kept)
+        there = np.load(kept)
+        return np.split(there["tokens"], there["lengths"].cumsum()[:-1]) if tokens else there
     on_progress(f"embedding {len(items):,} documents, once for this model and corpus")
-    vectors = encoder.encode(items, "document")
+    vectors = _vectors(encoder, items, "document")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=cache, suffix=".making", delete=False) as making:
-        np.save(making, vectors)
+        if tokens:
+            np.savez(making, tokens=np.concatenate(vectors), lengths=np.array([len(each) for each in vectors]))
+        else:
+            np.save(making, vectors)
     Path(making.name).replace(kept)
     return vectors
+
+
+def _vectors(encoder: Any, texts: list[str], field: str) -> np.ndarray | list[np.ndarray]:
+    """[n, D], or [m, D] of each text from a model that has a vector for each token."""
+    return encoder.encode_tokens(texts, field) if _gives_tokens(encoder) else encoder.encode(texts, field)
+
+
+def _gives_tokens(encoder: Encoder) -> bool:
+    return getattr(encoder, "gives_tokens", False)
 
 
 def export(run: str, folder: Path, root: Path | None = None) -> Export:

@@ -6,7 +6,7 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from data_services.sources import SourceConfig
     from data_services.store import Report, StoredSource
     from data_services.stream import Reader
+    from data_services.teacher import Progress, Teacher
 
 TOKENIZER_RECORDS = 200_000  # more don't change a vocabulary of thousands
 READ_RECORDS = 1024
@@ -40,6 +41,7 @@ class Prepared:
     root     home of all runs
     sources  in the recipe's order
     pools    what models are scored on, by split
+    teacher  whose scores batches carry; None: those of the sources
     """
 
     recipe: Recipe
@@ -49,6 +51,7 @@ class Prepared:
     pools: dict[str, StoredSource]
     plan: Plan
     tokenize: Tokenize
+    teacher: Teacher | None
 
     @property
     def reader(self) -> Reader:
@@ -56,7 +59,7 @@ class Prepared:
         from data_services.stream import reader_of
 
         mine = self.recipe.mine
-        reader = reader_of(self.recipe.data, self.plan, self.sources, self.tokenize, self.bad_rows)
+        reader = reader_of(self.recipe.data, self.plan, self.sources, self.tokenize, self.bad_rows, self.teacher)
         return reader if mine.every_steps is None else RefreshedReader(reader, mine, self.run.mined)
 
     @property
@@ -93,37 +96,44 @@ def check_resumable(run: RunPaths, recipe: Recipe) -> None:
         )
 
 
-def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None, report: Report | None = None) -> Prepared:
-    """Sources as Parquet, the model folder, the plan. A new run's folder appears only once all of that is there.
+def prepare(
+    recipe: Recipe,
+    root: Path,
+    earlier: RunPaths | None,
+    report: Report | None = None,
+    on_progress: Progress = lambda what, done, of: None,
+) -> Prepared:
+    """Sources as Parquet, what a teacher says of them, the model folder, the plan. A new run's folder appears only once
+    all of that is there.
 
-    report  takes (finished parts, parts) of each source that is converted
+    report  takes (finished parts, parts) of each source that is converted; on_progress what the teacher does
     """
-    from data_services.sources import open_source
+    from cluster.teaching import teacher_of
+    from data_services.sources import columns_available, open_source
     from data_services.stream import plan_of
 
     sources = tuple(open_source(source, root, report) for source in recipe.data.sources)
     # What the finished model is scored on, too, so that a fault in it is told before training.
     pools = {split: open_source(pool, root, report) for split, pool in pools_of(recipe).items()}
     check_kinds(recipe, (*sources, *pools.values()))
-    gate, judged = recipe.registry.gate, pools.get(recipe.evaluation.validation or "")
-    if gate is not None and gate.over_bm25 is not None and judged is not None and judged.kinds != TEXT:
-        raise UsageError(
-            f"registry.gate.over_bm25: {judged.name} isn't of texts alone, which BM25 reads; give a minimum"
-        )
-    if recipe.evaluation.prompts and (other := next((p for p in pools.values() if p.kinds.query != "text"), None)):
-        raise UsageError(
-            f"evaluation.prompts: the queries of {other.name} are no texts to name classes by; leave it out"
-        )
+    check_scoring(recipe, pools)
+    by_itself = {Column.MODALITY} if any(source.kinds != TEXT for source in sources) else set()
+    if told := recipe.lacking(columns_available(source.columns for source in sources) | by_itself):
+        raise UsageError(told)
     plan = plan_of(recipe.data, sources, recipe.seed)
     if recipe.optimizer.warmup_steps >= plan.steps:
         raise UsageError(
             f"optimizer.warmup_steps ({recipe.optimizer.warmup_steps}) leaves none of the plan's {plan.steps} steps: "
             "lower it"
         )
+    if recipe.data.teacher is not None and by_itself:
+        raise UsageError("data.teacher: it scores texts, and a source has images or sounds; leave it out")
+    teacher = teacher_of(recipe, sources, root, on_progress)
+    made_of = _made_of(recipe, sources, teacher)
     if earlier:
-        check_data(earlier, sources)
+        check_data(earlier, made_of)
         check_plan(earlier, plan)
-        return Prepared(recipe, root, earlier, sources, pools, plan, tokenizer_of(earlier.model))
+        return Prepared(recipe, root, earlier, sources, pools, plan, tokenizer_of(earlier.model), teacher)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     run = RunPaths(root / f"{recipe.name}-{stamp}-{secrets.token_hex(2)}")
     building = RunPaths(run.root.with_name(f".{run.root.name}.new"))
@@ -131,11 +141,20 @@ def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None, report: Report
     try:
         make_model_folder(recipe, building.model, sources)
         write_json(building.recipe, recipe.model_dump(mode="json"))
-        write_json(building.data, {s.name: s.fingerprint for s in sources})
+        write_json(building.data, made_of)
         building.root.rename(run.root)
     finally:
         shutil.rmtree(building.root, ignore_errors=True)
-    return Prepared(recipe, root, run, sources, pools, plan, tokenizer_of(run.model))
+    return Prepared(recipe, root, run, sources, pools, plan, tokenizer_of(run.model), teacher)
+
+
+def _made_of(recipe: Recipe, sources: tuple[StoredSource, ...], teacher: Teacher | None) -> dict[str, str]:
+    """What batches are a function of beside the recipe, with its fingerprint."""
+    from data_services.views.word_vectors import fingerprint
+
+    files = [path for source in recipe.data.sources if source.views for path in source.views.files]
+    named = {source.name: source.fingerprint for source in sources} | {path: fingerprint(path) for path in files}
+    return named | ({"data.teacher": teacher.folder.name} if teacher else {})
 
 
 def pools_of(recipe: Recipe) -> dict[str, SourceConfig]:
@@ -175,6 +194,18 @@ def check_kinds(recipe: Recipe, sources: tuple[StoredSource, ...]) -> None:
         raise UsageError(f"model.{key}: no source has such items, so its tower would never be trained; remove it")
 
 
+def check_scoring(recipe: Recipe, pools: Mapping[str, StoredSource]) -> None:
+    """Raises UsageError where a table or a gate needs texts that a pool hasn't."""
+    gate, judged = recipe.registry.gate, pools.get(recipe.evaluation.validation or "")
+    if gate is not None and gate.over_bm25 is not None and judged is not None and judged.kinds != TEXT:
+        told = f"{judged.name} isn't of texts alone, which BM25 reads; give a minimum"
+        raise UsageError(f"registry.gate.over_bm25: {told}")
+    nameless = next((pool for pool in pools.values() if pool.kinds.query != "text"), None)
+    if recipe.evaluation.prompts and nameless:
+        told = f"the queries of {nameless.name} are no texts to name classes by; leave it out"
+        raise UsageError(f"evaluation.prompts: {told}")
+
+
 _KEY_OF = {"image": "image", "audio": "audio", "parts": "fields"}  # of a kind's tower in `model:`
 
 
@@ -201,12 +232,14 @@ def training_texts(sources: tuple[StoredSource, ...]) -> Iterator[str]:
 
 
 def _texts_of(table: pa.Table, kinds: Kinds) -> Iterator[str]:
-    """The texts of records, one after another; of sides that are no text none."""
-    sides = ((Column.QUERY, kinds.query), (Column.POSITIVES, kinds.document), (Column.NEGATIVES, kinds.document))
-    texts = [name for name, form in sides if form == "text"]
-    for record in table.select(texts).to_pylist():
-        for name in texts:
-            yield from [record[name]] if name == Column.QUERY else record[name]
+    """The texts of records, one after another, those among their parts too."""
+    sides = {Column.QUERY: kinds.query, Column.POSITIVES: kinds.document, Column.NEGATIVES: kinds.document}
+    read = [name for name, form in sides.items() if form == "text" or not isinstance(form, str)]
+    for record in table.select(read).to_pylist():
+        for name in read:
+            for item in [record[name]] if name == Column.QUERY else record[name]:
+                parts = [item] if isinstance(item, str) else item.values()
+                yield from (part for part in parts if isinstance(part, str))
 
 
 def tokenizer_of(folder: Path) -> Tokenize:
@@ -248,9 +281,9 @@ def _reader_of(folder: Path) -> Tokenize:
     return texts
 
 
-def check_data(run: RunPaths, sources: tuple[StoredSource, ...]) -> None:
-    """Raises UsageError where a source isn't what it was when the run began."""
-    saved, now = json.loads(run.data.read_text()), {s.name: s.fingerprint for s in sources}
+def check_data(run: RunPaths, now: Mapping[str, str]) -> None:
+    """Raises UsageError where a source, or the teacher, isn't what it was when the run began. now: fingerprints."""
+    saved = json.loads(run.data.read_text())
     changed = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
     if changed:
         raise UsageError(

@@ -24,7 +24,7 @@ class Fields(NamedTuple):
     positive_parts  the same of each positive
     media           fields that hold images or sounds, each with its kind; the others hold texts
 
-    From `positive_scores` to `modality` they are named as in `Column.OPTIONAL`. A class may be =NAME, the same of
+    From `positive_scores` to `cluster` they are named as in `Column.OPTIONAL`. A class may be =NAME, the same of
     every row.
     """
 
@@ -39,6 +39,7 @@ class Fields(NamedTuple):
     task: str | None = None
     language: str | None = None
     modality: str | None = None
+    cluster: str | None = None
     id: str | None = None
     prompt: str | None = None
     relations: str | None = None

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from data_services.corpora.catalogue import corpora
 from data_services.corpora.splits import SPLITS
@@ -25,7 +25,7 @@ from data_services.readers import hub
 from data_services.readers.beside import with_files
 from data_services.readers.blocks import Block, Want, blocks_of_rows
 from data_services.readers.formats import FOLDER_SUFFIXES, SUFFIXES, fields_of, media_of, parts_of
-from data_services.readers.joined import BEIR_FIELDS, BeirPart, CorpusPart
+from data_services.readers.joined import BEIR_FIELDS, CorpusPart, beir_parts
 from data_services.records import Malformed, Row, as_row
 from data_services.schema import UsageError
 from data_services.store import Reading
@@ -73,6 +73,7 @@ class RowsPart:
     name: str
     rows: Callable[[], Iterable[Row | Malformed]]
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    files: ClassVar[tuple[File, ...]] = ()
 
     def blocks(self, want: Want) -> Iterator[Block]:
         return with_files(blocks_of_rows(self.name, self.rows(), want.block_rows), want, None)
@@ -197,8 +198,8 @@ def _chosen(config: SourceConfig, found: Found) -> list[File]:
     if hub.is_saved(found):
         return hub.saved_files(config.shown, found, config.split)
     if _is_beir(config, found):
-        part = _beir_part(config, found)
-        return [*part.corpus, *part.queries, part.qrels]
+        corpus, queries, qrels = _beir_files(config, found)
+        return [*corpus, *queries, qrels]
     return _split_files(config, found)
 
 
@@ -225,14 +226,14 @@ def _split_files(config: SourceConfig, found: Found) -> list[File]:
 def _reading(config: SourceConfig, found: Found, files: list[File], corpus: list[File]) -> Reading:
     if found.folder and _is_beir(config, found):
         want = Want(config.fields(BEIR_FIELDS), config.max_bytes)
-        return Reading([_beir_part(config, found)], want, "beir")
+        return Reading(beir_parts(*_beir_files(config, found)), want, "beir")
     layout = _layout(config, lambda: _present(files, config.max_bytes))
     want, parts = _want(config, layout, _recognised(config, layout, files)), parts_of(files)
     if (corpus or layout.id_fields) and want.fields.kinds != TEXT:
         raise UsageError(f"source {config.shown} names documents of a corpus by id: they are texts, leave `kinds` out")
     if corpus:
         ids = layout.id_fields or (want.fields.positive, *want.fields.negatives)
-        return Reading([CorpusPart(tuple(parts), tuple(corpus), ids)], want, layout.name)
+        return Reading([CorpusPart(part, tuple(corpus), ids) for part in parts], want, layout.name)
     if layout.id_fields:
         raise UsageError(
             f"source {config.shown} names its documents by id ({layout.id_fields[0]}): set `corpus` to the file that "
@@ -282,8 +283,9 @@ def _named(found: Found, stem: str) -> tuple[File, ...]:
     return tuple(file for file in found.files if re.fullmatch(rf"{stem}\.(jsonl|parquet)(\.gz|\.zst)?", file.name))
 
 
-def _beir_part(config: SourceConfig, found: Found) -> BeirPart:
+def _beir_files(config: SourceConfig, found: Found) -> tuple[tuple[File, ...], tuple[File, ...], File]:
+    """(corpus, queries, qrels of the split)."""
     qrels = {file.name.removeprefix("qrels/").split(".tsv")[0]: file for file in found.files if file.suffix == ".tsv"}
     if config.split not in qrels:
         raise UsageError(f"source {config.shown} has no split {config.split!r}; it has {', '.join(sorted(qrels))}")
-    return BeirPart(_named(found, "corpus"), _named(found, "queries"), qrels[config.split])
+    return _named(found, "corpus"), _named(found, "queries"), qrels[config.split]

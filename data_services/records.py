@@ -48,6 +48,7 @@ class Record(NamedTuple):
     task: int | None = None
     language: int | None = None
     modality: int | None = None
+    cluster: int | None = None
 
 
 class Malformed(NamedTuple):

@@ -73,15 +73,16 @@ class Column:
     frequency       float32        how often the positives are drawn, 1 as usual; above 0
     label, task, language, modality
                     int64          classes (`class_id`); UNKNOWN in a row that has none
+    cluster         int64          of rows that are alike, near numbers nearly so: the plan's, it enters no batch
     """
 
     ID, QUERY, POSITIVES, NEGATIVES = "id", "query", "positives", "negatives"
     QUERY_ID, POSITIVE_IDS, NEGATIVE_IDS = "query_id", "positive_ids", "negative_ids"
     POSITIVE_SCORES, NEGATIVE_SCORES = "positive_scores", "negative_scores"
     WEIGHT, FREQUENCY = "weight", "frequency"
-    LABEL, TASK, LANGUAGE, MODALITY = "label", "task", "language", "modality"
+    LABEL, TASK, LANGUAGE, MODALITY, CLUSTER = "label", "task", "language", "modality", "cluster"
     NEEDED = (QUERY, POSITIVES, NEGATIVES, QUERY_ID, POSITIVE_IDS, NEGATIVE_IDS)
-    CLASSES = (LABEL, TASK, LANGUAGE, MODALITY)
+    CLASSES = (LABEL, TASK, LANGUAGE, MODALITY, CLUSTER)
     OPTIONAL = (POSITIVE_SCORES, NEGATIVE_SCORES, WEIGHT, FREQUENCY, *CLASSES)
 
 
@@ -114,12 +115,17 @@ class Pairs:
     frequencies    [b] float32 of each query's positives, 1 as usual and where its source has none
     labels, tasks, languages, modalities
                    [b] int64 classes of each query's record; UNKNOWN equals nothing
+
+    None unless the run has a teacher of vectors and a loss that compares them:
+
+    teacher_queries, teacher_documents
+                   [b, D'] and [d, D'] float32, what the teacher makes of the whole stored texts
     """
 
     OF_QUERIES: ClassVar = (
-        "query_ids", "rows", "weights", "frequencies", "labels", "tasks", "languages", "modalities"
+        "query_ids", "rows", "weights", "frequencies", "labels", "tasks", "languages", "modalities", "teacher_queries"
     )  # fmt: skip
-    OF_DOCUMENTS: ClassVar = ("document_ids", "owners", "relations", "scores")
+    OF_DOCUMENTS: ClassVar = ("document_ids", "owners", "relations", "scores", "teacher_documents")
 
     step: int
     queries: Ragged
@@ -137,6 +143,8 @@ class Pairs:
     tasks: np.ndarray | None = None
     languages: np.ndarray | None = None
     modalities: np.ndarray | None = None
+    teacher_queries: np.ndarray | None = None
+    teacher_documents: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         b, d = len(self.queries), len(self.documents)
@@ -152,6 +160,10 @@ class Pairs:
         return np.where(self.relations > 0, self.query_ids[self.owners], UNKNOWN)
 
 
+SIDES = {"queries": 1, "documents": 2}
+"""Bits of `Batch.chunk_sides`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch(Pairs):
     """One worker's share of a global batch.
@@ -161,11 +173,13 @@ class Batch(Pairs):
                    the token budget; together every index once; the same number on every worker (a chunk may
                    be empty)
     chunk_towers   [chunks] which tower encodes each chunk, the same on every worker; None: there is one
+    chunk_sides    [chunks] whether any worker's chunk of that tower has queries, documents (`SIDES`); None: as above
     """
 
     global_queries: int
     chunks: tuple[np.ndarray, ...]
     chunk_towers: np.ndarray | None = None
+    chunk_sides: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:

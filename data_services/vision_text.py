@@ -116,8 +116,9 @@ class VisionText:
         order = list(item) if self.template is None else _names(self.template)
         images = [part for name in order if isinstance(part := item.get(name), Media)]
         texts = {name: PLACEHOLDER if isinstance(part, Media) else part for name, part in item.items()}
-        template = "".join(f"{{{name}}}" for name in order) if self.template is None else self.template
-        return template.format_map(_Absent(texts)), images
+        if self.template is None:
+            return "".join(texts.values()), images
+        return self.template.format_map(_Absent(texts)), images
 
     def _expanded(self, ids: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
         """The ids with each image's token as many times as `sizes` says; a text that is too long ends earlier."""

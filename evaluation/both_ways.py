@@ -20,7 +20,7 @@ from evaluation.retrieval import (
     rank,
 )
 
-BACK, BY_PROMPTS = ", back", ", by prompts"  # behind a model's name in a table
+BACK, BY_PROMPTS = " back", " by prompts"  # behind a model's name in a table
 PIXELS = "nearest pixels"
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_services.ragged import arrays_of
-from data_services.schema import UNKNOWN, Batch, Ragged
+from data_services.schema import SIDES, UNKNOWN, Batch, Ragged
 from trainers.encoders.arrays import lengths_of
 from trainers.objectives.keys import Keys
 
@@ -61,13 +61,17 @@ class Chunk:
 
 
 def chunks_of(batch: Batch, device: torch.device, sides: tuple[str, ...] = ("queries", "documents")) -> list[Chunk]:
-    """The batch's chunks, of the texts of these sides alone; equally many on every worker."""
+    """The batch's chunks, of the items of these sides alone; equally many on every worker. Of several towers' chunks,
+    those that hold none of them on any worker are left out."""
     items, b = Ragged.concat([batch.queries, batch.documents]), len(batch.queries)
     wanted = np.arange(len(items)) < b if sides == ("queries",) else np.arange(len(items)) >= b
     if len(sides) == 2:
         wanted[:] = True
     chunks = []
+    bits = sum(SIDES[side] for side in sides)
     for i, rows in enumerate(batch.chunks):
+        if batch.chunk_sides is not None and not batch.chunk_sides[i] & bits:
+            continue
         of_side = rows[wanted[rows]]
         prompts, queries = batch.prompt_tokens[of_side], of_side < b
         tower = None if batch.chunk_towers is None else int(batch.chunk_towers[i])

@@ -197,21 +197,25 @@ class ModelConfig(Section):
         return (*(kind for kind, tower in built_in.items() if tower is not None), *self.own)
 
     @model_validator(mode="after")
-    def _image_tower(self) -> ModelConfig:
-        if self.image is not None:
-            alone = self.adapter is not None and not self.adapter.merge
-            for wrong, told in (
-                (self.towers == "separate", "towers: an item's kind says its tower; leave it out"),
-                (self.layers, "layers: the image tower has one vector; remove it"),
-                (
-                    self.head and self.head.use == "training",
-                    "head.use: the image tower has no such head; set it to kept",
-                ),
-                (alone, "adapter.merge: an adapter of one of several towers can't stand alone; leave it true"),
-                (self.packing == "on", "packing: not beside an image tower; set it to off"),
-            ):
-                if wrong:
-                    raise ValueError(f"beside `image`, {told}")
+    def _media_towers(self) -> ModelConfig:
+        if not self.media and not self.fields:
+            return self
+        adapters = [self.adapter, self.image.adapter if self.image else None]
+        alone = any(adapter is not None and not adapter.merge for adapter in adapters)
+        taken = next((kind for kind in self.own if kind in ("text", "image", "audio", "parts")), None)
+        of_training = self.head is not None and self.head.use == "training"
+        for wrong, told in (
+            (self.towers == "separate", "towers: an item's kind says its tower; leave it out"),
+            (self.layers, "layers: the other towers have one vector; remove it"),
+            (of_training, "head.use: the others have no such head; set it to kept"),
+            (alone, "adapter.merge: an adapter of one of several towers can't stand alone; leave it true"),
+            (self.packing == "on", "packing: it is for a text tower alone; set it to off"),
+            (taken, f"own.{taken}: a kind that is taken; choose another name"),
+            (self.fields and self.pooling == "tokens", "pooling: parts have one vector each; choose another"),
+            (self.fields and self.pool_prompt is False, "pool_prompt: parts are pooled whole; leave it true"),
+        ):
+            if wrong:
+                raise ValueError(f"beside a tower for {' and '.join(self.kinds[1:])}, {told}")
         return self
 
     @model_validator(mode="after")
@@ -236,19 +240,6 @@ class ModelConfig(Section):
         if self.document_path is not None and (self.towers == "tied" or self.path is None):
             raise ValueError("`document_path` needs `towers: separate` and a `path` for the query tower")
         return self
-
-
-class ObjectiveConfig(Section):
-    """`objective:` the contrastive loss."""
-
-    path: str | None = Field(
-        None, description="your own loss, package.module:Name, made with (this section, group); None: InfoNCE"
-    )
-    temperature: float = Field(0.05, gt=0, description="divides the cosine similarity")
-    directions: Literal["both", "query_to_document"] = "both"
-    mask_same_document: bool = Field(True, description="a candidate equal to the query's positive is no negative")
-    mask_same_query: bool = Field(True, description="a document of an equal query is no negative")
-    tile: int = Field(4096, gt=0, description="candidates scored at once; changes memory, not the result")
 
 
 class OneQueue(Section):

@@ -39,8 +39,8 @@ class ImageFromConfig(Section):
     image_size: int = Field(224, gt=0, description="pixels of a side; images are resized to it")
     patch_size: int = Field(16, gt=0, description="pixels of a patch's side")
     hidden: int = Field(256, gt=0, description="width of the residual stream")
-    layers: int = Field(4, gt=0)
-    heads: int = Field(4, gt=0)
+    layers: int = Field(4, gt=0, description="of attention and feed-forward")
+    heads: int = Field(4, gt=0, description="of the attention")
     intermediate: int = Field(768, gt=0, description="width of the feed-forward layer")
 
     @model_validator(mode="after")
@@ -121,8 +121,8 @@ class VisionFromConfig(Section):
     patch_size: int = Field(14, gt=0, description="pixels of a patch's side")
     merge: int = Field(2, gt=0, description="so many patches by so many become one token")
     hidden: int = Field(128, gt=0, description="width of the residual stream")
-    layers: int = Field(2, gt=0)
-    heads: int = Field(4, gt=0)
+    layers: int = Field(2, gt=0, description="of attention and feed-forward")
+    heads: int = Field(4, gt=0, description="of the attention")
     intermediate: int = Field(256, gt=0, description="width of the feed-forward layer")
 
 

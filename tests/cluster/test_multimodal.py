@@ -42,8 +42,8 @@ def data(tmp_path_factory):
     return folder
 
 
-def written(data, folder, model, **more):
-    sources = [{"path": str(data / "photos"), "task": "=photos"}]
+def written(pairs, folder, model, **more):
+    sources = [{"path": str(pairs / "photos"), "task": "=photos"}]
     recipe = {"name": "tiny", "data": {"sources": sources, "batch": 8, "steps": 3}, "model": model}
     recipe |= {"objective": {"temperature": {"start": 0.07}}, "engine": {"precision": "fp32", "budget_tokens": 64}}
     recipe |= {"evaluation": {"recall_at": [5], "both_ways": True, "prompts": ["{}", "a {}"]}} | more
@@ -77,8 +77,8 @@ def test_towers_of_texts_and_images_train_and_are_scored_both_ways(dual):
     rows = [
         name + way
         for name in models
-        for way in ("", ", back", ", by prompts")
-        if (name, way) != (models[0], ", by prompts")
+        for way in ("", " back", " by prompts")
+        if (name, way) != (models[0], " by prompts")
     ]
     assert sorted(scored.rows) == sorted(rows)
     assert {"recall@1", "recall@5", "recall@10"} <= set(scored.rows["trained"])

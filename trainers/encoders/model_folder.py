@@ -21,6 +21,7 @@ from data_services.schema import UsageError
 from trainers.config import ModelConfig
 from trainers.encoders.backbone import pretrained_backbone, random_backbone
 from trainers.encoders.choices import check, max_tokens, readout_shapes, spec_of
+from trainers.encoders.clip import is_dual, text_part
 from trainers.encoders.sentence_transformer import Settings, read_settings, read_weights
 from trainers.encoders.spec import ModelSpec
 
@@ -59,6 +60,7 @@ def _prepare(config: ModelConfig, folder: Path, train_tokenizer: TrainTokenizer 
     spec = spec_of(config, settings, model, tokenizer)
     check(config, spec, model, tokenizer)
     as_it_is = config.init_from is None and not config.trust_remote_code  # remote code lies beside the weights
+    as_it_is &= settings is None or settings.projection is None  # a part of a model has weights of its own
     if as_it_is and (source is None or _copy_weights(source, folder)):
         model.config.save_pretrained(folder)
     else:
@@ -79,7 +81,10 @@ def _save_readout(config: ModelConfig, spec: ModelSpec, settings: Settings | Non
     """The weights with which the readout begins, where the recipe names a model that has some."""
     from safetensors.torch import save_file
 
-    weights = read_weights(settings) if settings else {}
+    weights = {}
+    if settings is not None:
+        own = settings.projection
+        weights = read_weights(settings) if own is None else {"head.0.weight": own.detach().clone()}
     if config.init_from is not None:
         weights |= read_readout(Path(config.init_from))
     wanted = readout_shapes(spec)
@@ -126,6 +131,8 @@ def _origin(
     settings = read_settings(root)
     source = root / settings.transformer if settings else root
     model = pretrained_backbone(source, config.trust_remote_code)
+    if is_dual(model):
+        model, settings = text_part(model, source)
     return model, _tokenizer(source, config.trust_remote_code), settings, source
 
 

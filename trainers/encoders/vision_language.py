@@ -53,8 +53,8 @@ class VisionLanguageEncoder(TextEncoder):
     """`TextEncoder` whose chunks may hold images: `arrays["patches"]` [T, 3·side²] uint8, `arrays["grids"]` [images, 2]
     rows and columns of patches, in the order of the places that the tokens have for them.
 
-    A chunk without images runs the vision part on one of the smallest size, whose gradient is zero: at ZeRO-3 every
-    worker must run the same parts.
+    A chunk without images gets one more item, an image of the smallest size, whose vector is dropped: at ZeRO-3 every
+    worker must run the same parts in the same order.
     """
 
     def __init__(
@@ -75,13 +75,15 @@ class VisionLanguageEncoder(TextEncoder):
     def _hidden(self, ids: Tensor, mask: Tensor, layers: Sequence[int], arrays: Mapping[str, Tensor]) -> list[Tensor]:
         if len(arrays.get("grids", ())):
             return super()._hidden(ids, mask, layers, arrays)
-        hidden = super()._hidden(ids, mask, layers, {})
-        merge = self._merge
-        blank = torch.zeros(merge * merge, 3 * self._side**2, dtype=torch.uint8, device=ids.device)
-        seen = self._images({"patches": blank, "grids": torch.full((1, 2), merge, device=ids.device)})
-        found = self.backbone.get_image_features(seen["pixel_values"], seen["image_grid_thw"], return_dict=True)
-        nothing = 0.0 * sum(part.float().sum() for part in _tensors([found.pooler_output, _deep(found)]))
-        return [layer + nothing.to(layer.dtype) for layer in hidden]
+        first = torch.zeros_like(ids[:1])
+        first[:, 0] = 1
+        blank = {
+            "patches": ids.new_zeros(self._merge**2, 3 * self._side**2, dtype=torch.uint8),
+            "grids": ids.new_full((1, 2), self._merge),
+        }
+        one_more = torch.cat([ids, first * self.backbone.config.image_token_id])
+        hidden = super()._hidden(one_more, torch.cat([mask, first.to(mask)]), layers, blank)
+        return [layer[:-1] for layer in hidden]
 
     def _seen(self, ids: Tensor, arrays: Mapping[str, Tensor]) -> dict[str, Any]:
         if not arrays:
@@ -97,17 +99,6 @@ class VisionLanguageEncoder(TextEncoder):
         frames = values[:, :, None].expand(-1, -1, self._frames, -1).reshape(len(patches), -1)
         one = torch.ones_like(grids[:, :1])
         return {"pixel_values": frames, "image_grid_thw": torch.cat([one, grids], dim=1)}
-
-
-def _deep(found: Any) -> Any:
-    return getattr(found, "deepstack_features", None)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in nested lists."""
-    if value is None:
-        return []
-    return [value] if isinstance(value, Tensor) else [tensor for inner in value for tensor in _tensors(inner)]
 
 
 def random_vision_language(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> PreTrainedModel:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import processors
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -110,6 +111,42 @@ def test_the_image_tower_of_a_pretrained_model_gives_its_own_features(family, tm
         features = whole.get_image_features(**processor(PICTURES, return_tensors="pt"))
     features = getattr(features, "pooler_output", features)
     np.testing.assert_allclose(found, torch.nn.functional.normalize(features, dim=-1), atol=1e-5)
+
+
+def test_a_whole_clip_gives_its_own_features_and_a_siglip_is_refused_as_a_text_tower(tmp_path):
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+
+    train_tokenizer(400, tmp_path / "clip")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "clip")
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A <|endoftext|>",
+        special_tokens=[("[CLS]", tokenizer.cls_token_id), ("<|endoftext|>", tokenizer.eos_token_id)],
+    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+    text = sizes | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 40}
+    vision = sizes | {"image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    whole = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).eval()
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    for part in (whole, processor, tokenizer):
+        part.save_pretrained(tmp_path / "clip")
+    path = str(tmp_path / "clip")
+    config = ModelConfig(path=path, image=ImageConfig(path=path), bidirectional=False)
+    prepare_model_folder(config, tmp_path / "m")
+    prepare_towers(config, tmp_path / "m")
+    towers = build_towers(config, tmp_path / "m").eval()
+    encoder = LocalEncoder(towers, reader(tmp_path / "m", towers))
+    tokens = tokenizer(TEXTS, padding=True, truncation=True, max_length=40, return_tensors="pt")
+    with torch.inference_mode():
+        found = whole(**tokens, **processor(PICTURES, return_tensors="pt"))
+    np.testing.assert_allclose(encoder.encode(TEXTS, "query"), found.text_embeds, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode([png(p) for p in PICTURES], "document"), found.image_embeds, atol=1e-5)
+    SiglipModel(SiglipConfig(text_config=sizes | {"vocab_size": len(tokenizer)}, vision_config=vision)).save_pretrained(
+        tmp_path / "clip"
+    )
+    with pytest.raises(UsageError, match=r"the text part of siglip in .* reads padding too"):
+        prepare_model_folder(config, tmp_path / "other")
 
 
 def test_weights_that_reach_no_vector_are_left_alone_and_patterns_freeze(tmp_path):
