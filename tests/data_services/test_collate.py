@@ -247,16 +247,23 @@ def same_ragged(received, sent):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_usual_batch_has_little_padding_and_workers_that_cost_the_same_at_every_chunk(world_size):
-    """256 pairs as in the built-in corpus: queries of 17 tokens, documents of 83, a quarter of them at the limit."""
-    rng = np.random.default_rng(1)
-    queries, documents = rng.geometric(1 / 17, 256).clip(3, 192), rng.gamma(0.9, 110, 256).clip(5, 192).astype(int)
-    shares = deal(queries + documents, world_size)
-    lengths = [np.concatenate([queries[rows], documents[rows]]) for rows in shares]
-    cuts = cut(lengths, 8192)
-    padded = np.array(
-        [[len(c) * own[c].max(initial=0) for c in chunks] for own, chunks in zip(lengths, cuts, strict=True)]
-    )
-    assert 1 - sum(own.sum() for own in lengths) / padded.sum() < 0.05
-    assert padded.sum(1).max() / padded.sum(1).mean() < 1.05
-    assert padded.max(0).sum() / padded.sum(1).mean() < 1.25, "of workers that wait for each other at every chunk"
-    assert len(cuts[0]) < 32
+    """256 pairs as long as those of the built-in corpus, of whose documents a fifth have all of 192 tokens."""
+    figures = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        quantiles = [3, 6, 9, 12, 16, 46, 192], [6, 12, 28, 55, 141, 192, 192]
+        places = [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1], [0, 0.05, 0.25, 0.5, 0.75, 0.81, 1]
+        queries, documents = (np.interp(rng.random(256), *at).astype(int) for at in zip(places, quantiles, strict=True))
+        dealt = deal(queries + documents, world_size)
+        lengths = [np.concatenate([queries[rows], documents[rows]]) for rows in dealt]
+        cuts = cut(lengths, 8192)
+        padded = np.array(
+            [[len(c) * own[c].max(initial=0) for c in chunks] for own, chunks in zip(lengths, cuts, strict=True)]
+        )
+        padding, mean = 1 - sum(own.sum() for own in lengths) / padded.sum(), padded.sum(1).mean()
+        figures.append((padding, padded.sum(1).max() / mean, padded.max(0).sum() / mean, len(cuts[0])))
+    padding, costliest, waiting, chunks = np.mean(figures, axis=0)
+    assert padding < 0.05
+    assert costliest < 1.05
+    assert waiting < 1.3, "of workers that wait for each other at every chunk"
+    assert chunks < 32

@@ -104,6 +104,7 @@ def test_columns_that_a_source_has_besides_are_kept_and_named(tmp_path):
         Column.LABEL: -(2**63) + 1,
         Column.TASK: 2**63 - 1,
         Column.LANGUAGE: None,
+        Column.CLUSTER: 7,
     }
     rows = [Row(1, {"q": "q", "p": ["p", "P"], "n": [], "id": "1", **more})]
     fields = FIELDS._replace(**{name: name for name in more})
