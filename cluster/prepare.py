@@ -6,7 +6,7 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +96,21 @@ def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None, report: Report
 
     report  takes (finished parts, parts) of each source that is converted
     """
+    sources, pools, plan = open_data(recipe, root, report)
+    if earlier:
+        check_data(earlier, sources)
+        check_plan(earlier, plan)
+        return Prepared(recipe, root, earlier, sources, pools, plan, tokenizer_of(earlier.model))
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    run = RunPaths(root / f"{recipe.name}-{stamp}-{secrets.token_hex(2)}")
+    make_run(run, recipe, sources, lambda folder: make_model_folder(recipe, folder, sources))
+    return Prepared(recipe, root, run, sources, pools, plan, tokenizer_of(run.model))
+
+
+def open_data(
+    recipe: Recipe, root: Path, report: Report | None = None
+) -> tuple[tuple[StoredSource, ...], dict[str, StoredSource], Plan]:
+    """(sources, pools, plan) of a `Prepared`."""
     from data_services.sources import open_source
     from data_services.stream import plan_of
 
@@ -108,22 +123,23 @@ def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None, report: Report
             f"optimizer.warmup_steps ({recipe.optimizer.warmup_steps}) leaves none of the plan's {plan.steps} steps: "
             "lower it"
         )
-    if earlier:
-        check_data(earlier, sources)
-        check_plan(earlier, plan)
-        return Prepared(recipe, root, earlier, sources, pools, plan, tokenizer_of(earlier.model))
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    run = RunPaths(root / f"{recipe.name}-{stamp}-{secrets.token_hex(2)}")
+    return sources, pools, plan
+
+
+def make_run(
+    run: RunPaths, recipe: Recipe, sources: tuple[StoredSource, ...], make_model: Callable[[Path], None]
+) -> None:
+    """The folder of a new run, whole or not at all. make_model: makes the model folder at a path."""
     building = RunPaths(run.root.with_name(f".{run.root.name}.new"))
+    shutil.rmtree(building.root, ignore_errors=True)
     building.root.mkdir(parents=True)
     try:
-        make_model_folder(recipe, building.model, sources)
+        make_model(building.model)
         write_json(building.recipe, recipe.model_dump(mode="json"))
         write_json(building.data, {s.name: s.fingerprint for s in sources})
         building.root.rename(run.root)
     finally:
         shutil.rmtree(building.root, ignore_errors=True)
-    return Prepared(recipe, root, run, sources, pools, plan, tokenizer_of(run.model))
 
 
 def pools_of(recipe: Recipe) -> dict[str, SourceConfig]:
