@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from data_services.schema import Section
 
-Scalar = bool | int | float | str | None
+Scalar = bool | int | float | str
 Mode = Literal["max", "min"]
 
 
@@ -25,8 +25,8 @@ class Uniform(Distribution):
     """A number between two others, all equally likely."""
 
     kind: Literal["uniform"] = "uniform"
-    low: float
-    high: float
+    low: float = Field(description="least value")
+    high: float = Field(description="largest value")
     points: int | None = Field(None, ge=2, description="values of a grid, evenly spaced; only `algorithm: grid` asks")
 
     @model_validator(mode="after")
@@ -42,8 +42,8 @@ class LogUniform(Distribution):
     """A number between two others, its logarithm evenly spread: for rates and temperatures."""
 
     kind: Literal["loguniform"] = "loguniform"
-    low: float = Field(gt=0)
-    high: float = Field(gt=0)
+    low: float = Field(gt=0, description="least value")
+    high: float = Field(gt=0, description="largest value")
     points: int | None = Field(None, ge=2, description="values of a grid, in equal ratios; only `algorithm: grid` asks")
 
     @model_validator(mode="after")
@@ -60,8 +60,8 @@ class Integer(Distribution):
     """A whole number from `low` to `high`, both included."""
 
     kind: Literal["int"] = "int"
-    low: int
-    high: int
+    low: int = Field(description="least value")
+    high: int = Field(description="largest value, included")
     step: int = Field(1, gt=0, description="between neighbours; high lies a multiple of it above low")
     log: bool = Field(False, description="small ones as likely as large ones by their logarithm; needs step 1, low 1")
 
@@ -83,7 +83,7 @@ class Choice(Distribution):
 
     kind: Literal["choice"] = "choice"
     values: Annotated[list[Scalar], Field(min_length=2)] | Annotated[dict[str, Any], Field(min_length=2)] = Field(
-        description="a list of plain values, or {name: value} where they are sections or lists"
+        description="a list of plain values, or {name: value} where they are sections, lists or null"
     )
 
     @model_validator(mode="after")
@@ -154,7 +154,7 @@ class SearchConfig(Section):
     )
     retries: int = Field(1, ge=0, description="of a trial whose workers died; what would fail again isn't tried again")
     stalled_s: float = Field(600.0, gt=0, description="a trial that takes no step for so long has failed")
-    budget: Budget = Budget()
+    budget: Budget = Field(Budget(), description="when the search ends though trials are left")
     final_seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(
         [], description="the best settings are trained whole with each of these seeds, and scored on the held-out split"
     )

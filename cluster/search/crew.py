@@ -93,7 +93,9 @@ class TrainingWork:
         training, feed = self._training, self._feed
         assert training is not None, "begun"
         training.run(lambda start: feed, until)
-        return validate(training, self._ready, self._search.queries)
+        began = time.monotonic()
+        metrics = validate(training, self._ready, self._search.queries)
+        return metrics | {"validation_seconds": time.monotonic() - began}
 
     def end(self) -> None:
         if self._feed is not None:

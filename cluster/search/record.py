@@ -11,7 +11,9 @@ HOME/SEARCH_ID/
     tracker.json      its run's id in the tracking store
   tracker.json      the parent run's id in the tracking store
   best.yaml         the recipe found
+  final.json        what its final runs scored
   result.json       the typed result
+  report.html       the same to look at
   stop              there while trials are asked to end
   tune/             Ray Tune's own records
 """
@@ -166,6 +168,14 @@ class StudyPaths:
     @property
     def result(self) -> Path:
         return self.root / "result.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def final(self) -> Path:
+        return self.root / "final.json"
 
     @property
     def stop(self) -> Path:

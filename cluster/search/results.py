@@ -110,4 +110,4 @@ def states_of(trials: Sequence[TrialRecord]) -> dict[str, int]:
 
 def files_of(study: StudyPaths) -> list[Path]:
     """What the tracking store keeps a copy of."""
-    return [path for path in (study.search, study.best, study.result) if path.exists()]
+    return [path for path in (study.search, study.best, study.result, study.report) if path.exists()]

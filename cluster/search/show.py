@@ -100,7 +100,7 @@ def show_search(console: Console, found: SearchResult) -> None:
         rows = ((str(n), *(f"{by_number[n].last[o]:.4g}" for o in found.objectives), shown(by_number[n].settings))
                 for n in found.front)  # fmt: skip
         show_table(console, header, rows)
-    lines = [f"search     {found.search_id}", f"folder     {found.folder}", f"trials     {counts}"]
+    lines = [f"search     {found.search_id}", f"report     {found.folder}/report.html", f"trials     {counts}"]
     if found.ended_by:
         lines.append(f"ended      {found.ended_by}")
     lines.append(f"cost       {found.worker_seconds:,.0f} worker-seconds in {duration(found.seconds)}")

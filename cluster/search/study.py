@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import secrets
@@ -92,7 +93,10 @@ def search(
         resumable = f"go on with: gyre search RECIPE --resume {study.search_id}"
         with stopped_by_signal(resumable):
             ended_by, journal = run_trials(study, space, root, at_once, work, tell)
-            return conclude(study, space, root, journal, ended_by, began, tell)
+        best = best_of(study.trials(), space.objectives)
+        final = train_final(study, space, write_best(study, space, best), tell) if best else []
+        with stopped_by_signal(resumable):
+            return conclude(study, space, journal, ended_by, final, began)
 
 
 def new_study(recipe: Recipe, root: Path) -> StudyPaths:
@@ -178,14 +182,33 @@ def run_trials(
     return stopper.reason, journal
 
 
+def train_final(study: StudyPaths, space: Space, recipe: Recipe, tell: Progress) -> list[dict[str, Any]]:
+    """The recipe found, trained whole with each of the seeds: {"seed", "run_id", "validation", "heldout"} of each.
+
+    One that an interrupted search had finished isn't trained again.
+    """
+    from cluster import launch
+
+    done: list[dict[str, Any]] = json.loads(study.final.read_text()) if study.final.exists() else []
+    for seed in space.config.final_seeds:
+        if any(run["seed"] == seed for run in done):
+            continue
+        tell({"kind": "phase", "text": f"training the recipe found whole, seed {seed}"})
+        trained = launch.train(recipe.model_copy(update={"seed": seed}), on_progress=tell)
+        scores = {"validation": trained.validation.get("trained", {}), "heldout": trained.metrics.get("trained", {})}
+        done.append({"seed": seed, "run_id": trained.run_id} | scores)
+        write_json(study.final, done)
+    return done
+
+
 def conclude(
-    study: StudyPaths, space: Space, root: Path, journal: Journal, ended_by: str, began: float, tell: Progress
+    study: StudyPaths, space: Space, journal: Journal, ended_by: str, final: list[dict[str, Any]], began: float
 ) -> SearchResult:
-    """Chooses, writes best.yaml and the result, closes the tracking store's run."""
+    """Writes the result and closes the tracking store's run."""
+    from cluster.search.report import search_page
+
     trials = study.trials()
     best = best_of(trials, space.objectives)
-    if best is not None:
-        write_best(study, space, best)
     result = SearchResult(
         search_id=study.search_id,
         folder=str(study.root),
@@ -199,8 +222,9 @@ def conclude(
         worker_seconds=journal.worker_seconds(),
         seconds=time.time() - began,
         ended_by=ended_by,
-        final=[],
+        final=final,
     )
     write_json(study.result, result.as_dict())
+    study.report.write_text(search_page(space, result))
     journal.tracked.conclude(best, files_of(study), {"worker_seconds": result.worker_seconds})
     return result

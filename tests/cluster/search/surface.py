@@ -55,9 +55,9 @@ class Surface:
                 time.sleep(0.5)
         if self.first:
             self.saved.write_text(str(self.step))
-            line = {"step": until - 1, "loss": 1.0, "seconds": 0.1}
+            rates = {"loss": 1.0, "seconds": 0.1, "pairs_per_s": 1.0, "tokens_per_s": 1.0}
             with open(self.run.metrics, "a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps({"step": until - 1} | rates) + "\n")
         dist.barrier()
         return {"ndcg@10": float("nan") if seed == NAN else value}
 

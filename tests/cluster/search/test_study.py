@@ -1,11 +1,15 @@
 """Searches run for real through Ray Tune on a local cluster of logical CPUs; what a trial's workers do is `Surface`."""
 
 import json
+import threading
+from pathlib import Path
 
 import pytest
 
 from cluster.config import Recipe
+from cluster.search.record import StudyPaths
 from cluster.search.study import search
+from data_services.schema import UsageError
 from tests.cluster.search import surface
 from tests.e2e.conftest import mini_recipe, write_pairs
 
@@ -14,15 +18,15 @@ TEMPERATURE = {"kind": "uniform", "low": 0.05, "high": 0.5}
 
 
 @pytest.fixture(scope="module")
-def ray_here(tmp_path_factory):
-    """A cluster of four logical CPUs that every search of this file uses."""
+def ray_here():
+    """A cluster of four logical CPUs that every search of this file uses: room for one trial of two workers."""
     import os
 
     import ray
 
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
+    yield ray
     ray.shutdown()
 
 
@@ -33,30 +37,152 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture
 def recipe(pairs, root):
-    """A function: the recipe with this search section and other sections on top."""
+    """A function: a recipe of nine steps with this search section, which is over temperature unless it says more."""
 
-    def make(search, **other):
-        raw = mini_recipe(pairs) | {"search": {"space": {"objective.temperature": TEMPERATURE}} | search} | other
+    def make(**settings):
+        raw = mini_recipe(pairs)
         raw["data"] = raw["data"] | {"steps": 9}
+        raw["search"] = {"space": {"objective.temperature": TEMPERATURE}} | settings
         return Recipe.model_validate(raw)
 
     return make
 
 
-def test_trials_of_every_fate_and_the_search_goes_on(ray_here, recipe, root):
+def begun(found):
+    """What rank 0 of each trial's crew wrote when it began: {trial: [{"step", "pid", "at"}]}."""
+    lines = {}
+    for record in found.trials:
+        path = StudyPaths(Path(found.folder)).trial(record.number).run.root
+        text = (path / "begun.jsonl").read_text() if (path / "begun.jsonl").exists() else ""
+        lines[record.number] = [json.loads(line) for line in text.splitlines()]
+    return lines
+
+
+def test_trials_of_every_fate_and_the_search_goes_on(ray_here, recipe):
     seeds = {"kind": "choice", "values": [0, surface.FAILS, surface.NAN, surface.DIES_ONCE, surface.HANGS]}
     start = [{"seed": seed, "objective.temperature": 0.2} for seed in seeds["values"]]
     space = {"objective.temperature": TEMPERATURE, "seed": seeds}
-    settings = {"space": space, "trials": 5, "start": start, "stalled_s": 3, "retries": 1, "stop_early": False}
-    events = []
-    found = search(recipe(settings), work=WORK, on_progress=events.append)
+    found = search(recipe(space=space, trials=5, start=start, stalled_s=2, retries=1, stop_early=False), work=WORK)
     reasons = {t.settings["seed"]: (t.outcome.state, t.outcome.reason) for t in found.trials}
     assert reasons[0] == ("completed", "")
     assert reasons[surface.DIES_ONCE] == ("completed", "")
     assert reasons[surface.FAILS] == ("failed", "this one always fails")
     assert reasons[surface.NAN] == ("failed", "ndcg@10 is nan at step 1")
-    assert reasons[surface.HANGS][0] == "failed"
-    assert "no step for 3 s" in reasons[surface.HANGS][1]
+    assert reasons[surface.HANGS] == ("failed", "no step for 2 s (search.stalled_s) (tried 2 times)")
+    assert found.states == {"completed": 2, "failed": 3}
     assert found.best is not None
-    assert found.best.settings["seed"] in (0, surface.DIES_ONCE)
-    print(json.dumps([{k: str(v) for k, v in e.items()} for e in events], indent=1))
+    assert found.best.settings["seed"] == 0
+    assert all(t.worker_seconds > 0 for t in found.trials)
+
+
+def test_bad_trials_are_stopped_and_their_workers_go_straight_to_the_next(ray_here, recipe):
+    values = [0.1, 0.12, 0.3, 0.4, 0.5, 0.11]
+    start = [{"objective.temperature": value} for value in values]
+    events = []
+    found = search(recipe(trials=6, start=start), work=WORK, on_progress=events.append)
+    assert [t.settings["objective.temperature"] for t in found.trials] == values
+    states = [t.outcome.state for t in found.trials]
+    assert states[0] == "completed"  # nothing to compare the first with
+    assert states[2:5] == ["stopped"] * 3
+    assert [t.checks[-1].step for t in found.trials][2:5] == [1, 1, 1]
+    assert found.best == found.trials[0]
+    processes = {line["pid"] for lines in begun(found).values() for line in lines}
+    assert len(processes) == 1, "one crew did all of them"
+    told = [e for e in events if e["kind"] == "trial"]
+    assert [e["record"].number for e in told] == sorted(e["record"].number for e in told)
+    assert told[-1]["ended"] == told[-1]["trials"] == 6
+
+
+def test_the_recipe_found_reads_again_and_has_the_best_settings(ray_here, recipe):
+    from cluster.config import load_recipe
+
+    found = search(recipe(trials=3, trial={"data.steps": 3}, seed=1), work=WORK)
+    best = load_recipe(found.recipe)
+    assert best.objective.temperature == found.best.settings["objective.temperature"]
+    assert best.data.steps == 9
+    assert best.search is None
+    distances = {t.number: abs(t.settings["objective.temperature"] - surface.BEST) for t in found.trials}
+    assert found.best.number == min(distances, key=distances.get)
+    again = search(recipe(trials=3, trial={"data.steps": 3}, seed=1), work=WORK)
+    assert [t.settings for t in again.trials] == [t.settings for t in found.trials]
+    assert again.folder != found.folder
+
+
+def test_the_store_has_a_parent_run_and_a_child_for_each_trial(ray_here, recipe, root):
+    from cluster.tracking import client
+
+    found = search(recipe(trials=2), work=WORK)
+    store = client(root)
+    experiment = store.get_experiment_by_name("mini")
+    runs = store.search_runs([experiment.experiment_id])
+    parent = json.loads((root / found.search_id / "tracker.json").read_text())["run_id"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent]
+    assert len(children) == 2
+    (best,) = [run for run in children if run.data.tags.get("gyre.best")]
+    assert float(best.data.params["objective.temperature"]) == found.best.settings["objective.temperature"]
+    curve = [m.value for m in store.get_metric_history(best.info.run_id, "ndcg_at_10")]
+    assert curve == [check.values["ndcg@10"] for check in found.best.checks]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def test_a_budget_is_kept_and_a_resume_goes_on_from_there(ray_here, recipe):
+    space = {"objective.temperature": TEMPERATURE, "seed": {"kind": "choice", "values": [0, surface.SLOW]}}
+    start = [{"seed": seed, "objective.temperature": 0.1} for seed in (0, surface.SLOW)]
+    settings = {"space": space, "trials": 2, "start": start, "stop_early": False, "stalled_s": 30}
+    found = search(recipe(**settings, budget={"seconds": 6}), work=WORK)
+    assert found.ended_by == "search.budget.seconds (6) was spent"
+    assert found.trials[-1].outcome.state in ("stopped", "completed")
+    done = found.trials[0]
+    more = search(recipe(**settings), resume=found.search_id, work=WORK)
+    assert more.search_id == found.search_id
+    assert more.states == {"completed": 2}
+    if done.outcome.state == "completed":
+        assert more.trials[0] == done
+
+
+def test_trials_of_different_size_and_one_that_waits_for_the_cluster(ray_here, recipe):
+    holder = ray_here.remote(num_cpus=3)(Holder).remote()
+    ray_here.get(holder.there.remote())
+    threading.Timer(2.0, ray_here.kill, [holder]).start()
+    space = {"cluster.workers": {"kind": "choice", "values": [1, 2]}}
+    found = search(recipe(space=space, algorithm="grid"), work=WORK)
+    assert [t.settings["cluster.workers"] for t in found.trials] == [1, 2]
+    assert found.states == {"completed": 2}
+
+
+def test_a_trial_that_fits_nowhere_is_refused_at_once(ray_here, recipe, root):
+    with pytest.raises(UsageError, match=r"cluster\.workers=4 of 1 CPU|cluster\.workers=4 can never be placed"):
+        search(recipe(space={"cluster.workers": {"kind": "choice", "values": [1, 4]}}), work=WORK)
+    assert not list(root.glob("mini-search-*"))
+
+
+class Holder:
+    """Holds CPUs."""
+
+    def there(self):
+        return True
+
+
+def test_trials_on_a_warm_crew_are_ordinary_trainings_bit_for_bit(ray_here, recipe, gloo, tmp_path):
+    from cluster.prepare import prepare
+    from cluster.search.space import Space
+    from cluster.worker import Task
+    from tests.e2e.commands import differing, results_in
+    from tests.e2e.test_whole_run import _without_ray
+
+    start = [{"objective.temperature": value} for value in (0.2, 0.4, 0.2)]
+    chosen = recipe(trials=3, start=start, stop_early=False, queries=20)
+    found = search(chosen)
+    assert found.states == {"completed": 3}, found.trials
+    runs = [StudyPaths(Path(found.folder)).trial(n).run for n in range(3)]
+    assert found.trials[0].last["ndcg@10"] == found.trials[2].last["ndcg@10"] > 0
+    ready = prepare(Space(chosen).trial_recipe(start[0]), tmp_path / "home", None)
+    task = Task(ready.recipe, ready.run, ready.plan.steps, ready.lineage())
+    gloo(2, _without_ray, task, ready.reader)
+    plain = results_in(ready.run.metrics)
+    assert len(plain) == 9
+    assert differing(results_in(runs[0].metrics), plain) == {}  # the crew's first trial
+    assert differing(results_in(runs[2].metrics), plain) == {}  # and one after another
+    assert differing(results_in(runs[1].metrics), plain) != {}
+    models = {run.model.resolve() for run in runs}
+    assert len(models) == 1, "one model folder for all of them"
