@@ -29,6 +29,8 @@ _QUIET = {
     # Idle workers started ahead have no runtime environment, so none of ours could take one of them.
     "RAY_prestart_worker_first_driver": "0",
 }
+# The same, of a cluster in this process: no cloud tells it that a node will be taken away.
+_ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def connect(
     seconds.
     """
     address = cluster_address(config)
-    os.environ |= {k: v for k, v in _QUIET.items() if k not in os.environ}
+    wanted = _QUIET if address else _QUIET | _ALONE
+    os.environ |= {k: v for k, v in wanted.items() if k not in os.environ}
     import ray
 
     ours = not ray.is_initialized()
