@@ -61,19 +61,9 @@ class TrainingWork:
 
     @staticmethod
     def shards(ready: Prepared) -> Sequence[Any]:
-        from cluster.fit import start_of
-        from data_services.ray_feed import ray_dataset
+        from cluster.fit import dataset_of
 
-        recipe = ready.recipe
-        dataset = ray_dataset(
-            ready.reader,
-            recipe.cluster.workers,
-            start_of(ready.run),
-            recipe.engine.budget_tokens,
-            recipe.data.read_ahead_mib,
-            by_field=recipe.model.towers == "separate",
-        )
-        return dataset.streaming_split(recipe.cluster.workers, equal=False)
+        return dataset_of(ready).streaming_split(ready.recipe.cluster.workers, equal=False)
 
     def begin(self, ready: Prepared, shard: Any, search: SearchConfig) -> int:
         from cluster.fit import start_of
