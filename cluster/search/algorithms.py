@@ -13,6 +13,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from ray.tune import Stopper
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
+from ray.tune.stopper import NoopStopper
 
 from cluster.search.config import Budget
 from cluster.search.space import Settings, Space
@@ -21,6 +22,7 @@ from cluster.search.trial import FAILED, TIME, checks_of
 DEFAULT_TRIALS = 20
 START_SHARE = 4  # a quarter of the trials is drawn at random before the estimator has a say, and at most
 MOST_AT_RANDOM = 10
+LOOK_S = 0.5  # between two looks at what was spent
 
 
 class NumberedSearch(OptunaSearch):
@@ -101,16 +103,18 @@ def scheduler_of(space: Space) -> TrialScheduler:
     return ASHAScheduler(TIME, metric, mode, max_t=last, grace_period=1, reduction_factor=config.reduction)
 
 
-class BudgetStopper(Stopper):
-    """Ends the whole search when its budget is spent. Tune asks many times a second, so it is kept to a second or so.
+class Ending(Stopper):
+    """Ends the whole search: when its budget is spent, or when `end` is called, by a signal say.
 
-    spent  worker-seconds of all trials so far, those under way included
-    ended  is called once, before Tune lets go of the trials
+    Tune asks many times a second, so that a budget is kept to a second or so.
+
+    spent    worker-seconds of all trials so far, those under way included
+    letting  is called once, before Tune lets go of the trials
     """
 
-    def __init__(self, budget: Budget, spent: Callable[[], float], ended: Callable[[str], Any]) -> None:
-        self._budget, self._spent, self._ended = budget, spent, ended
-        self._began = time.monotonic()
+    def __init__(self, budget: Budget, spent: Callable[[], float], letting: Callable[[], Any]) -> None:
+        self._budget, self._spent, self._letting = budget, spent, letting
+        self._began = self._looked = time.monotonic()
         self.reason = ""
 
     def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
@@ -118,14 +122,24 @@ class BudgetStopper(Stopper):
 
     def stop_all(self) -> bool:
         if not self.reason and (reason := self._over()):
-            self.reason = reason
-            self._ended(reason)
+            self.end(reason)
         return bool(self.reason)
 
+    def end(self, reason: str) -> None:
+        self.reason = self.reason or reason
+        self._letting()
+
     def _over(self) -> str:
-        seconds, worker_seconds = self._budget.seconds, self._budget.worker_seconds
-        if seconds is not None and time.monotonic() - self._began >= seconds:
-            return f"search.budget.seconds ({seconds:g}) was spent"
-        if worker_seconds is not None and self._spent() >= worker_seconds:
-            return f"search.budget.worker_seconds ({worker_seconds:g}) was spent"
+        now, budget = time.monotonic(), self._budget
+        if now - self._looked < LOOK_S:
+            return ""
+        self._looked = now
+        if budget.seconds is not None and now - self._began >= budget.seconds:
+            return f"search.budget.seconds ({budget.seconds:g}) was spent"
+        if budget.worker_seconds is not None and self._spent() >= budget.worker_seconds:
+            return f"search.budget.worker_seconds ({budget.worker_seconds:g}) was spent"
         return ""
+
+    def __reduce__(self) -> Any:
+        """Tune keeps a pickle of what it is given, to go on from; ours goes on from its own records."""
+        return NoopStopper, ()

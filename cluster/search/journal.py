@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial as TuneTrial
 
 from cluster.fit import Follower
 from cluster.search.record import Outcome, State, StudyPaths, TrialRecord
-from cluster.search.space import TRAINING_METRICS, Space
+from cluster.search.space import TRAINING_METRICS, Space, shown
 from cluster.tracking import Tracker
 from data_services.schema import RunError, UsageError
 from trainers.checkpoint import write_json
@@ -58,6 +58,10 @@ class Journal(Callback):
         """The trial's own process died, more often than it may."""
         lines = str(trial.get_error() or "its process died").strip().splitlines()
         self._end(self._study.trial(trial.config["number"]).read(), "failed", lines[-1])
+
+    def __reduce__(self) -> Any:
+        """See `Ending`."""
+        return Callback, ()
 
     def worker_seconds(self) -> float:
         """Of all trials so far, those under way included."""
@@ -126,19 +130,29 @@ class Tracked:
                 child.log_artifacts(paths.run.recipe)
             child.finish("FAILED" if record.outcome.state == "failed" else "FINISHED")
 
-    def conclude(self, best: TrialRecord | None, artifacts: list[Path], totals: Mapping[str, float]) -> None:
-        """The best trial is tagged, the search's files are kept beside its figures."""
+    def conclude(
+        self, best: TrialRecord | None, before: int | None, artifacts: list[Path], totals: Mapping[str, float]
+    ) -> None:
+        """The best trial is tagged, the search's files are kept beside its figures.
+
+        before  number of the trial that was best when the search was concluded an earlier time
+        """
+        if before is not None and (best is None or best.number != before):
+            self._tag(self._study.trial(before).read(), "false")
         if best is not None:
-            child = self._children.get(best.number) or self._child(best)
-            child.tag({"gyre.best": "true"})
-            child.finish()
-            self.parent.tag({"gyre.best": child.run_id})
-            self.parent.log_values(best.settings)
+            run_id = self._tag(best, "true")
+            self.parent.tag({"gyre.best": run_id, "gyre.settings": shown(best.settings)})
             self.parent.log_result(best.last)
         self.parent.log_result(totals)
         for path in artifacts:
             self.parent.log_artifacts(path)
         self.parent.finish()
+
+    def _tag(self, record: TrialRecord, best: str) -> str:
+        child = self._children.get(record.number) or self._child(record)
+        child.tag({"gyre.best": best})
+        child.finish("FAILED" if record.outcome.state == "failed" else "FINISHED")
+        return child.run_id
 
     def _child(self, record: TrialRecord) -> Tracker:
         tags = {"mlflow.parentRunId": self.parent.run_id, "gyre.search": self._study.search_id}

@@ -108,8 +108,6 @@ def show_search(console: Console, found: SearchResult) -> None:
         lines.append(
             f"final      seed {final['seed']}: held-out {first} {final['heldout'].get(first, float('nan')):.4f}"
         )
-    if found.best is None:
-        show_lines(console, *lines, "no trial came to a check: there is nothing to choose from")
-        return
+    assert found.best is not None, "a search without one raises"
     lines.append(f"best       {trial_line(found.best, first)}")
     show_lines(console, *lines, "", "next", f"  {found.command}")

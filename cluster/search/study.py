@@ -6,13 +6,14 @@ import json
 import math
 import os
 import secrets
+import signal
 import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import ClusterConfig, Recipe, differences
-from cluster.fit import Progress, stopped_by_signal
+from cluster.fit import AT_ONCE, Progress, Stopped, handling_signals, stopped_by_signal
 from cluster.paths import run_home
 from cluster.prepare import check_sources, open_data
 from cluster.search.config import Choice, Integer
@@ -21,7 +22,7 @@ from cluster.search.record import StudyPaths, find_search
 from cluster.search.results import SearchResult, best_of, command_for, files_of, pareto_front, states_of, write_best
 from cluster.search.space import Space
 from cluster.session import connect, nodes_to_be
-from data_services.schema import UsageError
+from data_services.schema import RunError, UsageError
 from trainers.checkpoint import write_json
 
 if TYPE_CHECKING:
@@ -90,19 +91,26 @@ def search(
         tell({"kind": "phase", "text": "preparing data"})
         open_data(recipe, root, lambda n, of: tell({"kind": "parts", "finished": n, "parts": of}))
         study = study or new_study(recipe, root)
-        resumable = f"go on with: gyre search RECIPE --resume {study.search_id}"
-        with stopped_by_signal(resumable):
+        write_json(study.search, {"recipe": recipe.model_dump(mode="json", exclude_unset=True)})
+        with stopped_by_signal(resume_with(study)):
             ended_by, journal = run_trials(study, space, root, at_once, work, tell)
-        best = best_of(study.trials(), space.objectives)
-        final = train_final(study, space, write_best(study, space, best), tell) if best else []
-        with stopped_by_signal(resumable):
-            return conclude(study, space, journal, ended_by, final, began)
+            best = best_of(study.trials(), space.objectives)
+            final = train_final(study, space, write_best(study, space, best), tell) if best else []
+            result = conclude(study, space, journal, ended_by, final, began)
+    if result.best is None:
+        reasons = [t.outcome.reason for t in result.trials if t.outcome.reason]
+        why = ended_by or (f"the first: {reasons[0]}" if reasons else "none was begun")
+        raise RunError(f"no trial of search {study.search_id} came to a check; {why}; see {study.report}")
+    return result
+
+
+def resume_with(study: StudyPaths) -> str:
+    return f"go on with: gyre search RECIPE --resume {study.search_id}"
 
 
 def new_study(recipe: Recipe, root: Path) -> StudyPaths:
     study = StudyPaths(root / f"{recipe.name}-search-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
     study.root.mkdir(parents=True)
-    write_json(study.search, {"recipe": recipe.model_dump(mode="json", exclude_unset=True)})
     return study
 
 
@@ -132,7 +140,7 @@ def run_trials(
     """(why it ended before the last trial, else empty; its journal)."""
     from ray import tune
 
-    from cluster.search.algorithms import BudgetStopper, how_many, scheduler_of, search_of
+    from cluster.search.algorithms import Ending, how_many, scheduler_of, search_of
     from cluster.search.journal import Journal, Tracked
     from cluster.search.placement import bundles
     from cluster.search.trial import Trial
@@ -145,7 +153,7 @@ def run_trials(
     trials = how_many(space)
     tracked = Tracked(study, space, root)
     journal = Journal(study, space, tracked, trials, tell)
-    stopper = BudgetStopper(space.config.budget, journal.worker_seconds, lambda reason: study.stop.touch())
+    ending = Ending(space.config.budget, journal.worker_seconds, study.stop.touch)
     tell({"kind": "phase", "text": f"search {study.search_id}: {trials} trials, {at_once} at a time"})
 
     def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
@@ -154,7 +162,11 @@ def run_trials(
         except UsageError:  # the trial will say so
             return tune.PlacementGroupFactory(bundles(space.recipe.cluster))
 
-    with warnings.catch_warnings():
+    def stop(number: int, _frame: Any) -> None:
+        signal.signal(number, AT_ONCE[number])
+        ending.end(signal.Signals(number).name)
+
+    with warnings.catch_warnings(), handling_signals(stop):
         warnings.simplefilter("ignore")
         tune.Tuner(
             tune.with_resources(Trial, resources),
@@ -171,15 +183,17 @@ def run_trials(
             run_config=tune.RunConfig(
                 name=time.strftime("%Y%m%d-%H%M%S"),
                 storage_path=str(study.tune),
-                stop=stopper,
+                stop=ending,
                 failure_config=tune.FailureConfig(max_failures=space.config.retries),
                 callbacks=[journal],
                 verbose=0,
                 log_to_file=False,
             ),
         ).fit()
-    journal.close(stopper.reason)
-    return stopper.reason, journal
+    if ending.reason in signal.Signals.__members__:
+        raise Stopped(f"{ending.reason}: {resume_with(study)}")
+    journal.close(ending.reason)
+    return ending.reason, journal
 
 
 def train_final(study: StudyPaths, space: Space, recipe: Recipe, tell: Progress) -> list[dict[str, Any]]:
@@ -209,6 +223,8 @@ def conclude(
 
     trials = study.trials()
     best = best_of(trials, space.objectives)
+    earlier = json.loads(study.result.read_text())["best"] if study.result.exists() else None
+    before = earlier["number"] if earlier else None
     result = SearchResult(
         search_id=study.search_id,
         folder=str(study.root),
@@ -226,5 +242,5 @@ def conclude(
     )
     write_json(study.result, result.as_dict())
     study.report.write_text(search_page(space, result))
-    journal.tracked.conclude(best, files_of(study), {"worker_seconds": result.worker_seconds})
+    journal.tracked.conclude(best, before, files_of(study), {"worker_seconds": result.worker_seconds})
     return result

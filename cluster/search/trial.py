@@ -207,6 +207,8 @@ def ready_trial(recipe: Recipe, study: StudyPaths, paths: TrialPaths, root: Path
     else:
         shared = shared_model(recipe, study, sources)
         make_run(run, recipe, sources, lambda folder: folder.symlink_to(shared))
+        if recipe.mine.every_steps is not None:  # a miner looks for converted data beside its run
+            (paths.root / "data").symlink_to(root / "data")
     return Prepared(recipe, root, run, sources, pools, plan, tokenizer_of(run.model))
 
 

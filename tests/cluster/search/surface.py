@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-FAILS, NAN, DIES_ONCE, HANGS, SLOW = 11, 12, 13, 14, 15
+FAILS, NAN, DIES_ONCE, DIES, HANGS, SLOW, STUCK = 11, 12, 13, 14, 15, 16, 17
 BEST = 0.1
 
 
@@ -27,6 +27,8 @@ class Surface:
         self.recipe, self.run = ready.recipe, ready.run
         self.first = shard == 0
         self.step = int(self.saved.read_text()) if self.saved.exists() else 0
+        if (self.run.root / "begun.jsonl").exists() and self.first:
+            (self.run.root / "stuck").touch()
         if self.first:
             with open(self.run.root / "begun.jsonl", "a") as file:
                 file.write(json.dumps({"step": self.step, "pid": os.getpid(), "at": time.time()}) + "\n")
@@ -46,7 +48,11 @@ class Surface:
         if seed == DIES_ONCE and not (self.run.root / "died").exists():
             (self.run.root / "died").touch()
             os._exit(1)
+        if seed == DIES:
+            os._exit(1)
         while seed == HANGS:
+            time.sleep(1)
+        while seed == STUCK and not (self.run.root / "stuck").exists():  # until it is taken up again
             time.sleep(1)
         for _ in range(until - self.step):
             dist.all_reduce(torch.ones(1))  # they are in one process group

@@ -1,15 +1,18 @@
 """Searches run for real through Ray Tune on a local cluster of logical CPUs; what a trial's workers do is `Surface`."""
 
 import json
+import os
+import signal
 import threading
 from pathlib import Path
 
 import pytest
 
 from cluster.config import Recipe
+from cluster.fit import Stopped
 from cluster.search.record import StudyPaths
 from cluster.search.study import search
-from data_services.schema import UsageError
+from data_services.schema import RunError, UsageError
 from tests.cluster.search import surface
 from tests.e2e.conftest import mini_recipe, write_pairs
 
@@ -20,8 +23,6 @@ TEMPERATURE = {"kind": "uniform", "low": 0.05, "high": 0.5}
 @pytest.fixture(scope="module")
 def ray_here():
     """A cluster of four logical CPUs that every search of this file uses: room for one trial of two workers."""
-    import os
-
     import ray
 
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
@@ -59,20 +60,28 @@ def begun(found):
 
 
 def test_trials_of_every_fate_and_the_search_goes_on(ray_here, recipe):
-    seeds = {"kind": "choice", "values": [0, surface.FAILS, surface.NAN, surface.DIES_ONCE, surface.HANGS]}
+    seeds = {"kind": "choice", "values": [0, surface.FAILS, surface.NAN, surface.DIES_ONCE, surface.DIES]}
     start = [{"seed": seed, "objective.temperature": 0.2} for seed in seeds["values"]]
     space = {"objective.temperature": TEMPERATURE, "seed": seeds}
-    found = search(recipe(space=space, trials=5, start=start, stalled_s=2, retries=1, stop_early=False), work=WORK)
+    found = search(recipe(space=space, trials=5, start=start, retries=1, stop_early=False), work=WORK)
     reasons = {t.settings["seed"]: (t.outcome.state, t.outcome.reason) for t in found.trials}
     assert reasons[0] == ("completed", "")
     assert reasons[surface.DIES_ONCE] == ("completed", "")
     assert reasons[surface.FAILS] == ("failed", "this one always fails")
     assert reasons[surface.NAN] == ("failed", "ndcg@10 is nan at step 1")
-    assert reasons[surface.HANGS] == ("failed", "no step for 2 s (search.stalled_s) (tried 2 times)")
+    assert reasons[surface.DIES][0] == "failed"
+    assert reasons[surface.DIES][1].endswith("(tried 2 times)")
     assert found.states == {"completed": 2, "failed": 3}
     assert found.best is not None
     assert found.best.settings["seed"] == 0
     assert all(t.worker_seconds > 0 for t in found.trials)
+
+
+def test_a_trial_that_hangs_is_ended_and_a_search_without_any_result_has_failed(ray_here, recipe, root):
+    space = {"seed": {"kind": "choice", "values": [surface.HANGS, surface.HANGS + 100]}}
+    settings = {"space": space, "trials": 1, "start": [{"seed": surface.HANGS}], "stalled_s": 4, "retries": 0}
+    with pytest.raises(RunError, match=r"no trial of search .* came to a check; the first: no step for 4 s"):
+        search(recipe(**settings), work=WORK)
 
 
 def test_bad_trials_are_stopped_and_their_workers_go_straight_to_the_next(ray_here, recipe):
@@ -125,19 +134,44 @@ def test_the_store_has_a_parent_run_and_a_child_for_each_trial(ray_here, recipe,
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
-def test_a_budget_is_kept_and_a_resume_goes_on_from_there(ray_here, recipe):
-    space = {"objective.temperature": TEMPERATURE, "seed": {"kind": "choice", "values": [0, surface.SLOW]}}
-    start = [{"seed": seed, "objective.temperature": 0.1} for seed in (0, surface.SLOW)]
-    settings = {"space": space, "trials": 2, "start": start, "stop_early": False, "stalled_s": 30}
-    found = search(recipe(**settings, budget={"seconds": 6}), work=WORK)
-    assert found.ended_by == "search.budget.seconds (6) was spent"
-    assert found.trials[-1].outcome.state in ("stopped", "completed")
-    done = found.trials[0]
-    more = search(recipe(**settings), resume=found.search_id, work=WORK)
-    assert more.search_id == found.search_id
-    assert more.states == {"completed": 2}
-    if done.outcome.state == "completed":
-        assert more.trials[0] == done
+def test_a_search_that_is_stopped_or_out_of_budget_goes_on_where_it_was(ray_here, recipe, root):
+    space = {"objective.temperature": TEMPERATURE, "seed": {"kind": "choice", "values": [0, surface.STUCK]}}
+    start = [{"seed": seed, "objective.temperature": 0.1} for seed in (0, surface.STUCK)]
+    settings = {"space": space, "trials": 2, "start": start, "stop_early": False}
+    with pytest.raises(RunError, match=r"came to a check; search\.budget\.seconds \(0\.5\) was spent"):
+        search(recipe(**settings, budget={"seconds": 0.5}), work=WORK)
+    (study,) = (StudyPaths(p) for p in root.glob("mini-search-*"))
+
+    def when_the_first_is_done(event):
+        if event["kind"] == "trial" and event["record"].outcome.state == "completed":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="SIGTERM: go on with: gyre search RECIPE --resume mini-search-"):
+        search(recipe(**settings), resume=study.search_id, work=WORK, on_progress=when_the_first_is_done)
+    (first, *_) = study.trials()
+    assert first.outcome.state == "completed"
+    found = search(recipe(**settings), resume=study.search_id, work=WORK)
+    assert found.search_id == study.search_id
+    assert found.states == {"completed": 2}
+    assert found.trials[0] == first
+    changed = recipe(**settings | {"objectives": {"mrr@10": "max"}})
+    with pytest.raises(UsageError, match=r"was made with another recipe: search\.objectives\.mrr@10"):
+        search(changed, resume=study.search_id, work=WORK)
+
+
+@pytest.mark.parametrize(("budget", "spent"), [({"worker_seconds": 10}, 10.5), ({"seconds": 0.01}, 0)])
+def test_a_spent_budget_ends_the_search_once(budget, spent):
+    from cluster.search.algorithms import Ending
+    from cluster.search.config import Budget
+
+    told = []
+    ending = Ending(Budget(**budget), lambda: spent, lambda: told.append(True))
+    assert not ending.stop_all()  # it looks now and then
+    while not ending.stop_all():
+        time.sleep(0.05)
+    assert ending.stop_all()
+    assert told == [True]
+    assert ending.reason.startswith("search.budget.")
 
 
 def test_trials_of_different_size_and_one_that_waits_for_the_cluster(ray_here, recipe):
