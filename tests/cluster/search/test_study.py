@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,7 @@ def test_a_search_that_is_stopped_or_out_of_budget_goes_on_where_it_was(ray_here
     assert found.states == {"completed": 2}
     assert found.trials[0] == first
     changed = recipe(**settings | {"objectives": {"mrr@10": "max"}})
-    with pytest.raises(UsageError, match=r"was made with another recipe: search\.objectives\.mrr@10"):
+    with pytest.raises(UsageError, match=r"was made with another recipe: search\.objectives"):
         search(changed, resume=study.search_id, work=WORK)
 
 
