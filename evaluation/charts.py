@@ -90,7 +90,9 @@ def point_chart(
             f"<title>{escape(name)}: {number(px)}, {number(py)}</title></circle>"
         )
         if name in strong:
-            marks.append(f'<text class="strong" x="{at[0] + 8:.1f}" y="{at[1] - 6:.1f}">{escape(name)}</text>')
+            side = 'text-anchor="end"' if at[0] > WIDTH * 0.85 else ""
+            marks.append(f'<text class="strong" {side} x="{at[0] + (-8 if side else 8):.1f}" y="{at[1] - 6:.1f}">')
+            marks.append(f"{escape(name)}</text>")
     return _figure(_svg(_axes(x, y, x_label, y_label) + "".join(marks), HEIGHT, f"{y_label} over {x_label}"), caption)
 
 
@@ -222,7 +224,7 @@ def _svg(inner: str, height: int, label: str) -> str:
 
 def _figure(inner: str, caption: str) -> str:
     told = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{inner}{told}</figure>"
+    return f'<figure><div class="scroll">{inner}</div>{told}</figure>'
 
 
 def _short(text: str, most: int) -> str:

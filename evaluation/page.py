@@ -34,10 +34,12 @@ th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px sol
 th { font-weight: 500; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 td { overflow-wrap: normal; }
+td:last-child:not(.number) { min-width: 14rem; }
 figure { margin: 1rem 0; }
 figcaption { font-size: .875rem; }
-svg { display: block; width: 100%; height: auto; overflow: visible; }
-svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
+svg { display: block; width: 100%; min-width: 38rem; height: auto; overflow: visible; }
+svg text { font: 12px system-ui, sans-serif; fill: var(--soft); paint-order: stroke; stroke: var(--page);
+  stroke-width: 3px; stroke-linejoin: round; }
 svg text.strong { fill: var(--ink); }
 .axis, .grid { stroke: var(--line); stroke-width: 1; fill: none; }
 .mark { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
@@ -47,7 +49,7 @@ svg text.strong { fill: var(--ink); }
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .875rem; }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em; }
 @media print { :root { color-scheme: light; } body { max-width: none; padding: 0; font-size: 11pt; }
-  figure, tr, .tile { break-inside: avoid; } .scroll { overflow: visible; } }
+  figure, tr, .tile { break-inside: avoid; } .scroll { overflow: visible; } svg { min-width: 0; } }
 """
 
 

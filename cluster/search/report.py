@@ -10,9 +10,11 @@ from cluster.search.config import Choice, Integer, LogUniform
 from cluster.search.importance import importance
 from cluster.search.record import TrialRecord
 from cluster.search.results import SearchResult
-from cluster.search.space import Space, shown, value_text
+from cluster.search.space import Space, short_names, shown, value_text
 from evaluation.charts import Axis, bar_chart, line_chart, number, parallel_coordinates, point_chart
 from evaluation.page import command, page, paragraph, section, table, tiles
+
+TEMPERATURE = "objective.temperature"
 
 
 def search_page(space: Space, found: SearchResult) -> str:
@@ -22,6 +24,8 @@ def search_page(space: Space, found: SearchResult) -> str:
     if len(found.objectives) > 1:
         sections.append(_front(found))
     sections += [_settings(space, found, objective), _over_time(found, objective), _mattered(space, found, objective)]
+    if TEMPERATURE in space.config.space:
+        sections.append(_geometry(found))
     if found.final:
         sections.append(_final(found))
     sections += [_trials(found), _recipe(space, found)]
@@ -62,14 +66,17 @@ def _front(found: SearchResult) -> str:
 
 
 def _settings(space: Space, found: SearchResult, objective: str) -> str:
-    axes = []
+    axes, names = [], short_names(space.config.space)
     for key, of in space.config.space.items():
         choices = tuple(value_text(v) for v in of.grid) if isinstance(of, Choice) else ()
-        axes.append(Axis(key, isinstance(of, LogUniform) or (isinstance(of, Integer) and of.log), choices))
+        axes.append(Axis(names[key], isinstance(of, LogUniform) or (isinstance(of, Integer) and of.log), choices))
     seen = [t for t in found.trials if t.checks]
     rows: dict[str, Mapping[str, Any]] = {
         f"trial {t.number}": {
-            **{k: value_text(v) if isinstance(space.config.space[k], Choice) else v for k, v in t.settings.items()},
+            **{
+                names[k]: value_text(v) if isinstance(space.config.space[k], Choice) else v
+                for k, v in t.settings.items()
+            },
             objective: t.last[objective],
         }
         for t in seen
@@ -87,15 +94,17 @@ def _over_time(found: SearchResult, objective: str) -> str:
         for t in found.trials
         if t.checks
     }
-    chart = line_chart(lines, "step", objective, caption="Each trial at its checks; a short line was stopped there.")
-    best, spent, so_far = [], 0.0, float("nan")
     sign = 1 if found.objectives[objective] == "max" else -1
+    chart = line_chart(lines, "step", objective, caption="Each trial at its checks; a short line was stopped there.")
+    best: list[tuple[float, float]] = []
+    spent = 0.0
     for trial in found.trials:
         spent += trial.worker_seconds
-        if trial.outcome.state == "completed" and not sign * trial.last[objective] <= sign * so_far:
-            so_far = trial.last[objective]
-        if so_far == so_far:
-            best.append((spent, so_far))
+        value = trial.last[objective] if trial.outcome.state == "completed" else None
+        if best:
+            best.append((spent, best[-1][1]))
+        if value is not None and (not best or sign * value > sign * best[-1][1]):
+            best.append((spent, value))
     bought = line_chart(
         {"best": best}, "worker-seconds", f"best {objective}", caption="The best completed trial so far."
     )
@@ -111,6 +120,21 @@ def _mattered(space: Space, found: SearchResult, objective: str) -> str:
         "check that most of them reached. Keys that only some trials have are left out."
     )
     return section("What mattered", bar_chart(shares, caption=caption))
+
+
+def _geometry(found: SearchResult) -> str:
+    """What temperature does to the vectors (Wang & Isola 2020), of trials trained whole."""
+    whole = [t for t in found.trials if t.outcome.state == "completed" and TEMPERATURE in t.settings]
+
+    def chart(metric: str, caption: str) -> str:
+        points = {f"trial {t.number}": (t.settings[TEMPERATURE], t.last[metric]) for t in whole if metric in t.last}
+        return point_chart(points, TEMPERATURE, metric, caption=caption, log_x=True)
+
+    return section(
+        "Temperature, alignment and uniformity",
+        chart("alignment", "Mean squared distance of a query and its positive at the last step; smaller is closer."),
+        chart("uniformity", "Log mean exp(−2 · squared distance) over pairs of queries; smaller is more spread out."),
+    )
 
 
 def _final(found: SearchResult) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -168,10 +168,15 @@ def source_name(path: str) -> str:
 
 
 def shown(settings: Mapping[str, Any]) -> str:
-    """`temperature=0.043 rows=512`: the last names of the keys, which in a space mostly differ."""
-    lasts = [key.rpartition(".")[2] for key in settings]
-    names = [last if lasts.count(last) == 1 else key for key, last in zip(settings, lasts, strict=True)]
-    return " ".join(f"{name}={value_text(value)}" for name, value in zip(names, settings.values(), strict=True))
+    """`temperature=0.043 rows=512`"""
+    names = short_names(settings)
+    return " ".join(f"{names[key]}={value_text(value)}" for key, value in settings.items())
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """The last name of each key where no other ends so, else the whole key."""
+    lasts = {key: key.rpartition(".")[2] for key in keys}
+    return {key: last if list(lasts.values()).count(last) == 1 else key for key, last in lasts.items()}
 
 
 def value_text(value: Any) -> str:
