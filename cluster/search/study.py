@@ -185,6 +185,7 @@ def run_trials(
                 storage_path=str(study.tune),
                 stop=ending,
                 failure_config=tune.FailureConfig(max_failures=space.config.retries),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 callbacks=[journal],
                 verbose=0,
                 log_to_file=False,

@@ -77,7 +77,6 @@ class Trial(Trainable):
         try:
             return self._train_on()
         except WOULD_FAIL_AGAIN as error:
-            self._dismiss()
             return self._failed(str(error) or repr(error))
 
     def _adopt(self, config: dict[str, Any]) -> None:
@@ -96,7 +95,8 @@ class Trial(Trainable):
         self._settings = config["settings"]
 
     def _train_on(self) -> dict[str, Any]:
-        """To the next check, with a new crew where one dies."""
+        """To the next check, with a new crew where one dies. One of which a member failed isn't used again either: the
+        others may wait for it in a collective."""
         while True:
             try:
                 return self._to_check()
