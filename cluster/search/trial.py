@@ -70,8 +70,8 @@ class Trial(Trainable):
     def step(self) -> dict[str, Any]:
         if self._recorded:
             check = self._recorded.pop(0)
-            ended = not self._recorded and self._before.outcome.state in ("completed", "stopped")
-            return self._result(check, done=ended)
+            ended = self._before.outcome.state in ("completed", "stopped") or check.step == check.steps
+            return self._result(check, done=ended and not self._recorded)
         if self._before.outcome.state == "failed":
             return self._failed(self._before.outcome.reason)
         try:
