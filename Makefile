@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test proof test-gpu lint clean
+.PHONY: install quickstart test test-cluster test-rooms proof test-gpu lint clean
 install: $(VENV)/installed
 
 # torch first and alone: on a machine that offers a CPU build, whatever pulls torch before that brings CUDA.
@@ -22,8 +22,19 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
-	$(BIN)/python -m pytest -m "not proof and not gpu"
+# Two at a time: the tests that start clusters wait a good deal, and the others compute meanwhile.
+test: install
+	@echo "lint and tests, two at a time, each told when it has ended: about 15 minutes on two cores"
+	$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync=target test-cluster lint test-rooms
+
+PYTEST := $(BIN)/python -m pytest -m "not proof and not gpu"
+CLUSTER_TESTS := tests/cluster tests/e2e
+
+test-cluster: install
+	$(PYTEST) $(CLUSTER_TESTS)
+
+test-rooms: install
+	$(PYTEST) tests $(addprefix --ignore ,$(CLUSTER_TESTS))
 
 # The exhaustive matrices: world sizes x ZeRO stages x caching x queue; and the property tests on fresh examples.
 proof: install

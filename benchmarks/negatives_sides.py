@@ -77,9 +77,12 @@ class Ours:
     def step(self, queries: Tensor, documents: Tensor) -> None:
         keys, owners = self._keys(), torch.arange(len(queries))
         rows = self._queues.rows(self._steps)
-        embedded = Embedded(queries, documents, keys, keys, owners, self._setting.batch, self._steps, queues=rows)
-        self._objective(embedded).loss.backward()
-        self._queues.enqueue({"documents": (documents.detach(), self._keys())}, self._steps)
+        # Every worker's share is known: a training step learns it where it sees that all were configured alike.
+        sizes = [len(queries)] * self._group.size
+        counts = tuple((b, b) for b in sizes)
+        batch = queries, documents, keys, keys, owners, self._setting.batch, self._steps
+        self._objective(Embedded(*batch, queues=rows, counts=counts)).loss.backward()
+        self._queues.enqueue({"documents": (documents.detach(), self._keys())}, self._steps, {"documents": sizes})
         self._steps += 1
 
     def _filled(self) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -22,8 +22,9 @@ from evaluation.gates import GateConfig
 from evaluation.metrics import metric_names
 from evaluation.retrieval import EvaluationConfig
 from trainers.config import CheckpointConfig, EngineConfig, ModelConfig, MomentumConfig, OptimizerConfig, QueueConfig
-from trainers.objectives.config import AnyTerm, MainTerm
+from trainers.objectives.config import AnyTerm, CustomSection, MainTerm
 from trainers.objectives.sections.contrastive import ContrastiveSection
+from trainers.objectives.sections.distill import EmbeddingDistillSection
 from trainers.objectives.sections.numbers import Term
 from trainers.objectives.sections.wrappers import GradedWeights, Layers, MaskedLM, Matryoshka
 
@@ -101,6 +102,7 @@ class Recipe(Section):
                 f"({self.data.steps}); lower it"
             )
         self._check_losses()
+        self._check_teacher()
         self._check_mining()
         gate, evaluation, first = self.registry.gate, self.evaluation, self.data.sources[0]
         if first.one_text and not evaluation.pool and (evaluation.validation or evaluation.heldout):
@@ -128,29 +130,63 @@ class Recipe(Section):
             raise ValueError("mine.every_steps needs data.negatives above 0: no batch would show what was mined")
         if self.model.pooling == "tokens":
             raise ValueError("mine.every_steps needs one vector a text: choose another model.pooling than tokens")
+        if self.data.teacher and not self.data.teacher.gives_vectors:
+            raise ValueError(
+                "mine.every_steps finds pairs that data.teacher hasn't scored before training: take a teacher with "
+                "vectors (model or embeddings)"
+            )
+
+    def _check_teacher(self) -> None:
+        """What a teacher gives is compared, whole."""
+        needed = frozenset[str]().union(*(term.needs for term in self.losses))
+        customs = any(isinstance(term, CustomSection) for term in self.losses)
+        if self.data.teacher and not (needed & {"scores", "teacher_vectors"} or self.graded_weights or customs):
+            raise ValueError("data.teacher is read by no loss: add one that distils (margin_mse, kl_distill, …)")
+        of_teacher = [t for t in self.losses if isinstance(t, EmbeddingDistillSection) and t.teacher == "data"]
+        if self.matryoshka and of_teacher:
+            raise ValueError(
+                "matryoshka compares prefixes, and embedding_distill a teacher's whole vectors: take "
+                "similarity_distill, or leave out matryoshka"
+            )
 
     def _check_losses(self) -> None:
         """Losses get what they need of the data and the model."""
-        there = columns_available(self.data.sources)
+        possible = columns_available(source.possible_columns for source in self.data.sources)
+        if told := self.lacking(possible):
+            raise ValueError(told)
         if self.masked_lm and (self.model.bidirectional is False or self.model.towers == "separate"):
             raise ValueError("masked_lm needs one tower whose attention sees both sides: set model.bidirectional: true")
         if (self.layers is None) != (not self.model.layers):
             raise ValueError("layers and model.layers go together: name the layers there, and weigh their losses here")
         for i, term in enumerate(self.losses):
             where = f"terms.{i - 1}" if i else "objective"
-            for need in sorted(term.needs):
-                columns = {"scores": ["positive_scores"] + ["negative_scores"] * (self.data.most_negatives > 0)}
-                for column in columns.get(need, [COLUMN_OF[need]] if need in COLUMN_OF else []):
-                    if column not in there:
-                        raise ValueError(
-                            f"{where} needs {column} of every pair: name its field in every one of "
-                            f"data.sources, as {column}"
-                        )
             by_token = getattr(term, "similarity", None) == "max_sim"
             if by_token != (self.model.pooling == "tokens") and (by_token or i == 0):
                 raise ValueError(
                     f"{where}.similarity: max_sim and model.pooling: tokens go together; set both or neither"
                 )
+
+    def lacking(self, there: Collection[str]) -> str | None:
+        """A sentence about what the losses need and batches won't have; None where they have all of it.
+
+        there  the `Column.OPTIONAL` that every source has, or may turn out to have
+        """
+        teacher, scores = self.data.teacher, ["positive_scores"] + ["negative_scores"] * (self.data.most_negatives > 0)
+        for i, term in enumerate(self.losses):
+            where = f"terms.{i - 1}" if i else "objective"
+            if "teacher_vectors" in term.needs and not (teacher and teacher.gives_vectors):
+                return f"{where} needs a teacher's vectors: name its model, or embeddings, in data.teacher"
+            columns = [COLUMN_OF[need] for need in sorted(term.needs & COLUMN_OF.keys())]
+            if "scores" in term.needs and teacher is None:
+                columns += scores
+            for column in columns:
+                if column not in there:
+                    more = ", or a data.teacher" if column in scores else ""
+                    return (
+                        f"{where} needs {column} of every pair: name its field in every one of data.sources, as "
+                        f"{column}{more}"
+                    )
+        return None
 
     @property
     def losses(self) -> tuple[Term, ...]:

@@ -250,6 +250,7 @@ def show_planned(console: Console, planned: PlannedBatch, characters: int = 60) 
         f"step {planned.step} of {planned.steps}: {len(planned.rows)} rows; weights: {weights}",
         f"{sum(planned.tokens)} tokens, by worker {by_worker}",
         shared if planned.duplicates else "no two rows share their query or a positive",
+        *(f"cluster {number}: {rows} rows" for number, rows in planned.clusters.items()),
     )
 
 

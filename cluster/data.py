@@ -1,4 +1,4 @@
-"""`gyre data stats|dedupe|split`: opens the sources, writes the results whole or not at all."""
+"""`gyre data stats|dedupe|split|cluster`: opens the sources, writes the results whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cluster.paths import home
 from data_services.mine import Progress
 from data_services.rewrite import new_folder, publish, recipe_keys, rewrite_some
@@ -16,11 +18,12 @@ from data_services.schema import Column, RunError, UsageError, class_id
 from data_services.sources import SourceConfig, open_source
 
 if TYPE_CHECKING:
+    from data_services.clustering import Side as ClusterBy
     from data_services.near_duplicates import By as SameBy
     from data_services.splitting import By as SideBy
     from data_services.statistics import CountTokens, SourceStats
 
-DEDUPED, SPLIT = "_deduped.json", "_split.json"
+DEDUPED, SPLIT, CLUSTERED = "_deduped.json", "_split.json", "_clustered.json"
 _ANY_LENGTH = 1 << 30  # tokens: nothing is cut before it is counted
 
 
@@ -120,6 +123,47 @@ def split(
         manifest = {"source": opened.fingerprint, "by": by, "seed": seed, "shares": shares, "counts": counts}
         publish(making, out, manifest, SPLIT)
     return Written(out.absolute(), recipe_keys(opened.columns), counts)
+
+
+def cluster(
+    model: str,
+    source: SourceConfig,
+    out: Path,
+    clusters: int,
+    *,
+    by: ClusterBy = "query",
+    seed: int = 0,
+    workers: int | None = None,
+    root: Path | None = None,
+    on_progress: Progress = lambda what, done, of: None,
+) -> Written:
+    """The source's rows with the cluster of their query, or first positive, by a model's vectors; see `clustering`.
+
+    Vectors are kept under the home, as those of a mining are. workers: that encode; None: as for `gyre embed`.
+    """
+    from cluster.embedding import vectors_of, workers_on
+    from cluster.models import fingerprint, resolve
+    from data_services import clustering
+    from data_services.mining.texts import write_texts
+
+    if not 2 <= clusters <= clustering.MOST_CLUSTERS:
+        raise UsageError(f"--clusters {clusters}: between 2 and {clustering.MOST_CLUSTERS:,} can be made")
+    root = root or home()
+    opened, ref = open_source(source, root), resolve(model, root)
+    of_model = fingerprint(ref.folder)
+    with ExitStack() as stack:
+        making = new_folder(out)
+        stack.callback(shutil.rmtree, making, ignore_errors=True)
+        texts = write_texts(making / "texts.arrow", [opened], [Column.QUERY if by == "query" else Column.POSITIVES])
+        on = stack.enter_context(workers_on(workers, root))
+        vectors = vectors_of(texts, by, ref.folder, of_model, root, on, on_progress)
+        numbers = clustering.cluster(vectors, clusters, seed)
+        clustering.write_clustered(opened, texts, by, numbers, making / "source")
+        sizes = np.bincount(numbers, minlength=clusters)
+        manifest = {"source": opened.fingerprint, "model": ref.name, "fingerprint": of_model, "by": by, "seed": seed}
+        publish(making, out, manifest | {"clusters": clusters, "texts": sizes.tolist()}, CLUSTERED)
+    counts = {"least": int(sizes.min()), "mean": round(len(texts) / clusters), "most": int(sizes.max())}
+    return Written(out.absolute(), recipe_keys(opened.columns | {Column.CLUSTER}), counts)
 
 
 def threshold(near: float) -> float | None:

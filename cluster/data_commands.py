@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from cluster.options import Json, Out, Overrides, Recipe, Source, SourceKeys, check_json, open_console, write_json
+from cluster.options import (
+    Json,
+    Model,
+    Out,
+    Overrides,
+    Recipe,
+    Source,
+    SourceKeys,
+    check_json,
+    open_console,
+    write_json,
+)
 
 data_app = typer.Typer(
     help="Look at sources and at what training makes of them; clean and split them.", no_args_is_help=True
@@ -104,6 +115,37 @@ def split(
     done = data.split(source_section(source, keys or []), out, parse_shares(shares), by=by, seed=seed)
     write_json(json_file, done.as_dict())
     show_written(open_console(), done, sides=True)
+
+
+@data_app.command(epilog="Example: gyre data cluster models:/quickstart@champion pairs.jsonl --clusters 99 --out alike")
+def cluster(
+    model: Model,
+    source: Source,
+    keys: SourceKeys = None,
+    *,
+    out: Out,
+    clusters: Annotated[int, typer.Option(help="How many; better fewer than rows / batch.")],
+    by: Annotated[Literal["query", "document"], typer.Option(help="Whose vectors: of the query or the positive.")] = (
+        "query"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Of k-means.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that encode.", show_default="one for each GPU, or node")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Give each row of a source its cluster, by k-means over a model's vectors: for data.neighbours."""
+    from cluster import data
+    from cluster.sections import source_section
+    from cluster.show_data import Counts, show_clustered
+
+    check_json(json_file)
+    console = open_console()
+    with Counts(console) as counts:
+        section = source_section(source, keys or [])
+        done = data.cluster(model, section, out, clusters, by=by, seed=seed, workers=workers, on_progress=counts)
+    write_json(json_file, done.as_dict())
+    show_clustered(console, done)
 
 
 @data_app.command(epilog="Example: gyre data plan recipes/quickstart.yaml --step 100 --workers 4")

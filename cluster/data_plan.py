@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ class PlannedBatch:
     steps       of the whole run
     weights     of each source at this step
     duplicates  rows that share their query or a positive with a row before them: the loss masks each other's
+    clusters    how many rows are of which cluster, of a plan of neighbours
     tokens      of each worker
     """
 
@@ -52,6 +54,7 @@ class PlannedBatch:
     rows: list[PlannedRow]
     duplicates: int
     tokens: list[int]
+    clusters: dict[int, int]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -120,4 +123,6 @@ def _described(plan: Plan, table: pa.Table, keys: np.ndarray, batch: GlobalBatch
     flat = np.array([x for one in lists for x in one], np.int64)
     shared = duplicate_rows(Carried.of(batch.query_ids, flat, np.array([len(one) for one in lists])))
     tokens = np.bincount(worker, weights=costs, minlength=workers).astype(int).tolist()
-    return PlannedBatch(batch.step, plan.steps, weights, rows, len(shared), tokens)
+    clusters: Counter[int] = Counter(table.column(Column.CLUSTER).to_pylist()) if plan.neighbours else Counter()
+    of_cluster = dict(sorted(clusters.items()))
+    return PlannedBatch(batch.step, plan.steps, weights, rows, len(shared), tokens, of_cluster)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.config import ClusterConfig
 from cluster.models import fingerprint, open_encoder, resolve
@@ -18,6 +19,10 @@ from cluster.sections import source_section
 from data_services.embed import EmbedConfig, EmbeddedCorpus, OnRay, SourceTexts, Workers, embed, in_process
 from data_services.schema import Encoder, UsageError
 from data_services.sources import SourceConfig, open_source
+
+if TYPE_CHECKING:
+    from data_services.mining.texts import TextTable
+    from data_services.mining.vectors import Vectors
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -91,6 +96,42 @@ def load_encoder(folder: Path, field: str) -> Encoder:
         return encoder
 
 
+def vectors_of(
+    texts: TextTable,
+    side: Literal["query", "document"],
+    folder: Path,
+    of_model: str,
+    root: Path,
+    workers: Workers,
+    on_progress: Callable[[str, int, int], None],
+) -> Vectors:
+    """The vectors of a table of texts by the model in a folder, kept under HOME/vectors by the contents of both.
+
+    of_model  the model's fingerprint; on_progress takes (what, done, of)
+    """
+    path = root / "vectors" / f"{of_model[:16]}-{side}-{texts.fingerprint[:16]}.f32"
+    return vectors_at(path, texts, side, folder, of_model, workers, partial(on_progress, f"encoding {side} texts"))
+
+
+def vectors_at(
+    path: Path,
+    texts: TextTable,
+    side: Literal["query", "document"],
+    folder: Path,
+    of_model: str,
+    workers: Workers,
+    on_progress: Callable[[int, int], None],
+) -> Vectors:
+    """The same in the file `path`, which an earlier call may have made, or begun. on_progress takes (done, of)."""
+    from data_services.mining.vectors import kept
+
+    def embedded(into: Path) -> EmbeddedCorpus:
+        load, config = partial(load_encoder, folder, side), EmbedConfig(field=side)
+        return embed(texts, load, into, config, model=of_model, workers=workers, on_progress=on_progress)
+
+    return kept(path, embedded)
+
+
 class _Follower:
     """Rows that are done to events of `console.Progress`, with rate and ETA.
 
@@ -129,7 +170,7 @@ def workers_on(asked: int | None, storage: Path) -> Iterator[Workers]:
 
     asked  processes; None: one for each GPU, where there is none one for each node
     """
-    from cluster.session import check_placement, cluster_address, connect
+    from cluster.session import cluster_address, connect
 
     here = ClusterConfig()
     if cluster_address(here) is None:
@@ -143,15 +184,32 @@ def workers_on(asked: int | None, storage: Path) -> Iterator[Workers]:
             yield OnRay(actors, threads, gpus)
         return
     with connect(here, storage):
-        import ray
+        yield _on_cluster(asked)
 
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cards = int(sum(node.get("GPU", 0) for node in nodes))
-        actors = asked or cards or len(nodes)
-        cpus = sum(node.get("CPU", 0) for node in nodes)
-        threads, gpus = max(int(cpus - 1) // actors, 1), 1 if cards else 0
-        check_placement(ClusterConfig(workers=actors, cpus_per_worker=threads, gpus_per_worker=gpus), nodes)
-        yield OnRay(actors, threads, gpus)
+
+def workers_up() -> Workers:
+    """On the cluster that is up, and has a GPU or several nodes; else in this process."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return in_process
+    if len(ray.nodes()) == 1 and not ray.cluster_resources().get("GPU"):
+        return in_process
+    return _on_cluster(None)
+
+
+def _on_cluster(asked: int | None) -> Workers:
+    """On the cluster that is up."""
+    import ray
+
+    from cluster.session import check_placement
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cards = int(sum(node.get("GPU", 0) for node in nodes))
+    actors = asked or cards or len(nodes)
+    cpus = sum(node.get("CPU", 0) for node in nodes)
+    threads, gpus = max(int(cpus - 1) // actors, 1), 1 if cards else 0
+    check_placement(ClusterConfig(workers=actors, cpus_per_worker=threads, gpus_per_worker=gpus), nodes)
+    return OnRay(actors, threads, gpus)
 
 
 def _on_this_machine(asked: int | None) -> tuple[int, int]:

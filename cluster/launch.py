@@ -82,7 +82,13 @@ def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | 
     with before, imported_meanwhile(*IMPORTED_AHEAD) as wait_for_imports, connect(recipe.cluster, root):
         wait_for_imports()
         tell({"kind": "phase", "text": "preparing data and model"})
-        ready = prepare(recipe, root, earlier, lambda n, of: tell({"kind": "parts", "finished": n, "parts": of}))
+        ready = prepare(
+            recipe,
+            root,
+            earlier,
+            lambda n, of: tell({"kind": "parts", "finished": n, "parts": of}),
+            lambda what, done, of: tell({"kind": "step", "unit": what, "step": done, "steps": of}),
+        )
         with training(ready, tell) as follow:
             tracker = open_tracker(ready, root)
             tell({"kind": "phase", "text": f"run {ready.run.run_id}: {ready.plan.steps} steps"})

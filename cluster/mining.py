@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,9 +22,8 @@ from data_services.schema import UsageError
 from data_services.sources import SourceConfig, open_source
 
 if TYPE_CHECKING:
-    from data_services.embed import EmbeddedCorpus, Workers
+    from data_services.embed import Workers
     from data_services.mining.scorers import Miner, Scorer
-    from data_services.mining.texts import TextTable
     from data_services.mining.vectors import Vectors
     from data_services.store import StoredSource
 
@@ -164,22 +163,12 @@ class _Opened:
 
     def _vectors(self, model: str) -> tuple[tuple[Vectors, Vectors], dict[str, str]]:
         """Those of queries and documents, kept under HOME/vectors by the contents of model and texts."""
-        from cluster.embedding import load_encoder
-        from data_services.embed import EmbedConfig, embed
-        from data_services.mining.vectors import kept
+        from cluster.embedding import vectors_of
 
         ref = resolve(model, self.root)
         of_model = fingerprint(ref.folder)
-
-        def encoded(texts: TextTable, side: Literal["query", "document"]) -> Vectors:
-            def embedded(folder: Path) -> EmbeddedCorpus:
-                load, config = partial(load_encoder, ref.folder, side), EmbedConfig(field=side)
-                tell = partial(self.on_progress, f"encoding {side} texts")
-                return embed(texts, load, folder, config, model=of_model, workers=self.workers, on_progress=tell)
-
-            return kept(self.root / "vectors" / f"{of_model[:16]}-{side}-{texts.fingerprint[:16]}.f32", embedded)
-
-        both = encoded(self.texts.queries, "query"), encoded(self.texts.documents, "document")
+        how = (ref.folder, of_model, self.root, self.workers, self.on_progress)
+        both = vectors_of(self.texts.queries, "query", *how), vectors_of(self.texts.documents, "document", *how)
         return both, {"name": ref.name, "fingerprint": of_model}
 
     @cached_property
@@ -202,14 +191,14 @@ class _Opened:
         return ClusterSearch(parts, workers)
 
 
-def cross_encoder(model: str) -> Callable[[Sequence[str], Sequence[str]], Any]:
-    """The scores of pairs by a cross-encoder that Sentence Transformers loads."""
+def cross_encoder(model: str, key: str = "--cross-encoder") -> Callable[[Sequence[str], Sequence[str]], Any]:
+    """The scores of pairs by a cross-encoder that Sentence Transformers loads; `key` named it."""
     from sentence_transformers import CrossEncoder
 
     try:
         loaded = CrossEncoder(model)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--cross-encoder {model}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{key} {model}: {str(error).splitlines()[0]}") from error
 
     def predict(queries: Sequence[str], documents: Sequence[str]) -> Any:
         pairs = list(zip(queries, documents, strict=True))

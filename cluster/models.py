@@ -54,7 +54,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Hit:
-    """A document that answers a query: its cosine similarity, its name, its text."""
+    """A document that answers a query: its similarity (the cosine, of token vectors the sum of their maxima), its name,
+    its text."""
 
     score: float
     name: str
@@ -207,7 +208,7 @@ def query(
     corpus: the built-in one, or a folder of text files (one document a file). The corpus's vectors are kept
     under the home, by the contents of model and corpus: only the first query of a corpus waits for them.
     """
-    from evaluation.retrieval import rank
+    from evaluation.retrieval import rank, rank_tokens
 
     if not text.strip():
         raise UsageError("the query is empty")
@@ -215,7 +216,8 @@ def query(
     names, texts = _corpus(corpus, root or home())
     with open_encoder(ref.folder) as encoder:
         documents = _corpus_vectors(encoder, ref.folder, texts, (root or home()) / "vectors", on_progress)
-        positions, scores = rank(encoder.encode([text], "query"), documents, min(k, len(texts)))
+        nearest: Any = rank_tokens if _gives_tokens(encoder) else rank
+        positions, scores = nearest(_vectors(encoder, [text], "query"), documents, min(k, len(texts)))
     hits = [Hit(float(s), names[i], texts[i]) for i, s in zip(positions[0], scores[0], strict=True)]
     return QueryResult(text, ref.name, corpus, len(texts), hits)
 
@@ -247,21 +249,36 @@ def _text_of(path: Path) -> str | None:
 
 def _corpus_vectors(
     encoder: Encoder, folder: Path, texts: list[str], cache: Path, on_progress: Callable[[str], None]
-) -> np.ndarray:
+) -> np.ndarray | list[np.ndarray]:
+    """As `_vectors` of the documents; token vectors are kept end to end, with their numbers."""
     import numpy as np
 
     digest = hashlib.sha256(json.dumps(texts).encode())
     digest.update(fingerprint(folder).encode())
-    kept = cache / f"{digest.hexdigest()[:32]}.npy"
+    tokens = _gives_tokens(encoder)
+    kept = cache / f"{digest.hexdigest()[:32]}.{'npz' if tokens else 'npy'}"
     if kept.is_file():
-        return np.load(kept)
+        there = np.load(kept)
+        return np.split(there["tokens"], there["lengths"].cumsum()[:-1]) if tokens else there
     on_progress(f"embedding {len(texts):,} documents, once for this model and corpus")
-    vectors = encoder.encode(texts, "document")
+    vectors = _vectors(encoder, texts, "document")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=cache, suffix=".making", delete=False) as making:
-        np.save(making, vectors)
+        if tokens:
+            np.savez(making, tokens=np.concatenate(vectors), lengths=np.array([len(each) for each in vectors]))
+        else:
+            np.save(making, vectors)
     Path(making.name).replace(kept)
     return vectors
+
+
+def _vectors(encoder: Any, texts: list[str], field: str) -> np.ndarray | list[np.ndarray]:
+    """[n, D], or [m, D] of each text from a model that has a vector for each token."""
+    return encoder.encode_tokens(texts, field) if _gives_tokens(encoder) else encoder.encode(texts, field)
+
+
+def _gives_tokens(encoder: Encoder) -> bool:
+    return getattr(encoder, "gives_tokens", False)
 
 
 def export(run: str, folder: Path, root: Path | None = None) -> Export:

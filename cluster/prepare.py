@@ -6,7 +6,7 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from data_services.sources import SourceConfig
     from data_services.store import Report, StoredSource
     from data_services.stream import Reader
+    from data_services.teacher import Progress, Teacher
     from data_services.tokenizer import FolderTokenizer
+
+    MakeModel = Callable[[Recipe, Path, tuple[StoredSource, ...]], None]
 
 TOKENIZER_RECORDS = 200_000  # more don't change a vocabulary of thousands
 READ_RECORDS = 1024
@@ -38,6 +41,7 @@ class Prepared:
     root     home of all runs
     sources  in the recipe's order
     pools    what models are scored on, by split
+    teacher  whose scores batches carry; None: those of the sources
     """
 
     recipe: Recipe
@@ -47,6 +51,7 @@ class Prepared:
     pools: dict[str, StoredSource]
     plan: Plan
     tokenize: FolderTokenizer
+    teacher: Teacher | None
 
     @property
     def reader(self) -> Reader:
@@ -54,7 +59,7 @@ class Prepared:
         from data_services.stream import reader_of
 
         mine = self.recipe.mine
-        reader = reader_of(self.recipe.data, self.plan, self.sources, self.tokenize, self.bad_rows)
+        reader = reader_of(self.recipe.data, self.plan, self.sources, self.tokenize, self.bad_rows, self.teacher)
         return reader if mine.every_steps is None else RefreshedReader(reader, mine, self.run.mined)
 
     @property
@@ -91,55 +96,66 @@ def check_resumable(run: RunPaths, recipe: Recipe) -> None:
         )
 
 
-def prepare(recipe: Recipe, root: Path, earlier: RunPaths | None, report: Report | None = None) -> Prepared:
-    """Sources as Parquet, the model folder, the plan. A new run's folder appears only once all of that is there.
+def prepare(
+    recipe: Recipe,
+    root: Path,
+    earlier: RunPaths | None,
+    report: Report | None = None,
+    on_progress: Progress = lambda what, done, of: None,
+    *,
+    new: RunPaths | None = None,
+    make_model: MakeModel | None = None,
+) -> Prepared:
+    """Sources as Parquet, what a teacher says of them, the model folder, the plan. A new run's folder appears only once
+    all of that is there.
 
-    report  takes (finished parts, parts) of each source that is converted
+    report      takes (finished parts, parts) of each source that is converted; on_progress what the teacher does
+    new         where a new run lies; None: in a folder of the home, named by recipe and time
+    make_model  makes the model folder; None: `make_model_folder`
     """
-    sources, pools, plan = open_data(recipe, root, report)
-    if earlier:
-        check_data(earlier, sources)
-        check_plan(earlier, plan)
-        return Prepared(recipe, root, earlier, sources, pools, plan, tokenizer_of(earlier.model))
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    run = RunPaths(root / f"{recipe.name}-{stamp}-{secrets.token_hex(2)}")
-    make_run(run, recipe, sources, lambda folder: make_model_folder(recipe, folder, sources))
-    return Prepared(recipe, root, run, sources, pools, plan, tokenizer_of(run.model))
-
-
-def open_data(
-    recipe: Recipe, root: Path, report: Report | None = None
-) -> tuple[tuple[StoredSource, ...], dict[str, StoredSource], Plan]:
-    """(sources, pools, plan) of a `Prepared`."""
-    from data_services.sources import open_source
+    from cluster.teaching import teacher_of
+    from data_services.sources import columns_available, open_source
     from data_services.stream import plan_of
 
     sources = tuple(open_source(source, root, report) for source in recipe.data.sources)
     # What the finished model is scored on, too, so that a fault in it is told before training.
     pools = {split: open_source(pool, root, report) for split, pool in pools_of(recipe).items()}
+    if told := recipe.lacking(columns_available(source.columns for source in sources)):
+        raise UsageError(told)
     plan = plan_of(recipe.data, sources, recipe.seed)
     if recipe.optimizer.warmup_steps >= plan.steps:
         raise UsageError(
             f"optimizer.warmup_steps ({recipe.optimizer.warmup_steps}) leaves none of the plan's {plan.steps} steps: "
             "lower it"
         )
-    return sources, pools, plan
-
-
-def make_run(
-    run: RunPaths, recipe: Recipe, sources: tuple[StoredSource, ...], make_model: Callable[[Path], None]
-) -> None:
-    """The folder of a new run, whole or not at all. make_model: makes the model folder at a path."""
+    teacher = teacher_of(recipe, sources, root, on_progress)
+    made_of = _made_of(recipe, sources, teacher)
+    if earlier:
+        check_data(earlier, made_of)
+        check_plan(earlier, plan)
+        return Prepared(recipe, root, earlier, sources, pools, plan, tokenizer_of(earlier.model), teacher)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    run = new or RunPaths(root / f"{recipe.name}-{stamp}-{secrets.token_hex(2)}")
     building = RunPaths(run.root.with_name(f".{run.root.name}.new"))
     shutil.rmtree(building.root, ignore_errors=True)
     building.root.mkdir(parents=True)
     try:
-        make_model(building.model)
+        (make_model or make_model_folder)(recipe, building.model, sources)
         write_json(building.recipe, recipe.model_dump(mode="json"))
-        write_json(building.data, {s.name: s.fingerprint for s in sources})
+        write_json(building.data, made_of)
         building.root.rename(run.root)
     finally:
         shutil.rmtree(building.root, ignore_errors=True)
+    return Prepared(recipe, root, run, sources, pools, plan, tokenizer_of(run.model), teacher)
+
+
+def _made_of(recipe: Recipe, sources: tuple[StoredSource, ...], teacher: Teacher | None) -> dict[str, str]:
+    """What batches are a function of beside the recipe, with its fingerprint."""
+    from data_services.views.word_vectors import fingerprint
+
+    files = [path for source in recipe.data.sources if source.views for path in source.views.files]
+    named = {source.name: source.fingerprint for source in sources} | {path: fingerprint(path) for path in files}
+    return named | ({"data.teacher": teacher.folder.name} if teacher else {})
 
 
 def pools_of(recipe: Recipe) -> dict[str, SourceConfig]:
@@ -194,9 +210,9 @@ def tokenizer_of(folder: Path) -> FolderTokenizer:
     return FolderTokenizer(folder, spec.max_tokens, spec.prompts)
 
 
-def check_data(run: RunPaths, sources: tuple[StoredSource, ...]) -> None:
-    """Raises UsageError where a source isn't what it was when the run began."""
-    saved, now = json.loads(run.data.read_text()), {s.name: s.fingerprint for s in sources}
+def check_data(run: RunPaths, now: Mapping[str, str]) -> None:
+    """Raises UsageError where a source, or the teacher, isn't what it was when the run began. now: fingerprints."""
+    saved = json.loads(run.data.read_text())
     changed = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
     if changed:
         raise UsageError(

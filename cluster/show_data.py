@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from data_services.statistics import SourceStats
 
 _WIDTH = 96
+_CLASSES_SHOWN = 20
 
 
 class Counts:
@@ -120,7 +121,7 @@ def show_stats(console: Console, found: SourceStats, unit: str) -> None:
     for name, counts in found.a_row.items():
         show_lines(console, f"{name} of a row: " + ", ".join(f"{n} in {rows:,} rows" for n, rows in counts.items()))
     for name, classes in found.classes.items():
-        show_table(console, (name, "rows", "share"), shares_of(classes))
+        show_table(console, (name, "rows", "share"), shares_of(_commonest(classes)))
     show_lines(console, f"duplicates: {found.duplicates['exact']:,} exact, {found.duplicates['near']:,} near")
     if found.contaminated is not None:
         held = found.contaminated
@@ -135,6 +136,20 @@ def show_written(console: Console, done: Written, sides: bool = False) -> None:
     """What became of the rows, and how a recipe names the result. sides: it has splits."""
     show_table(console, ("side" if sides else "rows", "rows" if sides else "", "share"), shares_of(done.counts))
     nextshow_lines(console, done.folder, ({"split": next(iter(done.counts))} if sides else {}) | done.keys)
+
+
+def show_clustered(console: Console, done: Written) -> None:
+    """How large the clusters are, and how a recipe fills its batches from them."""
+    show_lines(console, "texts of a cluster: " + ", ".join(f"{name} {texts:,}" for name, texts in done.counts.items()))
+    nextshow_lines(console, done.folder, done.keys)
+    show_lines(console, "    neighbours: true")
+
+
+def _commonest(classes: Mapping[str, int]) -> dict[str, int]:
+    """The classes, the commonest first as given, less than all where there are many."""
+    shown = list(classes.items())[:_CLASSES_SHOWN]
+    others = sum(classes.values()) - sum(rows for _, rows in shown)
+    return dict(shown) | ({f"{len(classes) - len(shown):,} others": others} if others else {})
 
 
 def shares_of(counts: Mapping[str, int]) -> list[list[str]]:

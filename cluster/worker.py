@@ -17,7 +17,7 @@ from cluster.config import Recipe
 from cluster.paths import RunPaths
 from cluster.refresh import Refresher
 from data_services.imports import import_object
-from data_services.schema import BatchStream, UsageError
+from data_services.schema import BatchStream
 
 if TYPE_CHECKING:
     import torch
@@ -211,27 +211,15 @@ def model_of(recipe: Recipe, folder: Path, learned: Mapping[str, float]) -> Trai
 
 def encoder_of(recipe: Recipe, folder: Path) -> TextEncoder:
     """The recipe's tower from its model folder; random weights come from the current torch generator."""
-    from trainers.encoders.text import TextEncoder, build_encoder
-    from trainers.export import BACKBONE, READOUT
+    from trainers.encoders.custom import checked
+    from trainers.encoders.spec import ModelSpec
+    from trainers.encoders.text import build_encoder
 
     named = recipe.model.encoder
     if named is None:
         return build_encoder(recipe.model, folder)
-    encoder = import_object(named, "model.encoder")(recipe.model, folder)
-    if not isinstance(encoder, TextEncoder):
-        raise UsageError(f"model.encoder: {named} returned a {type(encoder).__name__}; it must return a TextEncoder")
-    if recipe.model.packing == "on" and not encoder.packed:
-        raise UsageError(f"model.packing: on, but {named} returned an encoder that pads; build it with build_encoder")
-    if recipe.model.adapter is not None and all("lora_" not in name for name, _ in encoder.named_parameters()):
-        raise UsageError(f"model.adapter: {named} returned an encoder without one; build it with build_encoder")
-    names = [name for name, _ in encoder.named_parameters()]
-    outside = next((name for name in names if not name.startswith((BACKBONE, READOUT))), None)
-    if outside:
-        raise UsageError(
-            f"model.encoder: {named} has the weight {outside}, which an export can't hold; move it into the backbone "
-            "or the readout"
-        )
-    return encoder
+    made = import_object(named, "model.encoder")(recipe.model, folder)
+    return checked(made, recipe.model, ModelSpec.load(folder))
 
 
 def tensors_of(step: ContrastiveStep) -> dict[str, torch.Tensor]:

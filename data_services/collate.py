@@ -19,7 +19,7 @@ from data_services.schema import Batch, Pairs, Ragged
 if TYPE_CHECKING:
     import pyarrow as pa
 
-CHUNKS_PER_BUDGET = 128  # launching one more chunk costs about as much as 1/128 of a full one (see `cut`)
+CHUNKS_PER_BUDGET = 256  # launching one more chunk is taken to cost as much as 1/256 of a full one (see `cut`)
 
 
 def deal(costs: np.ndarray, world_size: int) -> list[np.ndarray]:
@@ -39,42 +39,49 @@ def deal(costs: np.ndarray, world_size: int) -> list[np.ndarray]:
     return [np.sort(np.array(share, np.int64)) for share in shares]
 
 
-def cut(lengths: np.ndarray, budget_tokens: int) -> list[np.ndarray]:
-    """[n] text lengths -> chunks of indices, longest texts first, that waste the least padding.
+def cut(lengths: Sequence[np.ndarray], budget_tokens: int) -> list[list[np.ndarray]]:
+    """Each worker's text lengths [n] -> its chunks, indices of texts, longest first; equally many for all workers.
 
-    Texts are sorted by length and cut where the sum over chunks of (texts x longest + budget/128) is least,
-    by dynamic programming, with texts x longest <= budget; a text beyond the budget is a chunk by itself.
-    The second term is what one more chunk costs: without it every length would be its own chunk.
+    All texts are sorted by length together and cut into classes; a worker's chunk is what it has of a class, which may
+    be nothing. So the i-th chunks of all workers are of like length, for workers that wait for each other at every
+    chunk. The cut is the one where the sum over classes of (texts x longest + W budget/256) is least, by dynamic
+    programming, with texts x longest <= budget on each worker; a text beyond the budget is a chunk by itself. The
+    second term is what one more chunk costs: without it every length would be its own chunk.
     """
-    order = np.argsort(lengths, kind="stable")
-    length = np.maximum(lengths[order], 1)
-    n, price = len(length), budget_tokens / CHUNKS_PER_BUDGET
+    worker = np.repeat(np.arange(len(lengths)), [len(own) for own in lengths])
+    index = np.concatenate([np.arange(len(own)) for own in lengths])
+    order = np.argsort(np.concatenate(lengths), kind="stable")
+    worker, index, length = worker[order], index[order], np.maximum(np.concatenate(lengths)[order], 1)
+    begins = _earliest_begins(worker, np.maximum(budget_tokens // length, 1), len(lengths))
+    n, price = len(length), len(lengths) * budget_tokens / CHUNKS_PER_BUDGET
     best, begin = np.zeros(n + 1), np.zeros(n + 1, np.int64)
     for end in range(1, n + 1):
-        longest = int(length[end - 1])
-        first = max(end - max(budget_tokens // longest, 1), 0)
-        totals = best[first:end] + np.arange(end - first, 0, -1) * longest
+        first = begins[end - 1]
+        totals = best[first:end] + np.arange(end - first, 0, -1) * length[end - 1]
         begin[end] = first + int(totals.argmin())
         best[end] = totals[begin[end] - first] + price
-    chunks, end = [], n
+    chunks: list[list[np.ndarray]] = [[] for _ in lengths]
+    end = n
     while end:
-        chunks.append(order[begin[end] : end])
+        part = slice(begin[end], end)
+        for rank, own in enumerate(chunks):
+            own.append(index[part][worker[part] == rank])
         end = int(begin[end])
     return chunks
 
 
-def split(chunks: list[np.ndarray], lengths: np.ndarray, count: int) -> list[np.ndarray]:
-    """`chunks` split further until there are `count`, the largest first, empty ones at the end if need be."""
-    chunks = list(chunks)
-    while len(chunks) < count:
-        padded = [len(c) * int(lengths[c].max()) if len(c) > 1 else 0 for c in chunks]
-        widest = int(np.argmax(padded)) if chunks else 0
-        if not chunks or padded[widest] == 0:
-            return chunks + [np.zeros(0, np.int64)] * (count - len(chunks))
-        chunk = chunks[widest]
-        middle = len(chunk) // 2  # the indices ascend by length, chunks descend: the longer half goes first
-        chunks[widest : widest + 1] = [chunk[middle:], chunk[:middle]]
-    return chunks
+def _earliest_begins(worker: np.ndarray, most: np.ndarray, workers: int) -> np.ndarray:
+    """[n] where a class that ends with each text may begin at the earliest: no worker has more than `most` [n] of it.
+
+    worker [n] of each text, shortest first
+    """
+    earliest = np.zeros(len(worker), np.int64)
+    for rank in range(workers):
+        places = np.flatnonzero(worker == rank)
+        beyond = np.cumsum(worker == rank) - most  # texts of this worker that must come before
+        there = beyond > 0
+        earliest[there] = np.maximum(earliest[there], places[beyond[there] - 1] + 1)
+    return earliest
 
 
 def token_costs(batch: Pairs) -> np.ndarray:
@@ -95,18 +102,11 @@ def share_batch(batch: GlobalBatch, world_size: int, budget_tokens: int, by_fiel
     if by_field:
         cuts, query_chunks = _cut_by_field(lengths, budget_tokens)
     else:
-        cuts, query_chunks = _cut_alike([np.concatenate(both) for both in lengths], budget_tokens), None
+        cuts, query_chunks = cut([np.concatenate(both) for both in lengths], budget_tokens), None
     return [
         Batch(global_queries=n, chunks=tuple(chunks), query_chunks=query_chunks, **share)
         for share, chunks in zip(shares, cuts, strict=True)
     ]
-
-
-def _cut_alike(lengths: Sequence[np.ndarray], budget_tokens: int) -> list[list[np.ndarray]]:
-    """The chunks of each worker's texts, equally many for all workers."""
-    cuts = [cut(of_worker, budget_tokens) for of_worker in lengths]
-    count = max(len(chunks) for chunks in cuts)
-    return [split(chunks, of_worker, count) for chunks, of_worker in zip(cuts, lengths, strict=True)]
 
 
 def _cut_by_field(
@@ -116,7 +116,7 @@ def _cut_by_field(
 
     lengths  of a worker's queries [b] and documents [d]
     """
-    queries, documents = (_cut_alike(of_side, budget_tokens) for of_side in zip(*lengths, strict=True))
+    queries, documents = (cut(of_side, budget_tokens) for of_side in zip(*lengths, strict=True))
     cuts = []
     for (of_queries, _), first, then in zip(lengths, queries, documents, strict=True):
         cuts.append(first + [len(of_queries) + chunk for chunk in then])
@@ -166,15 +166,22 @@ def _one(value: int | np.ndarray) -> pa.Array:
 
     if isinstance(value, int):
         return pa.array([value], pa.int64())
-    return pa.ListArray.from_arrays(pa.array([0, len(value)], pa.int32()), pa.array(value))
+    flat = pa.array(value.reshape(-1))
+    rows = flat if value.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, value.shape[1])
+    return pa.ListArray.from_arrays(pa.array([0, len(value)], pa.int32()), rows)
 
 
 def from_arrow(table: pa.Table) -> tuple[Batch, int]:
     """(the batch, the rank it is for) of a one-row table of `to_arrow`; the arrays are copies."""
+    import pyarrow as pa
+
     assert table.num_rows == 1, f"a batch is one row, got {table.num_rows}"
 
     def array(name: str) -> np.ndarray:
-        return table.column(name)[0].values.to_numpy(zero_copy_only=False).copy()
+        rows = table.column(name)[0].values
+        if pa.types.is_fixed_size_list(rows.type):
+            return rows.flatten().to_numpy().reshape(-1, rows.type.list_size).copy()
+        return rows.to_numpy(zero_copy_only=False).copy()
 
     numbers = {name: table.column(name)[0].as_py() for name in _NUMBERS if name in table.column_names}
     ragged: dict[str, Any] = {name: Ragged(array(f"{name}_values"), array(f"{name}_offsets")) for name in _RAGGED}

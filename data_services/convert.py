@@ -31,7 +31,7 @@ from data_services.records import Malformed, Record, Row, check_fields, record
 from data_services.schema import UsageError
 
 # Raised when the same source would be stored differently.
-CODE_VERSION = 4
+CODE_VERSION = 5
 QUARANTINE_SCHEMA = pa.schema([("origin", pa.string()), ("reason", pa.string()), ("row", pa.string())])
 _PART_QUARANTINE = pa.schema([("name", pa.string()), ("number", pa.int64()), *list(QUARANTINE_SCHEMA)[1:]])
 

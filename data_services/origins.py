@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from data_services import builtin
 from data_services.files import File, Found, find, is_remote, stamp_of
@@ -20,7 +20,7 @@ from data_services.layouts import Layout, layout_of
 from data_services.readers import hub
 from data_services.readers.blocks import Block, Want, blocks_of_rows
 from data_services.readers.formats import FOLDER_SUFFIXES, SUFFIXES, fields_of, parts_of
-from data_services.readers.joined import BEIR_FIELDS, BeirPart, CorpusPart
+from data_services.readers.joined import BEIR_FIELDS, CorpusPart, beir_parts
 from data_services.records import Fields, Malformed, Row, as_row
 from data_services.schema import UsageError
 from data_services.store import Reading
@@ -68,6 +68,7 @@ class RowsPart:
     name: str
     rows: Callable[[], Iterable[Row | Malformed]]
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    files: ClassVar[tuple[File, ...]] = ()
 
     def blocks(self, want: Want) -> Iterator[Block]:
         return blocks_of_rows(self.name, self.rows())
@@ -187,8 +188,8 @@ def _chosen(config: SourceConfig, found: Found) -> list[File]:
     if hub.is_saved(found):
         return hub.saved_files(config.shown, found, config.split)
     if _is_beir(config, found):
-        part = _beir_part(config, found)
-        return [*part.corpus, *part.queries, part.qrels]
+        corpus, queries, qrels = _beir_files(config, found)
+        return [*corpus, *queries, qrels]
     return _split_files(config, found)
 
 
@@ -215,12 +216,12 @@ def _split_files(config: SourceConfig, found: Found) -> list[File]:
 def _reading(config: SourceConfig, found: Found, files: list[File], corpus: list[File]) -> Reading:
     if found.folder and _is_beir(config, found):
         want = Want(config.fields(BEIR_FIELDS), config.max_bytes)
-        return Reading([_beir_part(config, found)], want, "beir")
+        return Reading(beir_parts(*_beir_files(config, found)), want, "beir")
     layout = _layout(config, lambda: _present(files, config.max_bytes))
     want, parts = _want(config, layout), parts_of(files)
     if corpus:
         ids = layout.id_fields or (want.fields.positive, *want.fields.negatives)
-        return Reading([CorpusPart(tuple(parts), tuple(corpus), ids)], want, layout.name)
+        return Reading([CorpusPart(part, tuple(corpus), ids) for part in parts], want, layout.name)
     if layout.id_fields:
         raise UsageError(
             f"source {config.shown} names its documents by id ({layout.id_fields[0]}): set `corpus` to the file that "
@@ -261,8 +262,9 @@ def _named(found: Found, stem: str) -> tuple[File, ...]:
     return tuple(file for file in found.files if re.fullmatch(rf"{stem}\.(jsonl|parquet)(\.gz|\.zst)?", file.name))
 
 
-def _beir_part(config: SourceConfig, found: Found) -> BeirPart:
+def _beir_files(config: SourceConfig, found: Found) -> tuple[tuple[File, ...], tuple[File, ...], File]:
+    """(corpus, queries, qrels of the split)."""
     qrels = {file.name.removeprefix("qrels/").split(".tsv")[0]: file for file in found.files if file.suffix == ".tsv"}
     if config.split not in qrels:
         raise UsageError(f"source {config.shown} has no split {config.split!r}; it has {', '.join(sorted(qrels))}")
-    return BeirPart(_named(found, "corpus"), _named(found, "queries"), qrels[config.split])
+    return _named(found, "corpus"), _named(found, "queries"), qrels[config.split]

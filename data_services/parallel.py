@@ -12,7 +12,6 @@ from pathlib import Path
 
 from data_services.convert import convert_part, part_folder
 from data_services.readers.blocks import Part, Want
-from data_services.readers.formats import FilePart
 from data_services.schema import RunError
 
 # Starting a process costs half a second: so many bytes are worth it.
@@ -24,7 +23,7 @@ def convert_parts(parts: Sequence[Part], want: Want, source: str, folder: Path) 
     pending = [part for part in parts if not part_folder(folder, part, want).exists()]
     finished = len(parts) - len(pending)
     yield finished
-    files = all(isinstance(part, FilePart) for part in pending)
+    files = all(part.files for part in pending)
     if files and len(pending) > 1 and _ray_is_up():
         way = _by_ray
     elif files and len(pending) > 1 and _bytes(pending) >= POOL_BYTES:
@@ -97,5 +96,4 @@ def _by_ray(tasks: Sequence[_Task]) -> Iterator[None]:
 
 def _bytes(parts: Iterable[Part]) -> int:
     """Bytes of the files that parts read."""
-    pieces = (piece for part in parts if isinstance(part, FilePart) for piece in part.pieces)
-    return sum({piece.file.uri: piece.file.size for piece in pieces}.values())
+    return sum({file.uri: file.size for part in parts for file in part.files}.values())

@@ -42,6 +42,7 @@ class Record(NamedTuple):
     task: int | None = None
     language: int | None = None
     modality: int | None = None
+    cluster: int | None = None
 
 
 class Malformed(NamedTuple):
@@ -60,7 +61,7 @@ class Fields(NamedTuple):
     prompt     a text that goes before the query
     title      a text that goes before each positive, with a space
 
-    From `positive_scores` to `modality` they are named as in `Column.OPTIONAL`. A class may be =NAME, the same of
+    From `positive_scores` to `cluster` they are named as in `Column.OPTIONAL`. A class may be =NAME, the same of
     every row.
     """
 
@@ -75,6 +76,7 @@ class Fields(NamedTuple):
     task: str | None = None
     language: str | None = None
     modality: str | None = None
+    cluster: str | None = None
     id: str | None = None
     prompt: str | None = None
     relations: str | None = None

@@ -64,15 +64,16 @@ class Column:
     frequency       float32        how often the positives are drawn, 1 as usual; above 0
     label, task, language, modality
                     int64          classes (`class_id`); UNKNOWN in a row that has none
+    cluster         int64          of rows that are alike, near numbers nearly so: the plan's, it enters no batch
     """
 
     ID, QUERY, POSITIVES, NEGATIVES = "id", "query", "positives", "negatives"
     QUERY_ID, POSITIVE_IDS, NEGATIVE_IDS = "query_id", "positive_ids", "negative_ids"
     POSITIVE_SCORES, NEGATIVE_SCORES = "positive_scores", "negative_scores"
     WEIGHT, FREQUENCY = "weight", "frequency"
-    LABEL, TASK, LANGUAGE, MODALITY = "label", "task", "language", "modality"
+    LABEL, TASK, LANGUAGE, MODALITY, CLUSTER = "label", "task", "language", "modality", "cluster"
     NEEDED = (QUERY, POSITIVES, NEGATIVES, QUERY_ID, POSITIVE_IDS, NEGATIVE_IDS)
-    CLASSES = (LABEL, TASK, LANGUAGE, MODALITY)
+    CLASSES = (LABEL, TASK, LANGUAGE, MODALITY, CLUSTER)
     OPTIONAL = (POSITIVE_SCORES, NEGATIVE_SCORES, WEIGHT, FREQUENCY, *CLASSES)
 
 
@@ -155,12 +156,17 @@ class Pairs:
     frequencies    [b] float32 of each query's positives, 1 as usual and where its source has none
     labels, tasks, languages, modalities
                    [b] int64 classes of each query's record; UNKNOWN equals nothing
+
+    None unless the run has a teacher of vectors and a loss that compares them:
+
+    teacher_queries, teacher_documents
+                   [b, D'] and [d, D'] float32, what the teacher makes of the whole stored texts
     """
 
     OF_QUERIES: ClassVar = (
-        "query_ids", "rows", "weights", "frequencies", "labels", "tasks", "languages", "modalities"
+        "query_ids", "rows", "weights", "frequencies", "labels", "tasks", "languages", "modalities", "teacher_queries"
     )  # fmt: skip
-    OF_DOCUMENTS: ClassVar = ("document_ids", "owners", "relations", "scores")
+    OF_DOCUMENTS: ClassVar = ("document_ids", "owners", "relations", "scores", "teacher_documents")
 
     step: int
     queries: Ragged
@@ -178,6 +184,8 @@ class Pairs:
     tasks: np.ndarray | None = None
     languages: np.ndarray | None = None
     modalities: np.ndarray | None = None
+    teacher_queries: np.ndarray | None = None
+    teacher_documents: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         b, d = len(self.queries), len(self.documents)

@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, NamedTuple, Protocol
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -97,6 +97,9 @@ class SourceConfig(Section):
     )
     language: str | None = Field(None, pattern=_CLASS, description="field of the row's language, or =NAME for all rows")
     modality: str | None = Field(None, pattern=_CLASS, description="field of the row's modality, or =NAME for all rows")
+    cluster: str | None = Field(
+        None, pattern=_CLASS, description="field of the row's cluster, for `data.neighbours`: rows of one are alike"
+    )
     views: Views | None = Field(None, description="what is shown of the texts, anew at every step; none: all")
     max_bytes: int = Field(
         16 << 20, gt=0, description="bytes of a row's texts, or of its line; longer rows are left out"
@@ -149,10 +152,12 @@ class SourceConfig(Section):
         return self.query is not None and self.query == self.positive
 
     @property
-    def columns(self) -> frozenset[str]:
-        """Which of `Column.OPTIONAL` its records are known to have, before they are read."""
+    def possible_columns(self) -> frozenset[str]:
+        """Which of `Column.OPTIONAL` its records may turn out to have: those named, or of a layout that has some."""
         named = self.fields(Fields("query", "positive")).columns
-        return named | {Column.POSITIVE_SCORES, Column.NEGATIVE_SCORES} if self.format == "beir" else named
+        recognised = self.format is None and None in (self.query, self.positive)
+        scored = recognised or self.format in ("beir", "flagembedding")
+        return named | {Column.POSITIVE_SCORES, Column.NEGATIVE_SCORES} if scored else named
 
     def fields(self, layout: Fields) -> Fields:
         """Where the parts of a record stand: as this names them, else as the layout has them."""
@@ -175,17 +180,12 @@ class SourceConfig(Section):
         return self.path if isinstance(self.path, str) else f"{self.path[0]} (and {len(self.path) - 1} more)"
 
 
-class _HasColumns(Protocol):
-    @property
-    def columns(self) -> frozenset[str]: ...
-
-
-def columns_available(sources: Iterable[_HasColumns]) -> set[str]:
-    """Which of `Column.OPTIONAL` every one of the sources has, configured or stored: what a loss may rely on.
+def columns_available(columns: Iterable[frozenset[str]]) -> set[str]:
+    """Which of `Column.OPTIONAL` every source has, of those that each one has: what a loss may rely on.
 
     `task` is always there, since a source without one goes by its name.
     """
-    return {Column.TASK} | set.intersection(*(set(source.columns) for source in sources))
+    return {Column.TASK} | set.intersection(*map(set, columns))
 
 
 def open_source(config: SourceConfig, home: Path, report: Report | None = None) -> StoredSource:

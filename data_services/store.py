@@ -39,7 +39,7 @@ from data_services.columns import SCHEMA
 from data_services.convert import assemble
 from data_services.parallel import convert_parts
 from data_services.readers.blocks import Part, Want
-from data_services.schema import Column, RunError, UsageError
+from data_services.schema import UNKNOWN, Column, RunError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +105,17 @@ class StoredSource:
 
         Their rows in the order of `groups` and within each as stored. Reads these two columns alone.
         """
+        table = self._columns(groups, _IDS)
+        queries, positives = (table.column(name).combine_chunks() for name in _IDS)
+        lengths = pc.list_value_length(positives).to_numpy(zero_copy_only=False)
+        return queries.to_numpy(), positives.flatten().to_numpy(), lengths.astype(np.int64)
+
+    def clusters(self, groups: np.ndarray) -> np.ndarray:
+        """[n] int64 clusters of the rows of those row groups, in the order of `ids`; UNKNOWN where a row has none."""
+        return self._columns(groups, (Column.CLUSTER,)).column(0).fill_null(UNKNOWN).to_numpy()
+
+    def _columns(self, groups: np.ndarray, names: Sequence[str]) -> pa.Table:
+        """Those columns alone of those row groups, in the order of `groups`."""
         ends = np.cumsum(self.groups_per_file)
         files = np.searchsorted(ends, groups, side="right")
         order = np.argsort(files, kind="stable")
@@ -115,16 +126,14 @@ class StoredSource:
                 groups[order][files[order] == file] - (ends[file] - self.groups_per_file[file]),
             )
             reader = pq.ParquetFile(path, metadata=_metadata(path))
-            parts.append(reader.read_row_groups(its.tolist(), list(_IDS), use_threads=False))
+            parts.append(reader.read_row_groups(its.tolist(), list(names), use_threads=False))
         table = pa.concat_tables(parts).combine_chunks()
         if len(parts) > 1:  # back to the order asked for
             sizes = np.fromiter((self.row_groups[group] for group in groups), np.int64)
             starts = np.empty_like(sizes)
             starts[order] = np.cumsum(sizes[order]) - sizes[order]
             table = table.take(np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum()))
-        queries, positives = (table.column(name).combine_chunks() for name in _IDS)
-        lengths = pc.list_value_length(positives).to_numpy(zero_copy_only=False)
-        return queries.to_numpy(), positives.flatten().to_numpy(), lengths.astype(np.int64)
+        return table
 
     def table(self) -> pa.Table:
         """Every row, in order."""

@@ -18,6 +18,7 @@ from data_services.order import Plan, RowGroups, SourceShape, Stage
 from data_services.schema import Batch, Column, RunError, Section, Tokenize, Undecodable, text_id
 from data_services.sources import SourceConfig
 from data_services.store import StoredSource
+from data_services.teacher import Teacher, TeacherConfig
 from data_services.views.config import Views
 
 if TYPE_CHECKING:
@@ -54,11 +55,19 @@ class DataConfig(Section):
         description="rows with the same query or a positive in common: kept out of each other's global batch where "
         "their shuffling window can do it, or left to the loss's mask",
     )
+    neighbours: bool = Field(
+        False,
+        description="fill a global batch with rows of one cluster, or of clusters with neighbouring numbers: each "
+        "source names its `cluster`",
+    )
     window_groups: int = Field(64, gt=0, description="row groups that are shuffled together")
     positives: int = Field(
         1, ge=1, description="positives of a record in one batch, at most; where it has more, a hash chooses"
     )
     negatives: int = Field(0, ge=0, description="hard negatives taken of each record, the first ones")
+    teacher: TeacherConfig | None = Field(
+        None, description="scores every query's documents, for losses that distil; none: the sources' own scores"
+    )
     read_ahead_mib: int = Field(256, gt=0, description="object store memory for batches ahead of training")
 
     @model_validator(mode="after")
@@ -72,6 +81,29 @@ class DataConfig(Section):
         starts = [stage.from_step for stage in self.stages]
         if starts and (starts[0] != 0 or any(b <= a for a, b in pairwise(starts))):
             raise ValueError(f"stages begin at steps {starts}: the first begins at 0, each later one after the last")
+        return self
+
+    @model_validator(mode="after")
+    def _clusters_agree(self) -> DataConfig:
+        for i, source in enumerate(self.sources):
+            if self.neighbours and source.cluster is None:
+                raise ValueError(
+                    f"neighbours needs the cluster of every row: name its field as data.sources.{i}.cluster; "
+                    "`gyre data cluster` makes one"
+                )
+            if source.cluster is not None and not self.neighbours:
+                raise ValueError(f"sources.{i}.cluster is only read with data.neighbours: true; set that, or drop this")
+        if self.neighbours and self.duplicates == "allow":
+            raise ValueError("neighbours brings duplicates together: leave data.duplicates at avoid")
+        return self
+
+    @model_validator(mode="after")
+    def _one_scores(self) -> DataConfig:
+        for i, source in enumerate(self.sources):
+            if self.teacher is not None and (source.positive_scores or source.negative_scores):
+                raise ValueError(
+                    f"teacher scores every pair, and sources.{i} names fields of scores: choose one of them"
+                )
         return self
 
     @property
@@ -99,6 +131,7 @@ class BatchReader:
     negatives, positives  of a record, at most, where a stage of the plan doesn't say; see `assemble.tokenise`
     bad_rows              takes the rows that can't be decoded. They shorten their batch; no other takes their place
     views                 of the sources, in their order; none: every text as it is
+    teacher               whose scores, or vectors, every batch carries; none: the sources' own scores
 
     Reading that fails is tried again (`faults.patiently`), then RunError; RunError also where no row is left.
     """
@@ -110,17 +143,11 @@ class BatchReader:
     positives: int = 1
     bad_rows: BadRows = field(default_factory=BadRows)
     views: Sequence[Views | None] = ()
+    teacher: Teacher | None = None
 
     def __call__(self, t: int) -> GlobalBatch:
-        table, keys = self.records(t)
-        try:
-            return self._tokenise(t, table, keys)
-        except Undecodable:
-            good = [i for i in range(len(keys)) if self._decodable(t, table.slice(i, 1), keys[i : i + 1])]
-        if not good:
-            where = f"; see {self.bad_rows.folder}" if self.bad_rows.folder else ""
-            raise RunError(f"none of the {len(keys)} rows of step {t} can be decoded{where}")
-        return self._tokenise(t, table.take(good), keys[good])
+        batch = self._decoded(t, *self.records(t))
+        return batch if self.teacher is None else patiently(partial(self.teacher.taught, batch), "the teacher's part")
 
     def records(self, t: int) -> tuple[pa.Table, np.ndarray]:
         """(the records of global batch t, their row keys [B]), in the plan's order."""
@@ -141,6 +168,17 @@ class BatchReader:
         """What every batch is made from: the optional columns that any source has, null where another hasn't."""
         known = {Column.TASK}.union(*(source.columns for source in self.sources))
         return [Column.ID, *Column.NEEDED, *(name for name in Column.OPTIONAL if name in known)]
+
+    def _decoded(self, t: int, table: pa.Table, keys: np.ndarray) -> GlobalBatch:
+        """The batch of these records, less those that can't be tokenised."""
+        try:
+            return self._tokenise(t, table, keys)
+        except Undecodable:
+            good = [i for i in range(len(keys)) if self._decodable(t, table.slice(i, 1), keys[i : i + 1])]
+        if not good:
+            where = f"; see {self.bad_rows.folder}" if self.bad_rows.folder else ""
+            raise RunError(f"none of the {len(keys)} rows of step {t} can be decoded{where}")
+        return self._tokenise(t, table.take(good), keys[good])
 
     def _tokenise(self, t: int, table: pa.Table, keys: np.ndarray) -> GlobalBatch:
         negatives = self.plan.negatives(t, self.negatives)
@@ -176,11 +214,16 @@ class Reader(Protocol):
 
 
 def reader_of(
-    config: DataConfig, plan: Plan, sources: Sequence[Rows], tokenize: Tokenize, bad_rows: BadRows | None = None
+    config: DataConfig,
+    plan: Plan,
+    sources: Sequence[Rows],
+    tokenize: Tokenize,
+    bad_rows: BadRows | None = None,
+    teacher: Teacher | None = None,
 ) -> BatchReader:
     """What reads a recipe's batches; bad_rows takes the rows that can't be decoded; none: only the log tells."""
-    views = [source.views for source in config.sources]
-    return BatchReader(plan, sources, tokenize, config.negatives, config.positives, bad_rows or BadRows(), views)
+    views, bad_rows = [source.views for source in config.sources], bad_rows or BadRows()
+    return BatchReader(plan, sources, tokenize, config.negatives, config.positives, bad_rows, views, teacher)
 
 
 @dataclass(frozen=True)
@@ -221,6 +264,7 @@ def plan_of(config: DataConfig, sources: Sequence[StoredSource], seed: int) -> P
         stages=_stages(config),
         window_groups=config.window_groups,
         ids={s.fingerprint: s for s in sources} if config.duplicates == "avoid" else None,
+        neighbours=config.neighbours,
     )
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PAD, UNKNOWN, START, MASK = "[PAD]", "[UNK]", "[CLS]", "[MASK]"
 _SPECIAL = (PAD, UNKNOWN, START, MASK)
 _BYTES = 256
+_TEXTS_AT_ONCE = 1024  # what the tokenizer gives of a token, its text among it, takes a hundred times its id
 # Between a lower-case letter or digit and a capital (camelCase), and before the last capital of a run where a
 # word begins there (HTTPResponse). It has to run before lower-casing, hence as a normalizer.
 _CAMEL_CASE = r"(?<=[\p{Ll}\p{N}])(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})"
@@ -127,6 +128,11 @@ class FolderTokenizer:
         return len(ids) - int(ids[-1] in self._loaded.special_ids)
 
     def _encode(self, texts: list[str]) -> Ragged:
+        firsts = range(0, max(len(texts), 1), _TEXTS_AT_ONCE)
+        parts = [self._encode_some(texts[first : first + _TEXTS_AT_ONCE]) for first in firsts]
+        return parts[0] if len(parts) == 1 else Ragged.concat(parts)
+
+    def _encode_some(self, texts: list[str]) -> Ragged:
         lists = [encoding.ids for encoding in self._loaded.backend.encode_batch_fast(texts)]
         offsets = np.zeros(len(lists) + 1, np.int64)
         np.cumsum([len(ids) for ids in lists], out=offsets[1:])

@@ -51,13 +51,16 @@ class Chunk:
 
 
 def chunks_of(batch: Batch, device: torch.device, sides: tuple[str, ...] = ("queries", "documents")) -> list[Chunk]:
-    """The batch's chunks, of the texts of these sides alone; equally many on every worker."""
+    """The batch's chunks, of the texts of these sides alone; equally many on every worker. Of two towers' chunks, those
+    of the other side are left out."""
     texts, b = Ragged.concat([batch.queries, batch.documents]), len(batch.queries)
-    wanted = np.arange(len(texts)) < b if sides == ("queries",) else np.arange(len(texts)) >= b
-    if len(sides) == 2:
-        wanted[:] = True
-    chunks = [rows[wanted[rows]] for rows in batch.chunks]
+    chunks = list(batch.chunks)
     first = len(chunks) if batch.query_chunks is None else batch.query_chunks
+    if len(sides) == 1:
+        of_queries = sides == ("queries",)
+        if batch.query_chunks is not None:
+            chunks, first = (chunks[:first], first) if of_queries else (chunks[first:], 0)
+        chunks = [rows[(rows < b) == of_queries] for rows in chunks]
     return list(_made(texts, batch.prompt_tokens, b, chunks, first, device))
 
 

@@ -22,8 +22,10 @@ S_r bytes of worker r's part:
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -51,14 +53,25 @@ class Group:
         self.rank: int = 0 if alone else dist.get_rank(process_group)
         self.size: int = 1 if alone else dist.get_world_size(process_group)
         self._traffic: Counter[str] = Counter()
+        self._messages: Counter[str] = Counter()
 
     @property
     def traffic(self) -> dict[str, int]:
         """Bytes this worker put on the wire per collective since `reset_traffic` (formulas above)."""
         return dict(self._traffic)
 
+    @property
+    def messages(self) -> dict[str, int]:
+        """How many of each collective this worker took part in since `reset_traffic`: each costs a round of waiting."""
+        return dict(self._messages)
+
     def reset_traffic(self) -> None:
         self._traffic.clear()
+        self._messages.clear()
+
+    def _sent(self, collective: str, number_of_bytes: int) -> None:
+        self._traffic[collective] += number_of_bytes
+        self._messages[collective] += 1
 
     def sizes(self, rows: int, device: torch.device | str = "cpu") -> list[int]:
         """The number of rows of every worker, in rank order; `device` is one the backend can send from."""
@@ -81,11 +94,23 @@ class Group:
             block = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
         gathered = x.new_empty(self.size * longest, *x.shape[1:])
         dist.all_gather(list(gathered.split(longest)), block, group=self._group)
-        self._traffic["all_gather"] += (self.size - 1) * _bytes(block)
+        self._sent("all_gather", (self.size - 1) * _bytes(block))
         if min(sizes) == longest:
             return gathered
         blocks = gathered.split(longest)
         return torch.cat([rows[:n] for rows, n in zip(blocks, sizes, strict=True)])
+
+    def all_gather_together(self, columns: Sequence[Tensor], sizes: list[int]) -> list[Tensor]:
+        """Each of `columns` [n, ...], of any types, as `all_gather` gives it: all in one message."""
+        if self.size == 1:
+            return list(columns)
+        widths = [math.prod(x.shape[1:]) * x.element_size() for x in columns]
+        rows = [x.contiguous().view(torch.uint8).view(len(x), w) for x, w in zip(columns, widths, strict=True)]
+        gathered = self.all_gather(torch.cat(rows, 1), sizes).split(widths, 1)
+        return [
+            of_all.clone(memory_format=torch.contiguous_format).view(x.dtype).view(len(of_all), *x.shape[1:])
+            for of_all, x in zip(gathered, columns, strict=True)
+        ]
 
     def reduce_scatter(self, x: Tensor, sizes: list[int]) -> Tensor:
         """The sum over workers of x [sum sizes, ...]; worker r keeps its block of it: [sizes[r], ...]."""
@@ -98,7 +123,7 @@ class Group:
             return x
         own = x.new_empty(sizes[self.rank], *x.shape[1:])
         dist.reduce_scatter(own, list(x.contiguous().split(sizes)), group=self._group)
-        self._traffic["reduce_scatter"] += _bytes(x) - _bytes(own)
+        self._sent("reduce_scatter", _bytes(x) - _bytes(own))
         return own
 
     def all_reduce(self, x: Tensor, op: Literal["sum", "max", "min"] = "sum") -> Tensor:
@@ -107,7 +132,7 @@ class Group:
             return x
         reduced = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(reduced, op=_OPERATIONS[op], group=self._group)
-        self._traffic["all_reduce"] += -(-2 * (self.size - 1) * _bytes(x) // self.size)
+        self._sent("all_reduce", -(-2 * (self.size - 1) * _bytes(x) // self.size))
         return reduced
 
     def broadcast_object(self, value: Any) -> Any:
@@ -117,7 +142,7 @@ class Group:
         box = [value]
         dist.broadcast_object_list(box, group=self._group, group_src=0)
         if self.rank == 0:
-            self._traffic["broadcast"] += (self.size - 1) * len(pickle.dumps(value))
+            self._sent("broadcast", (self.size - 1) * len(pickle.dumps(value)))
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -126,7 +151,7 @@ class Group:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group)
-        self._traffic["all_gather"] += (self.size - 1) * max(len(pickle.dumps(v)) for v in values)
+        self._sent("all_gather", (self.size - 1) * max(len(pickle.dumps(v)) for v in values))
         return values
 
     def barrier(self) -> None:

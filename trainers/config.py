@@ -198,19 +198,6 @@ class ModelConfig(Section):
         return self
 
 
-class ObjectiveConfig(Section):
-    """`objective:` the contrastive loss."""
-
-    path: str | None = Field(
-        None, description="your own loss, package.module:Name, made with (this section, group); None: InfoNCE"
-    )
-    temperature: float = Field(0.05, gt=0, description="divides the cosine similarity")
-    directions: Literal["both", "query_to_document"] = "both"
-    mask_same_document: bool = Field(True, description="a candidate equal to the query's positive is no negative")
-    mask_same_query: bool = Field(True, description="a document of an equal query is no negative")
-    tile: int = Field(4096, gt=0, description="candidates scored at once; changes memory, not the result")
-
-
 class OneQueue(Section):
     """What every queue has."""
 

@@ -76,31 +76,35 @@ class NegativeQueue:
         return QueueRows(columns["vectors"], keys, columns["steps"], columns["sequence"])
 
     @torch.no_grad()
-    def enqueue(self, vectors: Tensor, keys: Keys, step: int) -> None:
+    def enqueue(self, vectors: Tensor, keys: Keys, step: int, counts: list[int] | None = None) -> None:
         """Adds vectors [d, D] or [d, L, D] with their keys [d]; any d on each worker, none or more than K included.
+
+        counts  d of every worker, in rank order; None: they are asked for
 
         Collective. Rows that are no longer among the newest K go. The columns of the keys are kept, and must be the
         same in every call. Raises ValueError where shapes or columns disagree.
         """
         self._check(vectors, keys)
         keys = keys.to(self._device)
-        numbers = self._newest.number(keys)
+        numbers = self._newest.number(keys, counts)
         fresh = {"vectors": vectors.detach(), **keys.columns(), **numbers}
         fresh["steps"] = torch.full_like(numbers["sequence"], step)
         self._put(fresh, self._gone(step))
 
-    def observe(self, vectors: Tensor, keys: Keys, step: int, *, of: Side, closely: bool) -> dict[str, float]:
-        """See `Queues.observe`; vectors and keys of this worker's fresh rows, of one side. Collective."""
+    def ages(self, step: int) -> Tensor:
+        """[2] int64, of this worker's rows that the loss of `step` may use: how many, and their ages' sum."""
+        rows = self.rows(step)
+        steps = torch.empty(0, dtype=torch.int64, device=self._device) if rows is None else rows.steps
+        return torch.stack([steps.new_tensor(len(steps)), (step - steps).sum()])
+
+    def compared(self, vectors: Tensor, keys: Keys, step: int, of: Side) -> dict[str, float]:
+        """`duplicates` and `separability` of `Queues.observe`; vectors and keys of this worker's fresh rows of a side.
+        Collective."""
         rows = self.rows(step) or QueueRows(vectors[:0], keys[:0], keys.query_ids[:0], keys.query_ids[:0])
-        sums = torch.stack([rows.steps.new_tensor(len(rows.steps)), (step - rows.steps).sum()])
-        count, ages = self._group.all_reduce(sums).tolist()
-        seen = {"rows": float(count), "age_steps": ages / max(1, count)}
-        if closely:
-            ids = rows.keys.query_ids if of == "queries" else rows.keys.document_ids
-            stored, fresh = (sampled(*kind, self._group) for kind in ((rows.vectors, rows.keys), (vectors, keys)))
-            seen["duplicates"] = duplicate_share(ids, self._group)
-            seen["separability"] = separability(stored, fresh, self._group)
-        return seen
+        ids = rows.keys.query_ids if of == "queries" else rows.keys.document_ids
+        stored, fresh = (sampled(*kind, self._group) for kind in ((rows.vectors, rows.keys), (vectors, keys)))
+        duplicates = duplicate_share(ids, self._group)
+        return {"duplicates": duplicates, "separability": separability(stored, fresh, self._group)}
 
     def state(self) -> dict[str, Tensor]:
         """This worker's rows, column by column, and what numbers the next ones."""
@@ -210,12 +214,16 @@ class Queues:
         given = {name: queue.rows(step) for name, queue in self.by_name.items()}
         return {name: rows for name, rows in given.items() if rows is not None}
 
-    def enqueue(self, fresh: Mapping[Side, tuple[Tensor, Keys]], step: int) -> None:
-        """Adds a batch to every queue, after its loss. Collective."""
+    def enqueue(
+        self, fresh: Mapping[Side, tuple[Tensor, Keys]], step: int, counts: Mapping[Side, list[int]] | None = None
+    ) -> None:
+        """Adds a batch to every queue, after its loss; `counts` every worker's rows of a side, where they are known.
+        Collective."""
         if missing := self.sides - set(fresh):
             raise ValueError(f"enqueue: there are queues of {missing.pop()}, which were not given")
         for name, queue in self.by_name.items():
-            queue.enqueue(*fresh[side_of(name)], step)
+            side = side_of(name)
+            queue.enqueue(*fresh[side], step, counts[side] if counts else None)
 
     def observe(self, fresh: Mapping[Side, tuple[Tensor, Keys]], step: int) -> dict[str, float]:
         """Metrics of the rows that the loss of `step` may use, equal on all workers; `fresh`: what they are compared
@@ -229,10 +237,12 @@ class Queues:
         """
         metrics: dict[str, float] = {}
         closely = step % self._config.observe_every_steps == 0
-        for name, queue in self.by_name.items():
+        ages = self._group.all_reduce(torch.stack([queue.ages(step) for queue in self.by_name.values()])).tolist()
+        for (name, queue), (rows, age) in zip(self.by_name.items(), ages, strict=True):
             prefix = "queue_" if name == "documents" else f"queue_{name.replace('/', '_')}_"
             side = side_of(name)
-            seen = queue.observe(*fresh[side], step, of=side, closely=closely)
+            seen = {"rows": float(rows), "age_steps": age / max(1, rows)}
+            seen |= queue.compared(*fresh[side], step, side) if closely else {}
             metrics |= {prefix + metric: value for metric, value in seen.items()}
         return metrics
 

@@ -38,9 +38,9 @@ class Newest:
         """Rows numbered so far; with `per`, of the class that has most."""
         return self._next if self.per is None else max(self._next_of.values(), default=0)
 
-    def number(self, keys: Keys) -> dict[str, Tensor]:
-        """Numbers this worker's next rows, [d] each. Collective."""
-        counts = self._group.sizes(len(keys), keys.query_ids.device)
+    def number(self, keys: Keys, counts: list[int] | None = None) -> dict[str, Tensor]:
+        """Numbers this worker's next rows, [d] each; `counts` every worker's d, where they are known. Collective."""
+        counts = self._group.sizes(len(keys), keys.query_ids.device) if counts is None else counts
         first = sum(counts[: self._group.rank])
         own = slice(first, first + len(keys))
         sequence = torch.arange(self._next, self._next + sum(counts), device=keys.query_ids.device)

@@ -22,7 +22,7 @@ from torch import Tensor
 from data_services.schema import Batch
 from trainers.chunks import Chunk, chunks_of, in_batch_order, keys_of
 from trainers.collectives import Group
-from trainers.objectives.embedded import Embedded, Objective
+from trainers.objectives.embedded import Counts, Embedded, Objective
 from trainers.objectives.keys import Keys
 from trainers.objectives.masked_lm import HeadLoss, share_of_head
 from trainers.objectives.sections.numbers import Number, value_at
@@ -75,7 +75,7 @@ class ContrastiveStep:
         self.head_weight, self.compares = head_weight, compares
 
     def __call__(self, batch: Batch) -> dict[str, float]:
-        self._check_agreement(batch)
+        counts = self._agreed(batch)
         chunks = chunks_of(batch, self.engine.device)
         keys = keys_of(batch, self._lengths(batch, chunks), self.engine.device)
         fresh = self._momentum(batch, keys)
@@ -86,11 +86,12 @@ class ContrastiveStep:
         texts = len(batch.queries) + len(batch.documents)
         embeddings = in_batch_order([output[0] for output in encoded], chunks, texts).requires_grad_()
         learned = encoded[0][1].detach().clone().requires_grad_()
-        metrics = self._loss_backward(batch, embeddings, learned, keys, fresh)
+        embedded = self.embedded(batch, embeddings, learned, keys, fresh, counts)
+        metrics = self._loss_backward(embedded, fresh)
         of_head = self._head_share(batch.step, encoded, metrics)
         self._chunks_backward(batch.step, chunks, encoded, (embeddings, learned, of_head))
         info = self.engine.step()
-        self._remember(batch.step, fresh)
+        self._remember(batch.step, fresh, counts)
         return metrics | {"grad_norm": info.grad_norm, "lr": info.lr}
 
     @property
@@ -102,21 +103,26 @@ class ContrastiveStep:
         torch.manual_seed(key(self.seed, step, self.group.rank, index))
         return self.engine.forward(**chunk.inputs)
 
-    def _loss_backward(
-        self, batch: Batch, embeddings: Tensor, learned: Tensor, keys: tuple[Keys, Keys], fresh: Fresh
-    ) -> dict[str, float]:
-        """Fills embeddings.grad [b+d, D] and learned.grad [k] with the gradient of the whole batch's loss."""
-        share = self.objective(self.embedded(batch, embeddings, learned, keys, fresh))
+    def _loss_backward(self, embedded: Embedded, fresh: Fresh) -> dict[str, float]:
+        """Fills the gradients of the embeddings [b+d, D] and the learned scalars [k] with that of the whole batch's
+        loss."""
+        share = self.objective(embedded)
         share.loss.backward()
         metrics = {name: float(value) for name, value in share.metrics.items()}
         queues = self.memory.queues if self.memory else None
-        return metrics | (queues.observe(fresh, batch.step) if queues else {})
+        return metrics | (queues.observe(fresh, embedded.step) if queues else {})
 
     def embedded(
-        self, batch: Batch, embeddings: Tensor, learned: Tensor, keys: tuple[Keys, Keys], fresh: Fresh
+        self,
+        batch: Batch,
+        embeddings: Tensor,
+        learned: Tensor,
+        keys: tuple[Keys, Keys],
+        fresh: Fresh,
+        counts: Counts | None = None,
     ) -> Embedded:
         """What the objective sees of a batch: embeddings [b+d, D] or [b+d, L, D], learned [k], the keys of queries and
-        documents, what the momentum encoder made of them, and the queues' rows."""
+        documents, what the momentum encoder made of them, and the queues' rows; counts as in `Embedded`."""
         device, step = embeddings.device, batch.step
         queries, documents = embeddings.split([len(batch.queries), len(batch.documents)])
         if keys[0].lengths is not None:  # token vectors: what travels is as long as the longest query
@@ -139,8 +145,12 @@ class ContrastiveStep:
             scores=there(batch.scores),
             momentum_queries=fresh["queries"][0] if "queries" in fresh else None,
             momentum_documents=fresh["documents"][0] if "documents" in fresh else None,
+            teacher_queries=there(batch.teacher_queries),
+            teacher_documents=there(batch.teacher_documents),
             queues=queues.rows(step) if queues else {},
             learned=dict(zip(self.engine.module.learned_names, learned, strict=True)),
+            counts=counts,
+            operands=self.engine.compute_dtype,
         )
 
     def _head_share(self, step: int, encoded: Sequence[Outputs], metrics: dict[str, float]) -> Tensor:
@@ -186,13 +196,14 @@ class ContrastiveStep:
         found: Fresh = {"queries": (queries, keys[0]), "documents": (documents, keys[1])}
         return {side: found[side] for side in found if side in sides}
 
-    def _remember(self, step: int, fresh: Fresh) -> None:
+    def _remember(self, step: int, fresh: Fresh, counts: Counts) -> None:
         """Moves the average towards the new weights and enqueues what it encoded of the batch."""
         if not self.memory:
             return
         self.memory.encoder.update()
         if self.memory.queues is not None:
-            self.memory.queues.enqueue(fresh, step)
+            queries, documents = (list(of_workers) for of_workers in zip(*counts, strict=True))
+            self.memory.queues.enqueue(fresh, step, {"queries": queries, "documents": documents})
 
     def _lengths(self, batch: Batch, chunks: Sequence[Chunk]) -> Tensor | None:
         """[b+d] valid tokens of every text's token vectors; None of a model that pools them."""
@@ -205,16 +216,19 @@ class ContrastiveStep:
                 lengths[chunk.rows] = tower.token_counts(**chunk.inputs)
         return lengths
 
-    def _check_agreement(self, batch: Batch) -> None:
-        """Raises ValueError, on every worker, where one has another configuration or another number of chunks: the
-        others would wait for it in a collective until that timed out. Collective."""
-        own = torch.tensor([[self.agreement, len(batch.chunks)]], device=self.engine.device)
+    def _agreed(self, batch: Batch) -> Counts:
+        """(b, d) of every worker, in rank order. Raises ValueError, on every worker, where one has another
+        configuration or another number of chunks: the others would wait for it in a collective until that timed out.
+        Collective."""
+        counts = len(batch.queries), len(batch.documents)
+        own = torch.tensor([[self.agreement, len(batch.chunks), *counts]], device=self.engine.device)
         everyone = self.group.all_gather(own, [1] * self.group.size)
         for column, what in enumerate(("the hash of the configuration", "chunks of batch")):
             values = everyone[:, column].tolist()
             if len(set(values)) > 1:
                 told = f"{what} {batch.step}" if column else what
                 raise ValueError(f"the workers disagree about {told}: {values}, in rank order")
+        return tuple((b, d) for _, _, b, d in everyone.tolist())
 
 
 def _gradient(leaf: Tensor) -> Tensor:

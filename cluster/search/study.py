@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.config import ClusterConfig, Recipe, differences
 from cluster.fit import AT_ONCE, Progress, Stopped, handling_signals, stopped_by_signal
 from cluster.paths import run_home
-from cluster.prepare import check_sources, open_data
+from cluster.prepare import check_sources, pools_of
 from cluster.search.config import Choice, Integer
 from cluster.search.placement import cpus, trials_at_once
 from cluster.search.record import StudyPaths, find_search
@@ -23,6 +23,7 @@ from cluster.search.results import SearchResult, best_of, command_for, files_of,
 from cluster.search.space import Space
 from cluster.session import connect, nodes_to_be
 from data_services.schema import RunError, UsageError
+from data_services.sources import open_source
 from trainers.checkpoint import write_json
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def search(
         nodes = nodes_to_be(most * (largest.workers + 1) if session.address else 1)
         at_once = trials_at_once(largest, nodes, most)
         tell({"kind": "phase", "text": "preparing data"})
-        open_data(recipe, root, lambda n, of: tell({"kind": "parts", "finished": n, "parts": of}))
+        for source in (*recipe.data.sources, *pools_of(recipe).values()):  # before trials that share it ask for it
+            open_source(source, root, lambda n, of: tell({"kind": "parts", "finished": n, "parts": of}))
         study = study or new_study(recipe, root)
         write_json(study.search, {"recipe": recipe.model_dump(mode="json", exclude_unset=True)})
         with stopped_by_signal(resume_with(study)):

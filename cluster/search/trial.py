@@ -20,7 +20,7 @@ from ray.tune import Trainable
 
 from cluster.config import Recipe
 from cluster.fit import WOULD_FAIL_AGAIN
-from cluster.prepare import Prepared, check_data, check_plan, make_model_folder, make_run, open_data, tokenizer_of
+from cluster.prepare import Prepared, make_model_folder, prepare
 from cluster.search.config import SearchConfig
 from cluster.search.crew import Crew, wait
 from cluster.search.placement import DATA
@@ -199,17 +199,14 @@ def keep_data_tasks_in_group() -> None:
 
 def ready_trial(recipe: Recipe, study: StudyPaths, paths: TrialPaths, root: Path) -> Prepared:
     """A trial's run, new or as it was left. The first trial that needs other data or another model folder makes it."""
-    sources, pools, plan = open_data(recipe, root)
-    run = paths.run
-    if run.recipe.exists():
-        check_data(run, sources)
-        check_plan(run, plan)
-    else:
-        shared = shared_model(recipe, study, sources)
-        make_run(run, recipe, sources, lambda folder: folder.symlink_to(shared))
-        if recipe.mine.every_steps is not None:  # a miner looks for converted data beside its run
-            (paths.root / "data").symlink_to(root / "data")
-    return Prepared(recipe, root, run, sources, pools, plan, tokenizer_of(run.model))
+
+    def link_model(recipe: Recipe, folder: Path, sources: tuple[StoredSource, ...]) -> None:
+        folder.symlink_to(shared_model(recipe, study, sources))
+
+    if recipe.mine.every_steps is not None and not (paths.root / "data").exists():
+        (paths.root / "data").symlink_to(root / "data")  # a miner looks for converted data beside its run
+    earlier = paths.run if paths.run.recipe.exists() else None
+    return prepare(recipe, root, earlier, new=paths.run, make_model=link_model)
 
 
 def shared_model(recipe: Recipe, study: StudyPaths, sources: tuple[StoredSource, ...]) -> Path:

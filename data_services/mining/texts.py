@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,11 +75,20 @@ class TextTable:
         return self._sorted[np.searchsorted(self.ids, ids, sorter=self._sorted)]
 
 
-def write_texts(path: Path, sources: Sequence[StoredSource], columns: Sequence[str]) -> TextTable:
-    """The unique texts of the columns (query, positives, negatives) of all sources."""
+def write_texts(
+    path: Path,
+    sources: Sequence[StoredSource],
+    columns: Sequence[str],
+    known: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> TextTable:
+    """The unique texts of the columns (query, positives, negatives) of all sources.
+
+    known  takes ids [n] int64, gives [n] bool: the texts that are left out
+    """
     ids = np.concatenate([ids for _, ids in _groups(sources, [IDS[c] for c in columns], texts=False)])
     first = np.zeros(len(ids), bool)
-    first[np.unique(ids, return_index=True)[1]] = True
+    unique, at = np.unique(ids, return_index=True)
+    first[at if known is None else at[~known(unique)]] = True
     plain_ids = np.empty(first.sum(), np.int64)
     done = read = 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:

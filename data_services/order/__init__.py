@@ -5,6 +5,7 @@ plan        the batches of a run; its state is `t` and a list of segments
     segments    what each batch of one segment draws, by mixture.py: a source and a position in it
     epochs      the row at a position, by windows of row groups
     duplicates  the order inside a window, equal ids kept apart
+    clusters    the same with rows of a cluster together
     shapes      what is known of a source
 """
 

@@ -23,21 +23,28 @@ from typing import Protocol
 
 import numpy as np
 
+from data_services.order.clusters import Clusters
+
 TRIES = 64  # places that a row tries at most, at one go
 EXCHANGES = 1  # tries for each row of a window, on the average
 LEAST_EXCHANGES = 1 << 13
+_GOLDEN = 0.6180339887498949  # 1/φ
 # Query and document may be the same text, and so have the same id; they aren't duplicates of each other.
 OF_DOCUMENTS = np.int64(0x5851F42D4C957F2D)
 
 
 class IdColumns(Protocol):
-    """Reads the id columns of a source (`schema.Column`) without its texts."""
+    """Reads the columns of a source (`schema.Column`) that its order depends on, without its texts."""
 
     def ids(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(query_ids [n], positive_ids [p] of all rows end to end, positives [n] of each row), all int64.
 
         The rows are those of the row groups, in the order of `groups` and within each as stored.
         """
+        ...
+
+    def clusters(self, groups: np.ndarray) -> np.ndarray:
+        """[n] int64 the cluster of each of these rows; asked for by a plan of neighbours alone."""
         ...
 
 
@@ -86,10 +93,17 @@ def duplicate_rows(carried: Carried) -> np.ndarray:
     return np.unique(at[1:][again])
 
 
-def arranged(words: np.ndarray, carried: Carried, spacing: int, beside: Sequence[Carried] = ()) -> np.ndarray:
+def arranged(
+    words: np.ndarray,
+    carried: Carried,
+    spacing: int,
+    beside: Sequence[Carried] = (),
+    clusters: Clusters | None = None,
+) -> np.ndarray:
     """[n] the row at each place: random by `words` [n] uint64, equal ids at least `spacing` apart where that can be.
 
-    beside  what stands before place 0 and from place n on, by place: it stays there
+    beside    what stands before place 0 and from place n on, by place: it stays there
+    clusters  of the rows: those of one stand together, in runs of `spacing` places
     """
     n, own = len(words), len(carried.at)
     ids = np.concatenate([carried.ids, *(b.ids for b in beside)])
@@ -99,12 +113,18 @@ def arranged(words: np.ndarray, carried: Carried, spacing: int, beside: Sequence
     mine = np.arange(len(ids)) < own
     fixed = codes[repeated & ~mine], at[repeated & ~mine]
     codes, rows = _distinct(codes[repeated & mine], carried.at[repeated[:own]])
-    order = np.argsort(_spread(words, codes, rows), kind="stable")
+    keys = _spread(words, codes, rows)
+    if clusters is None:
+        order, walk, stride = np.argsort(keys, kind="stable"), np.arange(n), n * _GOLDEN
+    else:
+        order, walk = clusters.gathered(keys, words, spacing)
+        stride = spacing  # the next run along the walk, then the one after it
     copies = np.bincount(codes, minlength=len(times))
     if spacing > 1:
         hopeful = (copies - 1) * spacing < n
         keep, keep_fixed = hopeful[codes], hopeful[fixed[0]]
-        exchange = _Exchange(order, codes[keep], rows[keep], fixed[0][keep_fixed], fixed[1][keep_fixed], spacing)
+        beyond = fixed[0][keep_fixed], fixed[1][keep_fixed]
+        exchange = _Exchange(order, codes[keep], rows[keep], *beyond, spacing, walk, _coprime(n, stride))
         exchange.run(max(EXCHANGES * n, LEAST_EXCHANGES))
     return order
 
@@ -147,6 +167,7 @@ class _Exchange:
 
     codes, rows            [c] int64: row carries code
     fixed_codes, fixed_at  [f] int64: what stands beside the window
+    walk, stride           [n] int64, places: a row tries every `stride`-th from its own on
     """
 
     def __init__(
@@ -157,8 +178,11 @@ class _Exchange:
         fixed_codes: np.ndarray,
         fixed_at: np.ndarray,
         spacing: int,
+        walk: np.ndarray,
+        stride: int,
     ) -> None:
         self._order, self._spacing, self._n = order, spacing, len(order)
+        self._walk, self._stride, self._step_of = walk, stride, np.argsort(walk)
         place = np.empty(self._n, np.int64)
         place[order] = np.arange(self._n)
         all_codes = np.concatenate([codes, fixed_codes])
@@ -168,7 +192,6 @@ class _Exchange:
         self._places_of = _Lists(all_codes[by_code], places[by_code], int(all_codes.max(initial=-1)) + 1)
         by_row = np.argsort(rows, kind="stable")
         self._codes_of = _Lists(rows[by_row], codes[by_row], self._n)
-        self._stride = _stride(self._n)
 
     def run(self, tries: int) -> None:
         """Exchanges until none mends anything any more, or so many have been tried."""
@@ -195,9 +218,9 @@ class _Exchange:
         row = int(self._order[at])
         if self._fits(row, at, at):
             return 0
-        tries = min(TRIES, self._n - 1)
+        tries, step = min(TRIES, self._n - 1), int(self._step_of[at])
         for i in range(1, tries + 1):
-            to = (at + i * self._stride) % self._n
+            to = int(self._walk[(step + i * self._stride) % self._n])
             if self._fits(row, to, at) and self._fits(int(self._order[to]), at, to):
                 self._swap(at, to)
                 return i
@@ -249,9 +272,10 @@ class _Lists:
         return np.searchsorted(self.keys, np.arange(self._size + 1)).tolist()
 
 
-def _stride(n: int) -> int:
-    """Near n / golden ratio and coprime with n: its multiples visit every place once, spread out from the first on."""
-    stride = max(round(n * 0.6180339887498949), 1)
+def _coprime(n: int, near: float) -> int:
+    """A number from `near` on that is coprime with n: its multiples visit every one of n places once, and near
+    n / golden ratio they are spread out from the first on."""
+    stride = max(round(near), 1)
     while math.gcd(stride, n) > 1:
         stride += 1
     return stride

@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from data_services.order.clusters import Clusters
 from data_services.order.duplicates import Carried, IdColumns, arranged
 from data_services.order.shapes import SourceShape, name_key, permutation, random_words
 
@@ -36,14 +37,21 @@ class _Window(NamedTuple):
 class EpochOrder:
     """The rows of one source, in an endless sequence of epochs that hold each row once.
 
-    ids      reads the id columns of row groups; None: duplicates are let be
-    spacing  positions between equal ids, where it can be
+    ids         reads the id columns of row groups; None: duplicates are let be
+    spacing     positions between equal ids, where it can be
+    neighbours  rows of a cluster come in runs of `spacing` positions, which begin at its multiples; needs `ids`
     """
 
     def __init__(
-        self, source: SourceShape, seed: int, window_groups: int, ids: IdColumns | None = None, spacing: int = 1
+        self,
+        source: SourceShape,
+        seed: int,
+        window_groups: int,
+        ids: IdColumns | None = None,
+        spacing: int = 1,
+        neighbours: bool = False,
     ) -> None:
-        self._rows, self._ids, self._spacing = source.rows, ids, spacing
+        self._rows, self._ids, self._spacing, self._neighbours = source.rows, ids, spacing, neighbours
         self._sizes = source.row_groups.sizes()
         self._starts = np.cumsum(self._sizes) - self._sizes
         groups, windows = len(self._sizes), -(-len(self._sizes) // window_groups)
@@ -59,9 +67,8 @@ class EpochOrder:
         parts, position = [np.zeros(0, np.int64)], first
         while position < first + count:
             epoch, place = divmod(position, self._rows)
-            _, ends = self._epoch(epoch)
-            window = int(np.searchsorted(ends, place, side="right"))
-            start = int(ends[window - 1]) if window else 0
+            window = int(np.searchsorted(self._epoch(epoch)[1], place, side="right"))
+            start = self._start(epoch, window)
             rows = self._window(epoch * self._windows + window).rows
             part = rows[place - start : place - start + first + count - position]
             parts.append(part)
@@ -77,6 +84,10 @@ class EpochOrder:
 
         return _kept(self._epochs, epoch, make, 2)
 
+    def _start(self, epoch: int, window: int) -> int:
+        """Rows of the epoch before a window."""
+        return int(self._epoch(epoch)[1][window - 1]) if window else 0
+
     def _window(self, number: int) -> _Window:
         """A window by its number through all epochs."""
         if self._ids is None or number % 2 == 0:
@@ -86,8 +97,7 @@ class EpochOrder:
     def _between(self, number: int) -> _Window:
         before, after = self._window(number - 1), self._window(number + 1)
         epoch, window = divmod(number, self._windows)
-        ends = self._epoch(epoch)[1]
-        rows = int(ends[window] - (ends[window - 1] if window else 0))
+        rows = self._start(epoch, window + 1) - self._start(epoch, window)
         return self._arrange(number, (before.tail.moved(-len(before.rows)), after.head.moved(rows)))
 
     def _arrange(self, number: int, beside: tuple[Carried, ...]) -> _Window:
@@ -101,7 +111,11 @@ class EpochOrder:
             nothing = Carried.none()
             return _Window(rows[np.argsort(words, kind="stable")], nothing, nothing)
         carried = Carried.of(*self._ids.ids(groups))
-        order = arranged(words, carried, self._spacing, beside)
+        clusters = None
+        if self._neighbours:
+            position = epoch * self._rows + self._start(epoch, window)
+            clusters = Clusters(self._ids.clusters(groups), position)
+        order = arranged(words, carried, self._spacing, beside, clusters)
         placed = carried.placed(order)
         edge = self._spacing - 1
         return _Window(rows[order], placed.between(0, edge), placed.between(len(rows) - edge, len(rows)))

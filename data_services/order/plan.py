@@ -17,8 +17,8 @@ from data_services.order.segments import Draws, Segment, check_fill, segment_dif
 from data_services.order.shapes import RowGroups, SourceShape, check_sources
 from data_services.schema import UsageError
 
-FORMAT = 2  # of `Plan.state`
-_SCALARS = ("seed", "batch", "steps", "window_groups", "avoid_duplicates")
+FORMAT = 3  # of `Plan.state`
+_SCALARS = ("seed", "batch", "steps", "window_groups", "avoid_duplicates", "neighbours")
 
 
 class Plan:
@@ -37,6 +37,8 @@ class Plan:
     ids                 reads a source's id columns, by its fingerprint: rows with a query or a positive in common
                         are then kept out of each other's batches where their windows can do it (`duplicates`).
                         None: they are let be
+    neighbours          a batch's rows of a source are of one cluster, or of clusters with neighbouring numbers, as far
+                        as their window has them (`clusters`); needs `ids`
 
     Raises UsageError naming the key for an empty source, a repeated name, impossible weights, a batch that
     the rows cannot fill without repeating one, or more steps than the sources' limits allow.
@@ -55,7 +57,10 @@ class Plan:
         stages: Sequence[Stage] = (),
         window_groups: int = 64,
         ids: Mapping[str, IdColumns] | None = None,
+        neighbours: bool = False,
     ) -> None:
+        if neighbours and ids is None:
+            raise ValueError("ids: a plan of neighbours keeps duplicates apart, and needs the sources' id columns")
         if (epochs is None) == (steps is None):
             raise UsageError("give exactly one of data.epochs and data.steps")
         check_sources(sources)
@@ -67,7 +72,7 @@ class Plan:
                 f"data.steps={steps}, but every source has reached its limit at step {layout.stop}: lower data.steps, "
                 "or raise max_epochs or max_rows of a source"
             )
-        self._set(seed, batch, layout.stop, window_groups, ids is not None, layout.segments, ids)
+        self._set(seed, batch, layout.stop, window_groups, ids is not None, neighbours, layout.segments, ids)
 
     def _set(
         self,
@@ -76,11 +81,12 @@ class Plan:
         steps: int,
         window_groups: int,
         avoid_duplicates: bool,
+        neighbours: bool,
         segments: tuple[Segment, ...],
         ids: Mapping[str, IdColumns] | None,
     ) -> None:
         self.seed, self.batch, self.steps, self.window_groups = seed, batch, steps, window_groups
-        self.avoid_duplicates, self.segments, self._ids = avoid_duplicates, segments, ids
+        self.avoid_duplicates, self.neighbours, self.segments, self._ids = avoid_duplicates, neighbours, segments, ids
         # Every source of every segment once: the numbers that `rows` speaks of.
         self.sources = tuple(dict.fromkeys(x for s in segments for x in s.sources))
         number = {x: i for i, x in enumerate(self.sources)}
@@ -213,7 +219,8 @@ class Plan:
                 ids = (self._ids or {}).get(shape.fingerprint)
                 if ids is None:
                     raise ValueError(f"ids: a plan that avoids duplicates needs the id columns of {shape.name!r}")
-            self._orders[source] = EpochOrder(shape, self.seed, self.window_groups, ids, self.batch)
+            of_source = shape, self.seed, self.window_groups, ids, self.batch
+            self._orders[source] = EpochOrder(*of_source, neighbours=self.neighbours)
         return self._orders[source]
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 
+from data_services.files import File
 from data_services.records import Fields, Malformed, Row
 
 BLOCK_ROWS = 4_096
@@ -43,7 +44,13 @@ class Block(NamedTuple):
 
 
 class Part(Protocol):
-    """A piece of a source that is converted by itself, the same wherever and whenever that is done."""
+    """A piece of a source that is converted by itself, the same wherever and whenever that is done.
+
+    files  that it reads; none: only this process can read it
+    """
+
+    @property
+    def files(self) -> tuple[File, ...]: ...
 
     def blocks(self, want: Want) -> Iterator[Block]: ...
 

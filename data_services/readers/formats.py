@@ -5,14 +5,13 @@ The cut depends on the files alone, never on how many workers convert them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from data_services.files import File
 from data_services.readers import archive, delimited, lines, tables
 from data_services.readers.blocks import Block, Want
-from data_services.records import Malformed, Row
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET, ARROW, DELIMITED, ARCHIVE = (".parquet",), (".arrow", ".feather", ".ipc"), (".csv", ".tsv"), (".tar",)
@@ -50,6 +49,10 @@ class FilePart:
     @classmethod
     def of(cls, file: File) -> FilePart:
         return cls((Piece(file),))
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        return tuple(piece.file for piece in self.pieces)
 
     def blocks(self, want: Want) -> Iterator[Block]:
         for piece in self.pieces:
@@ -109,10 +112,3 @@ def _runs(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
             runs.append((start, i + 1))
             start, total = i + 1, 0
     return runs + ([(start, len(sizes))] if start < len(sizes) else [])
-
-
-def row_blocks(parts: Iterable[FilePart], want: Want) -> Iterator[tuple[str, Iterator[Row | Malformed]]]:
-    """(file, rows) of every block, with all the fields that the rows have."""
-    for part in parts:
-        for block in part.blocks(want):
-            yield block.name, iter(block.rows())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from data_services.files import File, Found, reading
 from data_services.readers.blocks import BLOCK_ROWS, Block, Want, blocks_of_table
@@ -26,6 +26,7 @@ class HubPart:
     path: str
     fingerprint: str
     dataset: datasets.Dataset = field(repr=False)
+    files: ClassVar[tuple[File, ...]] = ()
 
     def blocks(self, want: Want) -> Iterator[Block]:
         check_fields(self.dataset.column_names, want.fields, self.path)

@@ -39,6 +39,12 @@ class Views(Section):
     positive: list[View] = Field([], description="views of each positive, one after another")
     negatives: list[View] = Field([], description="views of each hard negative, one after another")
 
+    @property
+    def files(self) -> list[str]:
+        """What the views read beside the texts."""
+        views = (*self.query, *self.positive, *self.negatives)
+        return [view.vectors for view in views if isinstance(view, Substitute) and view.vectors]
+
 
 @dataclass(frozen=True)
 class Shown:

@@ -6,11 +6,12 @@ import re
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_services.draws import Draws, ranks
 from data_services.schema import Section
 from data_services.views.pieces import Pieces
+from data_services.views.word_vectors import word_vectors
 
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -36,10 +37,11 @@ _KEYWORDS = frozenset(_RESERVED.split())
 
 
 class Substitute(Section):
-    """Each word is replaced with probability `rate`: by one of its `synonyms`, or by another word of its text.
+    """Each word is replaced with probability `rate`: by one of its `synonyms`, by a word of a similar vector, or by
+    another word of its text.
 
-    CLEAR, Wu et al., arXiv:2012.15466, section 3.2, takes words of similar vectors. With `synonyms`, a word without
-    one stays; looked up as it stands, then in lower case.
+    CLEAR, Wu et al., arXiv:2012.15466, section 3.2, takes words of similar vectors. With `synonyms` or `vectors`, a
+    word without one stays; looked up as it stands, then in lower case.
     """
 
     kind: Literal["substitute"] = "substitute"
@@ -47,6 +49,19 @@ class Substitute(Section):
     synonyms: dict[str, list[Annotated[str, Field(pattern=r"\S")]]] = Field(
         {}, description="words and what may stand for each; none: another word of the same text"
     )
+    vectors: str | None = Field(
+        None, min_length=1, description="file of word vectors, a line each (word2vec, GloVe, fastText as text)"
+    )
+    nearest: int = Field(10, ge=1, description="with `vectors`: as many of the most similar words may stand for one")
+    vocabulary: int = Field(50_000, ge=2, description="with `vectors`: words that are read, the first ones of the file")
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Substitute:
+        if self.synonyms and self.vectors:
+            raise ValueError("synonyms and vectors both say what stands for a word: give one of them")
+        if not self.vectors and {"nearest", "vocabulary"} & self.model_fields_set:
+            raise ValueError("nearest and vocabulary are of word vectors: name their file as `vectors`")
+        return self
 
     def __call__(self, words: Pieces, draws: Draws) -> Pieces:
         lengths = words.lengths
@@ -54,6 +69,9 @@ class Substitute(Section):
         which = draws.stream(1).each(lengths)[chosen]
         if self.synonyms:
             return self._by_synonyms(words, chosen, which)
+        if self.vectors:
+            table, bodies = word_vectors(self.vectors, self.vocabulary), [w.rstrip() for w in words.pieces[chosen]]
+            return words.replaced(chosen, table.instead(bodies, self.nearest, which.tolist()))
         starts, others = np.repeat(words.offsets[:-1], lengths)[chosen], np.repeat(lengths - 1, lengths)[chosen]
         shift = 1 + (which * others).astype(np.int64)  # of a text of one word, to itself
         donors = words.pieces[starts + (chosen - starts + shift) % (others + 1)]

@@ -70,9 +70,30 @@ def test_split_writes_sides_that_a_recipe_names(gyre, pairs, tmp_path):
     assert not sides[0] & sides[1]
 
 
+def test_cluster_writes_a_source_that_a_recipe_of_neighbours_reads(gyre, pairs, pretrained, tmp_path):
+    code, out, err = gyre(
+        "data", "cluster", pretrained, *pairs, "--clusters", "2", "--out", "alike", "--json", "c.json"
+    )
+    assert (code, err) == (0, "")
+    assert "neighbours: true" in out
+    assert "cluster: cluster" in out
+    assert json.loads((tmp_path / "c.json").read_text())["counts"] == {"least": 1, "mean": 2, "most": 2}
+    keys = {"positive": "positives", "cluster": "cluster"}
+    back = open_source(SourceConfig(path=str(tmp_path / "alike"), **keys), tmp_path).table()
+    clusters = dict(zip(back.column(Column.QUERY).to_pylist(), back.column(Column.CLUSTER).to_pylist(), strict=True))
+    assert set(clusters.values()) == {0, 1}
+    about = json.loads((tmp_path / "alike" / "_clustered.json").read_text())
+    assert (about["clusters"], about["by"], sum(about["texts"])) == (2, "query", 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (
+            ["cluster", "m", "pairs.jsonl", "query=q", "positive=a", "--out", "x", "--clusters", "1"],
+            "--clusters 1: between",
+        ),
+        (["cluster", "m", "pairs.jsonl", "query=q", "positive=a", "--out", "x", "--clusters", "2"], "no run 'm'"),
         (["stats", "pairs.jsonl"], "fields a, q, which is no known format"),
         (["stats", "pairs.jsonl", "query=q", "positive=a", "--near", "2"], "--near 2: a similarity is between 0"),
         (["stats", "pairs.jsonl", "query=q", "positive=a", "--against", "no.jsonl"], "no.jsonl does not exist"),

@@ -43,6 +43,22 @@ def test_a_batch_is_the_same_rows_for_any_workers_and_holds_no_duplicates(recipe
     assert any(planned_batch(allowed, step).duplicates for step in range(3))
 
 
+def test_a_batch_of_neighbours_says_of_which_clusters_it_is(recipe, tmp_path, monkeypatch):
+    from cluster.config import load_recipe
+    from cluster.data_plan import planned_batch
+
+    monkeypatch.setenv("GYRE_HOME", str(tmp_path / "home"))
+    file = tmp_path / "pairs" / "train.jsonl"
+    rows = [json.loads(line) | {"topic": i // 120} for i, line in enumerate(file.read_text().splitlines())]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    keys = ["data.neighbours=true", "data.sources.0.cluster=topic"]
+    alike, mixed = planned_batch(load_recipe(recipe, keys), 4), planned_batch(load_recipe(recipe, []), 4)
+    assert sum(alike.clusters.values()) == 32
+    assert len(alike.clusters) <= 3
+    assert alike.duplicates == 0
+    assert mixed.clusters == {}
+
+
 def test_tokens_are_those_of_what_the_views_show(recipe, tmp_path, monkeypatch):
     from cluster.config import load_recipe
     from cluster.data_plan import planned_batch

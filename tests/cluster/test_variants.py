@@ -1,8 +1,6 @@
 """Each way of training that a recipe can ask for, from the recipe to the scored export, on one worker without Ray."""
 
-import json
 import math
-import re
 
 import pytest
 import yaml
@@ -11,6 +9,7 @@ from tests.e2e.conftest import mini_recipe, write_pairs
 
 HERE = {"cluster": {"workers": 1, "threads_per_worker": 1}, "engine": {"zero_stage": 2, "precision": "fp32"}}
 TOKENS = {"pooling": "tokens", "token_dim": 16, "token_dropout": 0.0}
+TAUGHT = {"objective": {"kind": "kl_distill"}, "terms": [{"kind": "contrastive"}]}
 VARIANTS = {
     "several losses": {
         "objective": {"temperature": {"start": 0.1}},
@@ -40,29 +39,6 @@ VARIANTS = {
         "engine": {"zero_stage": 3, "precision": "fp32", "reduction": "per_chunk"},
     },
     "packed": {"model": {"packing": "on"}},
-    "unlabelled text with two crops": {
-        "data": {
-            "sources": [
-                {
-                    "path": "PAIRS",
-                    "query": "positive",
-                    "views": {
-                        "query": [{"kind": "crop", "min_share": 0.3, "max_share": 0.7}],
-                        "positive": [{"kind": "crop", "min_share": 0.3, "max_share": 0.7}, {"kind": "delete"}],
-                    },
-                }
-            ]
-        },
-        "evaluation": {"pool": "PAIRS"},
-    },
-    "triplets": {"data": {"sources": [{"path": "TRIPLETS"}], "negatives": 2}, "evaluation": {"pool": "PAIRS"}},
-    "a BEIR folder with mined negatives": {
-        "data": {
-            "sources": [{"path": "MINED", "id": "id", "positive": "positives", "negatives": "negatives"}],
-            "negatives": 2,
-        },
-        "evaluation": {"pool": {"path": "PAIRS"}},
-    },
 }
 
 
@@ -80,36 +56,8 @@ def pairs(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("data") / "pairs")
 
 
-@pytest.fixture(scope="module")
-def sources(pairs, tmp_path_factory):
-    """What the recipes' names stand for: the pairs, the same as triplets, and as a BEIR folder that was mined."""
-    from cluster.mining import MiningJob, mine
-    from data_services.mining.filters import FilterConfig
-    from data_services.sources import SourceConfig
-
-    folder = tmp_path_factory.mktemp("sources")
-    rows = [json.loads(line) for line in (pairs / "train.jsonl").read_text().splitlines()]
-    others = [row["positive"] for row in rows[1:] + rows[:1]]
-    triplets = [
-        {"anchor": row["query"], "positive": row["positive"], "negative_1": near, "negative_2": far}
-        for row, near, far in zip(rows, others, reversed(others), strict=True)
-    ]
-    (folder / "triplets.jsonl").write_text("\n".join(map(json.dumps, triplets)))
-    beir = folder / "beir"
-    (beir / "qrels").mkdir(parents=True)
-    corpus = [{"_id": f"d{i}", "title": "", "text": row["positive"]} for i, row in enumerate(rows)]
-    queries = [{"_id": f"q{i}", "text": row["query"]} for i, row in enumerate(rows)]
-    (beir / "corpus.jsonl").write_text("\n".join(map(json.dumps, corpus)))
-    (beir / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
-    judged = "".join(f"q{i}\td{i}\t1\n" for i in range(len(rows)))
-    (beir / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
-    job = MiningJob("bm25", SourceConfig(path=str(beir)), folder / "mined", FilterConfig(negatives=2))
-    assert mine(job, folder / "home").keys["positive"] == "positives"
-    return {"PAIRS": str(pairs), "TRIPLETS": str(folder / "triplets.jsonl"), "MINED": str(folder / "mined")}
-
-
 def trained(recipe, home):
-    """A whole run in this process: (metrics by step, scores of the held-out split)."""
+    """A whole run in this process: (metrics by step, scores of the held-out split, what it finds in a corpus)."""
     from cluster.config import load_recipe
     from cluster.prepare import prepare
     from cluster.scoring import score_split
@@ -123,16 +71,74 @@ def trained(recipe, home):
     stream = LocalStream(ready.reader, 1, 0, ready.recipe.engine.budget_tokens, by_field)
     assert train_on_worker(task, stream) == ready.plan.steps
     scored = score_split(ready.recipe, ready.run, "heldout", ready.pools["heldout"])
-    return steps_in(ready.run.metrics), scored.rows
+    return steps_in(ready.run.metrics), scored.rows, searched(ready.run.run_id, home)
+
+
+CORPUS = {"first.txt": "abc def ghi", "second.txt": "sum of squares", "third.txt": "read a file", "fourth.txt": "x"}
+
+
+def searched(run, home):
+    """Of a copy of the run's export: its hits when it embeds the corpus and when it finds the vectors, and each
+    document's similarity by definition."""
+    from cluster.models import export, open_encoder, query
+
+    corpus, asked = home / f"corpus-{run}", "how to read a file"
+    corpus.mkdir()
+    for name, text in CORPUS.items():
+        (corpus / name).write_text(text)
+    model = export(run, home / f"exported-{run}", home).folder
+    found = [query(asked, str(model), str(corpus), k=3, root=home) for _ in range(2)]
+    with open_encoder(model) as encoder:
+        encode = encoder.encode_tokens if encoder.gives_tokens else encoder.encode
+        (one,), documents = encode([asked], "query"), encode(list(CORPUS.values()), "document")
+    similar = [max_sim(one, document) if encoder.gives_tokens else float(one @ document) for document in documents]
+    return *(result.hits for result in found), dict(zip(CORPUS, similar, strict=True))
+
+
+def max_sim(query, document):
+    return float(sum(max(token @ other for other in document) for token in query))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_it_trains_exports_and_is_scored(gloo, pairs, sources, tmp_path, variant):
+def test_it_trains_exports_and_is_scored(gloo, pairs, tmp_path, variant):
+    check_trains(gloo, pairs, VARIANTS[variant], tmp_path)
+
+
+def check_trains(gloo, pairs, variant, tmp_path):
+    """A whole run of the small recipe with that variant; returns its home."""
     base = mini_recipe(pairs) | {"name": "variant"}
     base = merged(base, {"data": {"steps": 6}, "checkpoint": {"every_steps": 6}, **HERE})
     path = tmp_path / "recipe.yaml"
-    text = yaml.safe_dump(merged(base, VARIANTS[variant]))
-    path.write_text(re.sub("PAIRS|TRIPLETS|MINED", lambda name: sources[name[0]], text))
-    ((steps, rows),) = gloo(1, trained, path, tmp_path / "home")
+    path.write_text(yaml.safe_dump(merged(base, variant)))
+    ((steps, rows, (hits, again, similar)),) = gloo(1, trained, path, tmp_path / "home")
     assert all(math.isfinite(step["loss"]) and step["grad_norm"] > 0 for step in steps[1:])
     assert all(0 <= rows["trained"][metric] <= 1 for metric in rows["trained"])
+    assert hits == again
+    best = sorted(similar, key=similar.get, reverse=True)[:3]
+    assert {hit.name: hit.score for hit in hits} == pytest.approx({name: similar[name] for name in best}, abs=1e-5)
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    return tmp_path / "home"
+
+
+def score(queries, documents):
+    """A teacher of pairs: words in common."""
+    return [len(set(q.split()) & set(d.split())) for q, d in zip(queries, documents, strict=True)]
+
+
+def test_a_run_teaches_the_next_one_by_vectors_and_a_function_by_scores(gloo, pairs, tmp_path):
+    home = check_trains(
+        gloo, pairs, {"data": {"teacher": {"path": f"{__name__}:score"}, "positives": 1}, **TAUGHT}, tmp_path
+    )
+    (export,) = home.glob("*/export")
+    losses = {
+        "objective": {"kind": "similarity_distill", "teacher": "data"},
+        "terms": [{"kind": "embedding_distill", "teacher": "data"}, {"kind": "contrastive"}],
+    }
+    check_trains(gloo, pairs, {"data": {"teacher": {"model": str(export)}}, **losses}, tmp_path)
+    kept = sorted(path.name for path in home.glob("teachers/*/*"))
+    assert kept == ["document", "pair", "query"]
+    parts = {path: path.stat().st_mtime_ns for path in home.glob("teachers/*/*/part-*")}
+    check_trains(gloo, pairs, {"data": {"teacher": {"model": str(export)}}, **losses, "seed": 1}, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in home.glob("teachers/*/*/part-*")} == parts, (
+        "nothing is computed again"
+    )

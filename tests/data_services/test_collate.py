@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_services.assemble import GlobalBatch
-from data_services.collate import CHUNKS_PER_BUDGET, cut, deal, from_arrow, share_batch, split, to_arrow
+from data_services.collate import CHUNKS_PER_BUDGET, cut, deal, from_arrow, share_batch, to_arrow
 from data_services.schema import UNKNOWN, Pairs, Ragged
 
 lengths_of = functools.partial(st.lists, st.integers(1, 40), min_size=1)
@@ -38,6 +38,10 @@ def batch_of(query_lengths: list[int], further: list[int], negatives: list[int],
     if rich:
         columns = {
             name: (np.arange(b) + k) * 3 for k, name in enumerate(("labels", "tasks", "languages", "modalities"))
+        }
+        columns |= {
+            "teacher_queries": rng.random((b, 3), np.float32),
+            "teacher_documents": rng.random((d, 3), np.float32),
         }
         columns["scores"] = np.arange(d).astype(np.float32) / 8
         columns["weights"] = np.arange(b).astype(np.float32) / 4
@@ -83,46 +87,43 @@ def test_a_deal_of_a_usual_batch_is_balanced_to_a_percent():
         assert loads.max() / loads.mean() < 1.01
 
 
-def cheapest(lengths: list[int], budget: int) -> float:
-    """Naive twin of `cut`: the least cost over every way to cut the sorted lengths."""
-    ordered, price = sorted(lengths), budget / CHUNKS_PER_BUDGET
+def cheapest(lengths: list[list[int]], budget: int) -> float:
+    """Naive twin of `cut`: the least cost over every way to cut the sorted lengths of all workers into classes."""
+    ordered = sorted((n, rank) for rank, own in enumerate(lengths) for n in own)
+    price = len(lengths) * budget / CHUNKS_PER_BUDGET
+
+    def allowed(start, end) -> bool:
+        of_class = Counter(rank for _, rank in ordered[start:end])
+        return all(texts == 1 or texts * ordered[end - 1][0] <= budget for texts in of_class.values())
 
     @functools.cache
     def best(start: int) -> float:
         if start == len(ordered):
             return 0.0
-        ends = range(start + 1, len(ordered) + 1)
-        allowed = [e for e in ends if e == start + 1 or (e - start) * ordered[e - 1] <= budget]
-        return min((e - start) * ordered[e - 1] + price + best(e) for e in allowed)
+        ends = [end for end in range(start + 1, len(ordered) + 1) if allowed(start, end)]
+        return min((end - start) * ordered[end - 1][0] + price + best(end) for end in ends)
 
     return best(0)
 
 
-@given(lengths_of(max_size=40), st.integers(10, 400))
+workers_lengths = st.lists(lengths_of(max_size=14), min_size=1, max_size=4)
+
+
+@given(workers_lengths, st.integers(10, 400))
 def test_a_cut_holds_every_text_once_under_the_budget_at_the_least_cost(lengths, budget):
-    chunks, array = cut(np.array(lengths), budget), np.array(lengths)
-    assert sorted(np.concatenate(chunks)) == list(range(len(lengths)))
-    padded = [len(c) * array[c].max() for c in chunks]
-    assert all(p <= budget or len(c) == 1 for p, c in zip(padded, chunks, strict=True))
-    assert sum(padded) + len(chunks) * budget / CHUNKS_PER_BUDGET == pytest.approx(cheapest(lengths, budget))
-    longest = [array[c].max() for c in chunks]
-    assert longest == sorted(longest, reverse=True)
-
-
-@given(lengths_of(max_size=20), st.integers(0, 30))
-def test_a_split_makes_the_count_without_losing_a_text_or_padding_more(lengths, extra):
-    array = np.array(lengths)
-    chunks = cut(array, 100)
-    more = split(chunks, array, len(chunks) + extra)
-    assert len(more) == len(chunks) + extra
-    assert sorted(np.concatenate(more)) == list(range(len(lengths)))
-
-    def padded(cs):
-        return sum(len(c) * array[c].max() for c in cs if len(c))
-
-    assert padded(more) <= padded(chunks)
-    filled = [len(c) > 0 for c in more]
-    assert filled == sorted(filled, reverse=True)
+    arrays = [np.array(own) for own in lengths]
+    cuts = cut(arrays, budget)
+    assert len({len(chunks) for chunks in cuts}) == 1
+    cost, before = 0.0, 1 << 30
+    for chunks in zip(*cuts, strict=True):
+        of_class = [own[chunk] for own, chunk in zip(arrays, chunks, strict=True)]
+        assert all(len(chunk) <= 1 or len(chunk) * max(chunk) <= budget for chunk in of_class)
+        together = np.concatenate(of_class)
+        assert together.max() <= before, "longest first"
+        cost, before = cost + len(together) * together.max() + len(arrays) * budget / CHUNKS_PER_BUDGET, together.min()
+    assert cost == pytest.approx(cheapest(lengths, budget))
+    for own, chunks in zip(arrays, cuts, strict=True):
+        assert sorted(np.concatenate(chunks)) == list(range(len(own)))
 
 
 @given(batches, st.integers(1, 4), st.integers(20, 200))
@@ -208,11 +209,18 @@ def test_a_batch_survives_its_arrow_row(batch, world_size, by_field):
         assert back.query_ids.flags.writeable
 
 
-def test_padding_of_a_usual_batch_stays_small():
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_usual_batch_has_little_padding_and_workers_that_cost_the_same_at_every_chunk(world_size):
+    """256 pairs as in the built-in corpus: queries of 17 tokens, documents of 83, a quarter of them at the limit."""
     rng = np.random.default_rng(1)
-    lengths = np.concatenate([rng.geometric(1 / 17, 128).clip(3, 192), rng.gamma(1.5, 60, 128).clip(5, 192)])
-    lengths = lengths.astype(int)
-    chunks = cut(lengths, 8192)
-    padded = sum(len(c) * lengths[c].max() for c in chunks)
-    assert 1 - lengths.sum() / padded < 0.07
-    assert len(chunks) < 20
+    queries, documents = rng.geometric(1 / 17, 256).clip(3, 192), rng.gamma(0.9, 110, 256).clip(5, 192).astype(int)
+    shares = deal(queries + documents, world_size)
+    lengths = [np.concatenate([queries[rows], documents[rows]]) for rows in shares]
+    cuts = cut(lengths, 8192)
+    padded = np.array(
+        [[len(c) * own[c].max(initial=0) for c in chunks] for own, chunks in zip(lengths, cuts, strict=True)]
+    )
+    assert 1 - sum(own.sum() for own in lengths) / padded.sum() < 0.05
+    assert padded.sum(1).max() / padded.sum(1).mean() < 1.05
+    assert padded.max(0).sum() / padded.sum(1).mean() < 1.25, "of workers that wait for each other at every chunk"
+    assert len(cuts[0]) < 32

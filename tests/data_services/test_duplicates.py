@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_services.order import Carried, EpochOrder, Plan, RowGroups, SourceShape, Stage, duplicate_rows
-from data_services.order.duplicates import _stride, arranged
+from data_services.order.duplicates import _coprime, arranged
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,17 @@ class Table:
     sizes: tuple[int, ...]
     queries: tuple[int, ...]
     positives: tuple[tuple[int, ...], ...]
+    cluster: tuple[int, ...] = ()
+
+    def rows_of(self, groups):
+        starts = np.cumsum(self.sizes) - self.sizes
+        return [r for g in groups for r in range(starts[g], starts[g] + self.sizes[g])]
+
+    def clusters(self, groups):
+        return np.array([self.cluster[r] for r in self.rows_of(groups)], np.int64)
 
     def ids(self, groups):
-        starts = np.cumsum(self.sizes) - self.sizes
-        rows = [r for g in groups for r in range(starts[g], starts[g] + self.sizes[g])]
+        rows = self.rows_of(groups)
         lists = [self.positives[r] for r in rows]
         flat = np.array(list(itertools.chain(*lists)), np.int64)
         return np.array([self.queries[r] for r in rows], np.int64), flat, np.array([len(x) for x in lists])
@@ -229,6 +236,6 @@ def test_a_plan_that_avoids_duplicates_is_not_read_without_the_ids():
     assert plan.differences(Plan(0, 8, [table.shape()], steps=8)) == ["avoid_duplicates: True became False"]
 
 
-@given(st.integers(1, 3000))
-def test_a_stride_visits_every_place(n):
-    assert len({i * _stride(n) % n for i in range(n)}) == n
+@given(st.integers(1, 3000), st.integers(1, 4000))
+def test_a_stride_visits_every_place(n, near):
+    assert len({i * _coprime(n, near) % n for i in range(n)}) == n

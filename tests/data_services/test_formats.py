@@ -12,6 +12,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 
+from data_services.readers import joined
 from data_services.schema import Column, RunError, UsageError, text_id
 from data_services.sources import SourceConfig, open_source
 
@@ -218,7 +219,7 @@ def test_a_beir_folder_gives_queries_with_graded_positives(beir, tmp_path):
     assert table[Column.ID].to_pylist() == ["q1", "q2"]
     assert table[Column.POSITIVE_SCORES].to_pylist() == [[2, 1], [1]]
     assert table[Column.NEGATIVE_SCORES].to_pylist() == [[0], []]
-    assert SourceConfig(path="x", format="beir").columns == {Column.POSITIVE_SCORES, Column.NEGATIVE_SCORES}
+    assert SourceConfig(path="x", format="beir").possible_columns == {Column.POSITIVE_SCORES, Column.NEGATIVE_SCORES}
 
 
 def test_judgements_of_a_beir_folder_that_cannot_be_used_are_quarantined(beir, tmp_path):
@@ -232,6 +233,29 @@ def test_judgements_of_a_beir_folder_that_cannot_be_used_are_quarantined(beir, t
     }
     with pytest.raises(UsageError, match=r"has no split 'dev'; it has test, train"):
         opened(beir, tmp_path / "home", split="dev")
+
+
+def many_judgements(folder, rows=300):
+    """A folder like `beir` of many queries, a few judgements wrong; what becomes of it, as `texts` gives it."""
+    (folder / "qrels").mkdir(parents=True)
+    corpus = [{"_id": f"d{i}", "title": f"T{i}" if i % 3 else "", "text": f"text {i}"} for i in range(rows)]
+    (folder / "corpus.jsonl").write_bytes(json_lines(corpus))
+    (folder / "queries.jsonl").write_bytes(json_lines([{"_id": f"q{i}", "text": f"query {i}"} for i in range(rows)]))
+    judged = [f"q{i}\td{i}\t1" for i in range(rows)] + [f"q{i}\td{(i + 1) % rows}\t0" for i in range(rows)]
+    (folder / "qrels" / "train.tsv").write_text("\n".join([*judged, "q7\tno such document\t1", "nonsense"]) + "\n")
+    shown = [f"T{i} text {i}" if i % 3 else f"text {i}" for i in range(rows)]
+    return [(f"query {i}", [shown[i]], [shown[(i + 1) % rows]]) for i in range(rows) if i != 7]
+
+
+def test_a_beir_folder_is_the_same_in_any_number_of_parts(tmp_path, monkeypatch):
+    expected = many_judgements(tmp_path / "beir")
+    whole = opened(tmp_path / "beir", tmp_path / "one")
+    monkeypatch.setattr(joined, "QRELS_BYTES", 2000)
+    parts = opened(tmp_path / "beir", tmp_path / "many")
+    assert texts(whole) == texts(parts) == expected
+    assert whole.fingerprint == parts.fingerprint
+    assert whole.quarantined == parts.quarantined
+    assert sum(parts.quarantined.values()) == 2
 
 
 def test_text_members_of_a_webdataset_are_joined_by_key_and_others_passed_over(tmp_path):

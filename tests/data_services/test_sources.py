@@ -262,7 +262,7 @@ def test_scores_weights_and_classes_come_from_the_fields_that_the_recipe_names(t
     path = (write_parquet if name.endswith("parquet") else write_jsonl)(tmp_path / name, rows)
     source = opened(path, tmp_path / "home", **RICH_FIELDS)
     assert source.rows == 3
-    assert source.columns == set(Column.OPTIONAL) - {Column.MODALITY}
+    assert source.columns == set(Column.OPTIONAL) - {Column.MODALITY, Column.CLUSTER}
     table = source.table()
     assert table[Column.POSITIVE_SCORES].to_pylist() == [[1, 0.5], [1.5], [0]]
     assert table[Column.NEGATIVE_SCORES].to_pylist() == [[0.25], [], [-1]]
@@ -328,10 +328,16 @@ def test_a_field_may_serve_twice(tmp_path):
 
 
 def test_what_every_source_has_is_available():
-    one = SourceConfig(path="x", label="l", language="=en", negatives="n", negative_scores="s")
-    other = SourceConfig(path="y", label="=l", pair_weight="w", task="t")
-    assert columns_available([one, other]) == {Column.LABEL, Column.TASK}
-    assert columns_available([one]) == {Column.LABEL, Column.LANGUAGE, Column.NEGATIVE_SCORES, Column.TASK}
+    named = {"query": "q", "positive": "p"}
+    one = SourceConfig(path="x", label="l", language="=en", negatives="n", negative_scores="s", **named)
+    other = SourceConfig(path="y", label="=l", pair_weight="w", task="t", **named)
+    sides = [source.possible_columns for source in (one, other)]
+    assert columns_available(sides) == {Column.LABEL, Column.TASK}
+    assert columns_available(sides[:1]) == {Column.LABEL, Column.LANGUAGE, Column.NEGATIVE_SCORES, Column.TASK}
+    scores = {Column.POSITIVE_SCORES, Column.NEGATIVE_SCORES}
+    assert SourceConfig(path="x").possible_columns == scores, "a layout with scores may be recognised"
+    assert SourceConfig(path="x", format="flagembedding", positive="p").possible_columns == scores
+    assert SourceConfig(path="x", format="triplets").possible_columns == set()
 
 
 def test_a_pool_of_the_same_fields_needs_texts_alone(tmp_path):

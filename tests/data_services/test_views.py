@@ -14,12 +14,13 @@ from pydantic import ValidationError
 
 from data_services.assemble import SOURCE_SHIFT, tokenise
 from data_services.draws import Draws, row_keys, smallest
-from data_services.schema import Column
+from data_services.schema import Column, UsageError
 from data_services.sources import SourceConfig
 from data_services.views.config import Views
 from data_services.views.pairs import Context, Neighbours
 from data_services.views.pieces import LINE, SENTENCE, WORD, Pieces
 from data_services.views.spelling import MaskIdentifiers, Substitute, Typos
+from data_services.views.word_vectors import WordVectors
 from data_services.views.words import Crop, Delete, DeleteSpans, Reorder, Repeat
 from tests.data_services.test_assemble import Characters, read
 
@@ -204,6 +205,36 @@ def test_substitution_takes_another_word_of_the_text_or_a_synonym():
     assert changed / words == pytest.approx(0.3, abs=0.02)  # never by itself
     shown = viewed(Substitute(rate=1, synonyms={"good": ["fine", "nice"]}), ["Good  or\nbad"] * 100)
     assert set(shown) == {"fine  or\nbad", "nice  or\nbad"}
+
+
+VECTORS = "4 2\ngood 1 0\nfine 0.9 0.1\nNice 1 0.2\nbad -1 0.1\nfine 5 5\n"
+
+
+def test_words_of_similar_vectors_stand_for_a_word_and_what_is_around_it_stays(tmp_path):
+    file = tmp_path / "vectors.txt"
+    file.write_text(VECTORS)
+    table = WordVectors(file, 99)
+    assert table.near(["good", "bad", "unknown", "good"], 2) == [
+        ["fine", "Nice"],
+        ["Nice", "fine"],
+        [],
+        ["fine", "Nice"],
+    ]
+    assert table.near(["good"], 3) == [["fine", "Nice", "bad"]]
+    view = Substitute(rate=1, vectors=str(file), nearest=2)
+    assert set(viewed(view, ['a "Good",\n(bad)'] * 200)) == {
+        f'a "{one}",\n({other})' for one in ("fine", "Nice") for other in ("fine", "Nice")
+    }
+    assert set(viewed(Substitute(rate=1, vectors=str(file), nearest=1, vocabulary=2), ["good bad"])) == {"fine bad"}
+    for wrong, told in (("a 1 2\nb 1\n", "vectors.txt:2 isn't a word and 2 numbers"), ("", "holds no word vectors")):
+        file.write_text(wrong)
+        with pytest.raises(UsageError, match=told):
+            WordVectors(file, 99)
+    with pytest.raises(UsageError, match="nowhere can't be read"):
+        WordVectors(tmp_path / "nowhere", 99)
+    for wrong in ({"synonyms": {"a": ["b"]}, "vectors": "f"}, {"nearest": 3}):
+        with pytest.raises(ValueError, match=r"give one of them|name their file"):
+            Substitute(**wrong)
 
 
 def one_edit(word: str) -> set[str]:

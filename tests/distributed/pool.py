@@ -15,7 +15,8 @@ from typing import Any
 import torch.multiprocessing as mp
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nothing listened on just now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -69,7 +70,7 @@ class GlooPool:
         return [value for _, value in answers]
 
     def _start(self, world_size: int) -> list[tuple[Any, Any]]:
-        context, port, ranks = mp.get_context("spawn"), _free_port(), []
+        context, port, ranks = mp.get_context("spawn"), free_port(), []
         for rank in range(world_size):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, world_size, port, there), daemon=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.distributed.pool import free_port
 from tests.e2e.commands import PATIENCE_S, Shell
 
 RAY = Path(sys.executable).with_name("ray")
@@ -85,9 +86,3 @@ class TwoNodes:
             assert node.poll() is None, text
             assert time.monotonic() < deadline, text
             time.sleep(0.1)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

@@ -4,7 +4,7 @@ import pytest
 
 from tests.e2e.commands import differing, results_in, steps_in
 from tests.e2e.disk import fill, small_disk
-from tests.e2e.test_whole_run import plain_run
+from tests.e2e.plain import plain_run
 
 FULL_AT = 9  # the checkpoint of step 5 is there, that of step 10 has no room
 
@@ -49,7 +49,7 @@ def test_the_workers_stop_together_and_the_checkpoint_before_is_whole(gloo, reci
 
 
 @pytest.mark.proof
-def test_the_command_says_so_and_resumes_when_there_is_room_again(shell, recipe, whole, tmp_path):
+def test_the_command_says_so_and_resumes_when_there_is_room_again(shell, recipe, undisturbed, tmp_path):
     with small_disk(tmp_path / "disk", 64) as disk:
         env = {"GYRE_HOME": str(disk)}
         running = shell.start("train", recipe, env=env, run="mini")
@@ -68,4 +68,4 @@ def test_the_command_says_so_and_resumes_when_there_is_room_again(shell, recipe,
         resumed = shell("train", recipe, "--resume", metrics.parent.name, env=env)
         assert resumed.code == 0, resumed
         assert FULL_AT <= stopped_at < len(steps_in(metrics))
-        assert differing(results_in(metrics), results_in(shell.metrics("mini"))) == {}
+        assert differing(results_in(metrics), undisturbed.results) == {}

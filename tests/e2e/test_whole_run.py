@@ -1,14 +1,14 @@
-"""One run that nothing interrupts, from a recipe to a registered, exported model."""
+"""A run from a recipe to a registered, exported model: that of conftest.py, whatever it went through."""
 
 from pathlib import Path
 
-from tests.e2e.commands import differing, results_in, steps_in
+from tests.e2e.commands import steps_in
 from tests.e2e.conftest import STEPS
 
 MODELS, METRICS = ("bm25", "untrained", "trained"), ("ndcg@10", "mrr@10", "recall@1", "recall@10")
 
 
-def test_the_json_says_what_was_made_where_and_how_good_it_is(whole):
+def test_the_json_says_what_was_made_where_and_how_good_it_is(whole, shell):
     ended, result = whole
     assert {model: set(row) for model, row in result["metrics"].items()} == {m: set(METRICS) for m in MODELS}
     assert result["metrics"]["trained"]["ndcg@10"] != result["metrics"]["untrained"]["ndcg@10"]
@@ -19,6 +19,7 @@ def test_the_json_says_what_was_made_where_and_how_good_it_is(whole):
     assert (Path(result["checkpoint"]) / "manifest.json").is_file()
     assert (Path(result["export"]) / "modules.json").is_file()
     assert "Traceback" not in ended.out + ended.err
+    assert result["run_id"] == shell.run_folder("mini").name
     assert result["run_id"] in ended.out
 
 
@@ -50,30 +51,3 @@ def test_the_model_is_registered_with_its_evidence_as_candidate_and_first_champi
     assert set(version.aliases) == {"candidate", "champion"}
     assert version.scores["heldout"] == whole[1]["metrics"]
     assert version.tags["gyre.run"] == whole[1]["run_id"]
-
-
-def plain_run(recipe, home):
-    """A prepared run and its task, for workers that Ray has no part in."""
-    from cluster.config import load_recipe
-    from cluster.prepare import prepare
-    from cluster.worker import Task
-
-    ready = prepare(load_recipe(recipe), home, None)
-    return ready, Task(ready.recipe, ready.run, ready.plan.steps, ready.lineage())
-
-
-def _without_ray(task, reader):
-    """A worker started by nothing but torch.distributed's variables."""
-    import torch.distributed as dist
-
-    from cluster.worker import train_on_worker
-    from data_services.stream import LocalStream
-
-    budget = task.recipe.engine.budget_tokens
-    return train_on_worker(task, LocalStream(reader, dist.get_world_size(), dist.get_rank(), budget))
-
-
-def test_the_same_step_runs_without_ray_bit_for_bit(whole, shell, gloo, recipe, tmp_path):
-    ready, task = plain_run(recipe, tmp_path)
-    assert gloo(2, _without_ray, task, ready.reader) == [STEPS, STEPS]
-    assert differing(results_in(ready.run.metrics), results_in(shell.metrics("mini"))) == {}

@@ -37,7 +37,9 @@ def test_nccl_takes_the_collectives_as_group_calls_them(nccl):
     assert nccl.sizes(5, "cuda") == [5]
 
 
-def _reduced(device: str, dtype: torch.dtype, group: Group) -> list[torch.Tensor]:
+def _reduced(
+    device: str, dtype: torch.dtype, group: Group, operands: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
     """Rows, columns, and the gradients of queries, documents and temperature."""
     torch.manual_seed(0)
     b, d, k, dim = 300, 700, 5000, 256
@@ -55,7 +57,7 @@ def _reduced(device: str, dtype: torch.dtype, group: Group) -> list[torch.Tensor
         Block(documents, document_keys, (SameId(),), diagonal=True, columns=True),
         Block(vectors[2], stored_keys, (SameId(),), fresh=False),
     ]
-    found = exchange(queries, query_keys, blocks, temperature=temperature, tile=512, group=group)
+    found = exchange(queries, query_keys, blocks, temperature=temperature, tile=512, group=group, operands=operands)
     rows, columns = found.rows.denominators, found.columns.denominators
     (rows.sum() + columns.square().sum()).backward()
     return [x.detach().cpu().double() for x in (rows, columns, queries.grad, documents.grad, temperature.grad)]
@@ -67,6 +69,13 @@ def test_the_exchange_on_a_gpu_equals_the_exchange_on_a_cpu(nccl, dtype, toleran
     on_cpu = _reduced("cpu", torch.float64, nccl)
     for ours, twin in zip(on_gpu, on_cpu, strict=True):
         assert (ours - twin).norm() <= tolerance * twin.norm()
+
+
+def test_a_run_in_bfloat16_multiplies_its_float32_vectors_on_tensor_cores(nccl):
+    on_gpu = _reduced("cuda", torch.float32, nccl, torch.bfloat16)
+    on_cpu = _reduced("cpu", torch.float64, nccl)
+    for ours, twin in zip(on_gpu, on_cpu, strict=True):
+        assert 1e-6 * twin.norm() < (ours - twin).norm() <= 2e-2 * twin.norm()
 
 
 def test_a_gpu_takes_the_kernels():

@@ -19,6 +19,17 @@ def _gathered(dtype):
     return group.all_gather(block), group.all_gather(block, SIZES)
 
 
+def _gathered_together():
+    """Columns of types whose sizes don't divide each other, one of them of 5 bytes a row."""
+    group, n = Group(), SIZES[Group().rank]
+    columns = [_block(group.rank, n, dtype) for dtype in DTYPES]
+    columns.insert(1, torch.arange(5 * n, dtype=torch.uint8).view(n, 5) + group.rank)
+    columns.append(torch.arange(n) == 1)
+    apart = [group.all_gather(column, SIZES) for column in columns]
+    group.reset_traffic()
+    return apart, group.all_gather_together(columns, SIZES), group.messages, group.traffic
+
+
 def _scattered(dtype):
     group = Group()
     return group.reduce_scatter(_block(group.rank, sum(SIZES), dtype), SIZES)
@@ -63,6 +74,15 @@ def test_all_gather_keeps_uneven_blocks_in_rank_order(gloo, dtype):
     for found, with_sizes in gloo(3, _gathered, dtype):
         assert torch.equal(found, whole)
         assert torch.equal(with_sizes, whole)
+
+
+def test_columns_gathered_together_are_those_gathered_apart_in_one_message(gloo):
+    for apart, together, messages, traffic in gloo(3, _gathered_together):
+        for found, expected in zip(together, apart, strict=True):
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected)
+        assert messages == {"all_gather": 1}
+        assert traffic == {"all_gather": 2 * 3 * (4 * 4 + 5 + 4 * 2 + 4 * 8 + 1)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,13 +1,13 @@
 """A worker that fails ends the others: they are told by its closed connections, not by a time-out."""
 
 import os
-import socket
 import traceback
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
+from tests.distributed.pool import free_port
 from tests.trainers.test_step import batch_of, make_step
 
 # Far below the half hour that a collective waits by default, far above what a busy machine needs to start.
@@ -48,10 +48,7 @@ def work(rank, port, told):
 @pytest.fixture
 def ended():
     """(exit code, traceback) of two workers, one of which failed; whichever still runs is killed."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context, workers = mp.get_context("spawn"), []
+    context, workers, port = mp.get_context("spawn"), [], free_port()
     for rank in range(2):
         here, there = context.Pipe()
         process = context.Process(target=work, args=(rank, port, there))

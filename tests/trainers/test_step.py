@@ -171,20 +171,19 @@ def check_world(gloo, world_size, stage, cached, with_queue, kind="full", reduct
     assert answers[0][0]["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
 
 
-# Every pair of (world size, stage, cached, queue, full or lora) values occurs.
+# Every pair of (world size, stage, cached, queue, full or lora) values occurs; and DoRA once.
 COVERING = [
-    (1, 0, False, False, "full"),
-    (1, 1, True, True, "full"),
-    (1, 2, False, True, "lora"),
-    (1, 3, True, False, "lora"),
-    (2, 0, True, True, "lora"),
-    (2, 1, False, False, "lora"),
-    (2, 2, True, False, "full"),
-    (2, 3, False, True, "full"),
-    (2, 3, True, True, "lora"),
-    (2, 3, True, True, "dora"),
+    (w + 1, stage, bool((w ^ stage) & 1), bool((w ^ stage) & 2), "lora" if (w >> 1 ^ stage) & 1 else "full")
+    for w, stage in itertools.product(range(4), range(4))
 ]
+COVERING.append((2, 3, True, True, "dora"))
 EVERY = list(itertools.product((1, 2, 3, 4), (0, 1, 2, 3), (False, True), (False, True), ("full", "lora", "dora")))
+
+
+def test_every_two_choices_meet_in_what_is_tested():
+    axes = (1, 2, 3, 4), (0, 1, 2, 3), (False, True), (False, True), ("full", "lora")
+    for i, j in itertools.combinations(range(len(axes)), 2):
+        assert set(itertools.product(axes[i], axes[j])) <= {(case[i], case[j]) for case in COVERING}
 
 
 @pytest.mark.parametrize(("world_size", "stage", "cached", "with_queue", "kind"), COVERING)
@@ -250,6 +249,19 @@ def test_the_queue_takes_the_averaged_encodings_of_the_documents(gloo):
     torch.testing.assert_close(vectors, expected)
     assert torch.equal(keys.document_ids, expected_ids)
     assert (keys.query_ids[-5:] == UNKNOWN).all()  # hard negatives answer no query
+
+
+def messages_of_a_step():
+    step, group = make_step(2, True, True)
+    step(share_batch(batch_of(0), group.size, 24)[group.rank])
+    group.reset_traffic()
+    step(share_batch(batch_of(1), group.size, 24)[group.rank])
+    return group.messages
+
+
+def test_a_step_waits_for_the_other_workers_eight_times(gloo):
+    """Agreement and sizes, queries and keys, dL/drow; maximum, sums, the loss's totals, the queue's rows; gradients."""
+    assert gloo(2, messages_of_a_step) == [{"all_gather": 3, "all_reduce": 4, "reduce_scatter": 1}] * 2
 
 
 def disagreeing(agreement, chunks):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from trainers.collectives import Group
@@ -50,7 +51,8 @@ class Tile:
 @dataclass(frozen=True)
 class Exchange:
     """What both passes need: every worker's queries [B, D] and keys, this worker's blocks, and how tiles are scored,
-    masked, cut and reduced. `own` is where this worker's b queries stand among the B."""
+    masked, cut and reduced. `own` is where this worker's b queries stand among the B; `operands` the type that float32
+    vectors are multiplied in on a GPU."""
 
     group: Group
     sizes: list[int]
@@ -61,6 +63,7 @@ class Exchange:
     temperature: float
     wanted: Wanted
     tile: int
+    operands: torch.dtype = torch.float32
 
     @property
     def own(self) -> slice:
@@ -97,7 +100,8 @@ class Exchange:
             targets = self.wanted.targets.of(self.query_keys, keys, logits.dtype)
             if block.diagonal:
                 targets[diagonal].diagonal().zero_()
-            logits.masked_fill_(targets > 0, HIDDEN)
+            if not self.wanted.soft:
+                logits.masked_fill_(targets > 0, HIDDEN)
         for mask in block.masks:
             if mask.symmetric:
                 mask.apply(logits, self.query_keys, keys)
@@ -128,4 +132,6 @@ class Exchange:
             return Seen(logits, weighted)
         if first is not None:
             targets, raw = targets[:, first].T, raw[:, first].T
+        if self.wanted.soft:
+            targets = targets.masked_fill(logits == HIDDEN, 0)
         return Seen(logits, weighted, targets, raw)

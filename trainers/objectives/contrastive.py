@@ -28,7 +28,7 @@ from torch import Tensor
 from trainers.collectives import Group
 from trainers.negative_queue import QueueRows, side_of
 from trainers.objectives.blocks import Block
-from trainers.objectives.embedded import Embedded, LossShare, wide
+from trainers.objectives.embedded import Embedded, LossShare, number, scores_of, wide
 from trainers.objectives.keys import Keys
 from trainers.objectives.masks import (
     AboveCeiling,
@@ -42,7 +42,8 @@ from trainers.objectives.masks import (
     Unrelated,
 )
 from trainers.objectives.nats import Side, joined, losses, wanted, weighted_positives
-from trainers.objectives.relations import OnlyTargets, SharedTargets
+from trainers.objectives.observed import metrics_of, observed
+from trainers.objectives.relations import OnlyTargets, PartialTargets, SharedTargets, relevance
 from trainers.objectives.sections.contrastive import ContrastiveSection
 from trainers.objectives.sections.numbers import Learned, value_at
 from trainers.objectives.sharded_softmax import Reductions, exchange
@@ -56,11 +57,12 @@ class Contrastive:
 
     Its metrics, of the whole global batch:
         loss                L
-        accuracy            share of queries whose positive outscores every negative
+        accuracy            share of queries whose positive outscores every negative (and every other soft target)
         alignment           mean squared distance of a query and its positive
         uniformity          log mean exp(-2 |q_i - q_j|^2) over pairs of queries
         queue_hardness      the queues' share of the soft-max denominator, mean over queries
-        nothing_to_compare  queries with no negative; accuracy and hardness leave them out, as L does
+        nothing_to_compare  queries with no negative, or only targets of 0; accuracy and hardness leave them out, as L
+                            does
         temperature         where it isn't a constant
     """
 
@@ -70,8 +72,9 @@ class Contrastive:
         self._masks = _masks(section)
         weights: list[Mask] = [Harder(section.harder)] if section.harder else []
         weights += [Sampled()] if section.sampling_correction else []
-        self._targets = SharedTargets(section.positives) if section.positives else None
-        self._wanted = wanted(section, tuple(weights), self._targets)
+        self._shared = SharedTargets(section.positives) if section.positives else None
+        partial = PartialTargets(section.soft_targets) if section.soft_targets else None
+        self._wanted = wanted(section, tuple(weights), self._shared or partial)
         self._both = section.directions == "both"
         start = section.temperature.start if isinstance(section.temperature, Learned) else None
         self.learned: Mapping[str, float] = {} if start is None else {LOG_TEMPERATURE: math.log(start)}
@@ -110,35 +113,44 @@ class Contrastive:
         )
 
     def _keys(self, embedded: Embedded, pairs: Tensor, temperature: float | Tensor) -> tuple[Keys, Keys]:
-        """The keys of queries and documents with what masks of false negatives need."""
+        """The keys of queries and documents with what soft targets and masks of false negatives need."""
         queries, documents, rule = embedded.query_keys, embedded.document_keys, self._section.false_negatives
+        if self._section.soft_targets and self._section.soft_targets.scores:
+            documents = replace(documents, relevance=self._relevance(embedded))
         if rule is None:
             return queries, documents
         if rule.reference is not None:
             mine, theirs = momentum(embedded)
             return replace(queries, reference=mine), replace(documents, reference=theirs)
         positive = pairs.detach()
-        if self._targets is not None:  # the hardest positive, wherever it is: the largest of the negated scores
-            masks = (OnlyTargets(self._targets),)
+        if self._shared is not None:  # the hardest positive, wherever it is: the largest of the negated scores
+            masks = (OnlyTargets(self._shared),)
             block = Block(embedded.documents.detach(), documents, masks, fresh=False, diagonal=True)
-            others = self._exchange(embedded.queries.detach(), queries, [block], -1.0, plain=True).rows
+            others = self._exchange(embedded, embedded.queries.detach(), queries, [block], -1.0, plain=True).rows
             positive = torch.minimum(positive, -others.hardest)
         if rule.margin is not None:
             bound = positive - rule.margin
         else:
             assert rule.share is not None, "FalseNegatives has exactly one of its keys"
             bound = positive * rule.share
-        ceiling = bound / float(temperature)
+        ceiling = bound / number(temperature)
         beyond = ceiling.new_full((len(documents) - len(ceiling),), torch.inf)
         return replace(queries, ceiling=ceiling), replace(documents, ceiling=torch.cat([ceiling, beyond]))
 
+    def _relevance(self, embedded: Embedded) -> Tensor:
+        """[d] how much of a positive each document is for its owner."""
+        return relevance(scores_of(embedded, "objective.soft_targets"), len(embedded.queries))
+
     def _exchange(
         self,
+        embedded: Embedded,
         rows: Tensor,
         keys: Keys,
         blocks: list[Block],
         temperature: float | Tensor,
+        *,
         plain: bool = False,
+        documents_move: bool = False,
         score: Similarity | None = None,
     ) -> Reductions:
         return exchange(
@@ -150,6 +162,8 @@ class Contrastive:
             group=self._group,
             score=score or self._score,
             wanted=None if plain else self._wanted,
+            sizes=embedded.document_counts if documents_move else embedded.query_counts,
+            operands=embedded.operands,
         )
 
     def _among_candidates(
@@ -165,7 +179,7 @@ class Contrastive:
         if self._section.among_queries:
             blocks.append(Block(embedded.queries, queries, self._masks, diagonal=True))
         blocks += [self._stored(rows) for name, rows in sorted(embedded.queues.items()) if side_of(name) == "documents"]
-        return self._exchange(embedded.queries, queries, blocks, temperature)
+        return self._exchange(embedded, embedded.queries, queries, blocks, temperature)
 
     def _documents_move(self, embedded: Embedded) -> bool:
         """Of token vectors, whether the documents are the shorter side and may travel: what has no query to stay
@@ -184,7 +198,8 @@ class Contrastive:
         """The same as `_among_candidates`, of what a worker's own queries see and of their positives as columns, with
         the documents of all workers travelling to the queries."""
         block = Block(embedded.queries, queries, self._masks, diagonal=True, columns=True)
-        found = self._exchange(embedded.documents, documents, [block], temperature, score=Reversed(MaxSim()))
+        score, moving = Reversed(MaxSim()), embedded.documents
+        found = self._exchange(embedded, moving, documents, [block], temperature, score=score, documents_move=True)
         b = len(embedded.queries)
         return Reductions(found.columns, found.rows[slice(0, b)], found.columns.denominators[:1], found.exchange)
 
@@ -206,7 +221,9 @@ class Contrastive:
         if self._section.batch_negatives == "none":
             blocks.append(Block(embedded.queries[:0], queries[:0], diagonal=True))
         blocks += [self._stored(rows) for name, rows in sorted(embedded.queues.items()) if side_of(name) == "queries"]
-        return self._exchange(embedded.positives, keys, blocks, temperature) if blocks else None
+        if not blocks:
+            return None
+        return self._exchange(embedded, embedded.positives, keys, blocks, temperature)
 
     def _stored(self, rows: QueueRows) -> Block:
         """A queue's rows. They are the momentum encoder's, hence their own reference."""
@@ -226,11 +243,14 @@ class Contrastive:
     ) -> LossShare:
         """The loss and the metrics from every query's own positive and its reduced negatives."""
         section, group = self._section, self._group
-        sides = [Side(row_pairs, there.rows)]
+        soft, target = section.soft_targets, None
+        if soft is not None:
+            target = self._relevance(embedded)[: len(row_pairs)] if soft.scores else torch.ones_like(row_pairs)
+        sides = [Side(row_pairs, there.rows, target=target)]
         if self._both:
             in_batch = section.positive_encoding == "online" and section.batch_negatives != "none"
             columns = there.columns if in_batch else None
-            sides.append(Side(column_pairs, joined(columns, back.rows if back else None)))
+            sides.append(Side(column_pairs, joined(columns, back.rows if back else None), target=target))
         if section.normalisation == "joint":
             sides = [Side(row_pairs, joined(*(side.reduced for side in sides)), len(sides))]
         weights = row_pairs.new_ones(len(row_pairs)) if embedded.weights is None else embedded.weights.to(row_pairs)
@@ -242,68 +262,19 @@ class Contrastive:
                 for w, side in zip(compared, sides, strict=True)
             ]
         )
-        observed = self._observe(embedded, row_pairs, sides[0], there, temperature)
+        seen = observed(embedded, sides[0], there, temperature, self._wanted.scales[0], section.tile)
         counts = torch.stack([w.sum() for w in compared])
-        totals = group.all_reduce(torch.cat([counts.double(), sums.detach().double(), observed]))
-        counts, loss_sums, observed = totals.tensor_split([len(sides), 2 * len(sides)])
+        totals = group.all_reduce(torch.cat([counts.double(), sums.detach().double(), seen]))
+        counts, loss_sums, seen = totals.tensor_split([len(sides), 2 * len(sides)])
         shares = torch.where(counts > 0, 1 / counts, 0) / len(sides)
-        if observed[0] != embedded.global_queries:
+        if seen[0] != embedded.global_queries:
             raise ValueError(
-                f"global_queries is {embedded.global_queries}, the workers hold {int(observed[0])} queries on axis 0"
+                f"global_queries is {embedded.global_queries}, the workers hold {int(seen[0])} queries on axis 0"
             )
-        metrics = {"loss": float((shares * loss_sums).sum()), **self._metrics(observed[1:], embedded.global_queries)}
+        metrics = {"loss": float((shares * loss_sums).sum()), **metrics_of(seen[1:], embedded.global_queries)}
         if not isinstance(section.temperature, float | int):
-            metrics["temperature"] = float(temperature)
+            metrics["temperature"] = number(temperature)
         return LossShare((shares.to(sums.dtype) * sums).sum(), metrics)
-
-    def _metrics(self, observed: Tensor, queries: int) -> dict[str, float]:
-        compared, correct, hardness, distance, closeness = observed.tolist()
-        pairs = queries * (queries - 1)
-        return {
-            "accuracy": correct / max(1, compared),
-            "alignment": distance / max(1, queries),
-            "uniformity": float(torch.tensor(closeness / pairs).log()) if pairs else 0.0,
-            "queue_hardness": hardness / max(1, compared),
-            "nothing_to_compare": queries - compared,
-        }
-
-    @torch.no_grad()
-    def _observe(
-        self, embedded: Embedded, pairs: Tensor, side: Side, there: Reductions, temperature: float | Tensor
-    ) -> Tensor:
-        """[6] float64, this worker's sums: queries, those that have negatives, correct ones, queues' share of the
-        denominator, squared distance of query and positive, exp(-2 squared distance) to the other queries."""
-        compared = there.rows.denominators[0] != -torch.inf
-        positive = pairs / temperature
-        correct = (positive > there.rows.hardest)[compared].sum()
-        stored = torch.tensor([not block.fresh for block in there.exchange.blocks], device=pairs.device)
-        stored[0] = False  # the batch's own documents, by whichever encoder
-        queued = torch.where(stored[:, None], there.parts, -torch.inf).logsumexp(0)
-        denominator = torch.logaddexp(there.rows.denominators[0], positive * self._wanted.scales[0])
-        hardness = (queued - denominator).exp()[compared].sum()
-        distance = hardness.new_zeros(())
-        if embedded.pooled:
-            distance = (wide(embedded.queries) - wide(embedded.positives)).square().sum()
-        sums = [
-            correct.new_tensor(len(pairs)),
-            compared.sum(),
-            correct,
-            hardness,
-            distance,
-            self._closeness(embedded, there),
-        ]
-        return torch.stack([x.double() for x in sums])
-
-    def _closeness(self, embedded: Embedded, there: Reductions) -> Tensor:
-        """Sum over this worker's queries x and all others y of exp(-2 |x - y|^2) = exp(4 (x.y - 1))."""
-        everyone = there.exchange.queries
-        own = everyone[there.exchange.own]
-        with_self = torch.zeros((), dtype=torch.float64, device=own.device)
-        if not embedded.pooled:
-            return with_self
-        for tile in everyone.split(self._section.tile):
-            with_self += (own @ tile.T).sub_(1).mul_(4).exp_().sum()
-        return with_self - (own.square().sum(1) - 1).mul_(4).exp_().sum()
 
 
 def momentum(embedded: Embedded) -> tuple[Tensor, Tensor]:

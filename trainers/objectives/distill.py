@@ -1,7 +1,8 @@
-"""Losses that learn from a teacher: from its scores of a query's documents, or from the momentum encoder's vectors.
+"""Losses that learn from a teacher: from its scores of a query's documents, or from its vectors of the texts.
 
 Legend: s_ij the similarity of query i and document j (the inner product; for token vectors the sum of maxima),
-y_j = Embedded.scores the teacher's score of document j for the query that owns it; m the momentum encoder's vectors.
+y_j = Embedded.scores the teacher's score of document j for the query that owns it; m the teacher's vectors, which are
+the momentum encoder's or, with `teacher: data`, come with the batch.
 A document whose score is NaN isn't known to the teacher and takes no part.
 """
 
@@ -17,7 +18,7 @@ from torch.nn.functional import cosine_similarity
 from data_services.schema import UsageError
 from trainers.collectives import Group
 from trainers.objectives.blocks import Block
-from trainers.objectives.embedded import Embedded, LossShare
+from trainers.objectives.embedded import Embedded, LossShare, scores_of
 from trainers.objectives.keys import Keys
 from trainers.objectives.own_pairs import own_similarities
 from trainers.objectives.reductions import Reduced, Wanted
@@ -49,7 +50,7 @@ class MarginMSE:
 
     def __call__(self, embedded: Embedded) -> LossShare:
         """Collective. Metrics: loss; margins, how many were compared. Raises UsageError without `scores`."""
-        teacher, b = _scores(embedded, "margin_mse"), len(embedded.queries)
+        teacher, b = scores_of(embedded, "margin_mse"), len(embedded.queries)
         owners = embedded.owners[b:]
         errors = self._scale * _margins(own_similarities(embedded), owners) - _margins(teacher, owners)
         known = ~errors.isnan()
@@ -77,7 +78,7 @@ class KLDistill:
     def __call__(self, embedded: Embedded) -> LossShare:
         """Collective. Metrics: loss; nothing_to_compare, queries that leave the mean. Raises UsageError without
         `scores`."""
-        teacher, b = _scores(embedded, "kl_distill"), len(embedded.queries)
+        teacher, b = scores_of(embedded, "kl_distill"), len(embedded.queries)
         known = ~teacher.isnan()
         owners, temperature = embedded.owners[known], self._section.temperature
         target = _log_softmax_by_owner(teacher[known] / self._section.teacher_temperature, owners, b)
@@ -91,7 +92,7 @@ class KLDistill:
 
 
 class EmbeddingDistill:
-    """Each text's vector follows the momentum encoder's of the same text.
+    """Each text's vector follows the teacher's of the same text.
 
         L = mean_i 1 - cos(x_i, m_i)              distance: cosine
         L = mean_i |x_i - m_i|^2 / D              distance: mse; for unit vectors 2/D times the other
@@ -107,9 +108,16 @@ class EmbeddingDistill:
         self._section, self._group = section, group
 
     def __call__(self, embedded: Embedded) -> LossShare:
-        """Collective. Metrics: loss. Raises UsageError without a momentum encoder, ValueError for token vectors."""
+        """Collective. Metrics: loss. Raises UsageError without the teacher or where it has other dimensions, ValueError
+        for token vectors."""
         one_vector_a_text(embedded, self)
-        teacher_queries, teacher_documents = _momentum(embedded, "embedding_distill")
+        teacher_queries, teacher_documents = _vectors(embedded, self._section.teacher, "embedding_distill")
+        dimensions, of_teacher = embedded.queries.shape[1], teacher_queries.shape[1]
+        if dimensions != of_teacher:
+            raise UsageError(
+                f"embedding_distill compares vectors of {dimensions} dimensions with a teacher's of {of_teacher}: take "
+                "similarity_distill, or a model.head as wide as the teacher"
+            )
         owner = torch.arange(len(embedded.queries), device=embedded.owners.device)
         sides = {
             "queries": [(embedded.queries, teacher_queries, owner)],
@@ -137,7 +145,7 @@ class _TeacherProbabilities:
 
 
 class SimilarityDistill:
-    """A query's distribution over the documents of the whole batch follows the momentum encoder's.
+    """A query's distribution over the documents of the whole batch follows the teacher's, whatever its dimensions.
 
         L = -mean_i sum_j p_ij log p'_ij,   p_i = softmax_j(m_i.m_j / t'),  p'_i = softmax_j(s_ij / t)
 
@@ -152,23 +160,23 @@ class SimilarityDistill:
         self._section, self._group = section, group
 
     def __call__(self, embedded: Embedded) -> LossShare:
-        """Collective, as is the backward of the result. Metrics: loss. Raises UsageError without a momentum encoder,
+        """Collective, as is the backward of the result. Metrics: loss. Raises UsageError without the teacher,
         ValueError for token vectors."""
         one_vector_a_text(embedded, self)
-        teacher_queries, teacher_documents = _momentum(embedded, "similarity_distill")
+        teacher_queries, teacher_documents = _vectors(embedded, self._section.teacher, "similarity_distill")
         t, of_teacher = self._section.temperature, self._section.teacher_temperature
         query_keys, document_keys = _bare(embedded.query_keys), _bare(embedded.document_keys)
         with torch.no_grad():
-            sums = self._over_batch(teacher_queries, teacher_documents, query_keys, document_keys, of_teacher)
+            teachers = teacher_queries, teacher_documents
+            sums = self._over_batch(*teachers, query_keys, document_keys, of_teacher, embedded.query_counts)
             normalisers = sums.denominators[0][:, None]
             ones = normalisers.new_ones(len(teacher_documents), 1)
         asked = replace(query_keys, reference=torch.cat([teacher_queries / of_teacher, -normalisers], 1))
         among = replace(document_keys, reference=torch.cat([teacher_documents, ones], 1))
-        # Two exchanges: where candidates are targets, they leave the denominator.
+        wanted = Wanted(targets=_TeacherProbabilities(), soft=True)
         own = embedded.queries, embedded.documents
-        partition = self._over_batch(*own, query_keys, document_keys, t).denominators[0]
-        expected = self._over_batch(*own, asked, among, t, Wanted(targets=_TeacherProbabilities())).target_sum
-        mean = mean_over_workers(partition - expected, embedded.weights, self._group)
+        found = self._over_batch(*own, asked, among, t, embedded.query_counts, wanted)
+        mean = mean_over_workers(found.denominators[0] - found.target_sum, embedded.weights, self._group)
         return LossShare(mean.share, {"loss": mean.value})
 
     def _over_batch(
@@ -178,24 +186,30 @@ class SimilarityDistill:
         query_keys: Keys,
         document_keys: Keys,
         temperature: float,
+        sizes: list[int] | None,
         wanted: Wanted | None = None,
     ) -> Reduced:
-        block = Block(documents, document_keys)
-        section, group = self._section, self._group
         reduced = exchange(
-            queries, query_keys, [block], temperature=temperature, tile=section.tile, group=group, wanted=wanted
+            queries,
+            query_keys,
+            [Block(documents, document_keys)],
+            temperature=temperature,
+            tile=self._section.tile,
+            group=self._group,
+            wanted=wanted,
+            sizes=sizes,
         )
         return reduced.rows
 
 
-def _scores(embedded: Embedded, kind: str) -> Tensor:
-    """[d] of the teacher, in the type that losses are computed in; NaN where it gave none."""
-    if embedded.scores is None:
-        raise UsageError(
-            f"{kind} needs a teacher's score of each document, and the batch has none: name a source's fields of "
-            "scores under data.sources.positive_scores and data.sources.negative_scores"
-        )
-    return embedded.scores.to(torch.promote_types(embedded.queries.dtype, torch.float32))
+def _vectors(embedded: Embedded, teacher: str, kind: str) -> tuple[Tensor, Tensor]:
+    """The teacher's vectors of queries [b, D'] and documents [d, D'], in the type of the embeddings."""
+    if teacher == "momentum":
+        return _momentum(embedded, kind)
+    if embedded.teacher_queries is None or embedded.teacher_documents is None:
+        raise UsageError(f"{kind} needs a teacher's vectors, and the batch has none: name data.teacher.model")
+    dtype = embedded.queries.dtype
+    return embedded.teacher_queries.to(dtype), embedded.teacher_documents.to(dtype)
 
 
 def _momentum(embedded: Embedded, kind: str) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from data_services.schema import UsageError
 from trainers.collectives import Group
 from trainers.negative_queue import QueueRows
 from trainers.objectives.keys import UNKNOWN, Keys
 
 __all__ = ["UNKNOWN", "Embedded", "Keys", "LossShare", "Objective", "gather_scalars", "share_of"]
+
+
+Counts = tuple[tuple[int, int], ...]
+"""(b, d) of every worker, in rank order."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,12 @@ class Embedded:
                                   relevance); None: not known
     momentum_queries, momentum_documents
                                   the same texts by the momentum encoder, without gradient; None: there is none
+    teacher_queries, teacher_documents
+                                  [b, D'] and [d, D'], the same texts by `data.teacher`; None: it has no vectors
     queues                        by name, this worker's rows; `documents` and `queries` are the usual ones
     learned                       by name, what the objective learns beside the tower: scalars with gradient
+    counts                        of every worker; None: whoever needs them asks
+    operands                      the type that a GPU multiplies vectors in: the model's own
     """
 
     queries: Tensor
@@ -50,8 +59,12 @@ class Embedded:
     scores: Tensor | None = None
     momentum_queries: Tensor | None = None
     momentum_documents: Tensor | None = None
+    teacher_queries: Tensor | None = None
+    teacher_documents: Tensor | None = None
     queues: Mapping[str, QueueRows] = field(default_factory=dict)
     learned: Mapping[str, Tensor] = field(default_factory=dict)
+    counts: Counts | None = None
+    operands: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         q, k = self.queries, self.documents
@@ -77,6 +90,16 @@ class Embedded:
     def pooled(self) -> bool:
         """One vector a text, not one a token."""
         return self.queries.ndim == 2
+
+    @property
+    def query_counts(self) -> list[int] | None:
+        """b of every worker."""
+        return None if self.counts is None else [b for b, _ in self.counts]
+
+    @property
+    def document_counts(self) -> list[int] | None:
+        """d of every worker."""
+        return None if self.counts is None else [d for _, d in self.counts]
 
     @property
     def positives(self) -> Tensor:
@@ -126,14 +149,15 @@ class _GatherRows(torch.autograd.Function):
         return upstream[0][ctx.own], None, None
 
 
-def gather_scalars(x: Tensor, group: Group) -> Tensor:
-    """x [n] (or [n, few]) of every worker, end to end in rank order, differentiable in this worker's own rows.
+def gather_scalars(x: Tensor, group: Group, sizes: list[int] | None = None) -> Tensor:
+    """x [n] (or [n, few]) of every worker, end to end in rank order, differentiable in this worker's own rows; `sizes`
+    every worker's n, where it is known.
 
     For a loss over all pairs' scalars, which every worker computes whole: call the total L, then give back
     `share_of(L, group)`. The backward of L with respect to the own rows is already complete, so nothing is sent.
     Collective.
     """
-    return _GatherRows.apply(x, group, group.sizes(len(x), x.device))
+    return _GatherRows.apply(x, group, group.sizes(len(x), x.device) if sizes is None else sizes)
 
 
 class _Share(torch.autograd.Function):
@@ -150,6 +174,28 @@ def share_of(total: Tensor, group: Group) -> Tensor:
     """This worker's share, L/W, of a loss that every worker computed whole, with the gradient of the whole L: as
     `LossShare` has it. Only for an L that reached the embeddings through `gather_scalars`."""
     return _Share.apply(total, group.size)
+
+
+def scores_of(embedded: Embedded, kind: str) -> Tensor:
+    """[d] `scores` in the type that losses are computed in; NaN where one isn't known. UsageError without them."""
+    if embedded.scores is None:
+        raise UsageError(
+            f"{kind} needs a score of each document, a grade or a teacher's, and the batch has none: name "
+            "data.teacher, or the fields of data.sources.positive_scores and data.sources.negative_scores"
+        )
+    return embedded.scores.to(torch.promote_types(embedded.queries.dtype, torch.float32))
+
+
+def weights_of(embedded: Embedded) -> Tensor:
+    """[b] of each query."""
+    given = embedded.weights
+    ones = torch.ones(len(embedded.queries), device=embedded.queries.device)
+    return ones if given is None else given
+
+
+def number(x: float | Tensor) -> float:
+    """The value of a number that may be learned."""
+    return float(x.detach()) if isinstance(x, Tensor) else x
 
 
 def wide(x: Tensor) -> Tensor:

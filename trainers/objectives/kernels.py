@@ -20,7 +20,8 @@ them recomputation, where a kernel for each gradient would take four.
 
 Precision. Products are of the candidates' type with float32 accumulation: exact logits of 16-bit operands, weights
 rounded to bfloat16 (relative error 2^-9); of float32 operands tf32x3, which is float32 to 1e-6, unless
-`torch.set_float32_matmul_precision` allows tf32.
+`torch.set_float32_matmul_precision` allows tf32. A run that computes in bfloat16 gives both sides so: fresh vectors are
+rounded to it, and so is a copy of a queue's float32 rows, which a queue of bfloat16 doesn't need.
 """
 
 from __future__ import annotations

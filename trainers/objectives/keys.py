@@ -26,6 +26,7 @@ class Keys:
     lengths       [n] int64 valid tokens of token vectors
     numbers       [n] int64 running numbers of queue rows
     log_q         [n] float, log of the probability with which a candidate was sampled
+    relevance     [n] float, how much of a positive a candidate is for the query of `query_ids` or of `rejects`
     ceiling       [n] float, the logit above which something other than the positive counts as a false negative
     reference     [n, R] unit vectors of a reference model
     """
@@ -40,6 +41,7 @@ class Keys:
     lengths: Tensor | None = None
     numbers: Tensor | None = None
     log_q: Tensor | None = None
+    relevance: Tensor | None = None
     ceiling: Tensor | None = None
     reference: Tensor | None = None
 
@@ -56,14 +58,12 @@ class Keys:
         """The columns that are known, by name."""
         return {f.name: column for f in fields(self) if (column := getattr(self, f.name)) is not None}
 
-    def gathered(self, group: Group, sizes: list[int]) -> Keys:
-        """The rows of all workers, [sum sizes], end to end in rank order: one all-gather for the integers and one
-        for every other column. Collective; every worker must know the same columns."""
+    def gathered_with(self, vectors: Tensor, group: Group, sizes: list[int]) -> tuple[Tensor, Keys]:
+        """(vectors [n, ...] of all workers, [sum sizes, ...], end to end in rank order, and their keys), in one
+        message. Collective; every worker must know the same columns."""
         columns = self.columns()
-        integers = [name for name, column in columns.items() if column.dtype == torch.int64]
-        together = group.all_gather(torch.stack([columns[name] for name in integers], 1), sizes)
-        others = {name: group.all_gather(c, sizes) for name, c in columns.items() if name not in integers}
-        return replace(self, **dict(zip(integers, together.unbind(1), strict=True)), **others)
+        everyone, *of_all = group.all_gather_together([vectors, *columns.values()], sizes)
+        return everyone, replace(self, **dict(zip(columns, of_all, strict=True)))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Keys:
         return replace(self, **{name: change(column) for name, column in self.columns().items()})

@@ -9,12 +9,13 @@ Of query i: l = s/t its positive's logit, D = log sum over its negatives of exp(
     DCLW                   D - w l,  w = 2 - exp(s/sigma) / mean exp(s/sigma)       arXiv:2110.06848, eq. 7
     label smoothing e      Z - (1-e) l - e mean of all logits                      arXiv:1512.00567, section 7
     several positives P    outside: Z - mean_P l;  inside: Z - log sum_P exp l     arXiv:2004.11362, eq. 2 and 3
+    soft targets t         Z - (t_ii l + sum t_ij l_ij) / (t_ii + sum t_ij)        arXiv:2209.06638, its mechanism
     debiased, hard (HCL)   log(exp l + G) - l,                                     arXiv:2010.04592, eq. 4
                            G = max((N E - N tau+ exp l) / (1 - tau+), N exp(-1/t)),
                            N E = N sum exp((1+beta) logit) / sum exp(beta logit) over the N negatives;
                            beta = 0 is the debiased loss of arXiv:2007.00224
 
-With several positives Z holds all of them. The unit is nats.
+With several positives, or soft targets, Z holds all of them. The unit is nats.
 """
 
 from __future__ import annotations
@@ -36,16 +37,25 @@ from trainers.objectives.sections.contrastive import ContrastiveSection, Debiase
 @dataclass(frozen=True)
 class Side:
     """One direction of this worker's queries, or several with one denominator, in which the positive is once for each:
-    pairs [b], similarity of each query and its positive; and its negatives."""
+    pairs [b], similarity of each query and its positive; and its negatives; target [b], of its positive where targets
+    are soft."""
 
     pairs: Tensor
     reduced: Reduced
     directions: int = 1
+    target: Tensor | None = None
+
+    @property
+    def aimed(self) -> Tensor:
+        """[b] bool: one of its targets isn't 0."""
+        if self.target is None:
+            return torch.ones_like(self.pairs, dtype=torch.bool)
+        return self.target + self.reduced.target_weight > 0
 
     @property
     def compared(self) -> Tensor:
         """[b] bool: it has a negative, or another positive."""
-        return (self.reduced.denominators[0] != HIDDEN) | (self.reduced.target_weight > 0)
+        return ((self.reduced.denominators[0] != HIDDEN) | (self.reduced.target_weight > 0)) & self.aimed
 
 
 class Logit:
@@ -66,6 +76,7 @@ def wanted(section: ContrastiveSection, weights: tuple[Mask, ...], targets: Targ
         weights=weights,
         pointwise=Logit() if section.label_smoothing else None,
         targets=targets,
+        soft=section.soft_targets is not None,
         count=section.debiased is not None,
     )
 
@@ -76,6 +87,10 @@ def losses(section: ContrastiveSection, side: Side, temperature: float | Tensor)
     reduced, negatives = side.reduced, side.reduced.denominators[0]
     if section.debiased:
         lost = softplus(debiased(section.debiased, reduced, positive, temperature) - positive)
+    elif side.target is not None:
+        whole = torch.where(side.aimed, side.target + reduced.target_weight, 1)
+        expected = (reduced.target_sum + side.target * positive) / whole
+        lost = softplus(negatives - positive) + positive - expected
     elif section.positives:
         together = torch.logaddexp(reduced.target_lse, positive)
         lost = softplus(negatives - together)

@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
@@ -19,7 +18,7 @@ from trainers.collectives import Group
 from trainers.negative_queue import side_of
 from trainers.objectives.blocks import Block
 from trainers.objectives.contrastive import LOG_TEMPERATURE
-from trainers.objectives.embedded import Embedded, LossShare
+from trainers.objectives.embedded import Embedded, LossShare, number
 from trainers.objectives.keys import Keys
 from trainers.objectives.masks import HIDDEN, AboveCeiling, Mask, SameClass, SameId
 from trainers.objectives.own_pairs import own_positives, own_similarities, similarity_of
@@ -74,32 +73,28 @@ class Sigmoid:
         )
         score = similarity_of(embedded)
         positive = own_positives(embedded, score) / temperature
-        apart = _Apart(_number(bias))
+        apart = _Apart(number(bias))
         # The weights turn the row's log-sum-exp into the logarithm of the sum's derivative by the bias.
         wanted = Wanted(weights=(apart,) if isinstance(bias, Tensor) else (), pointwise=apart)
         rows = among_candidates(embedded, section, group, score, wanted, temperature)
         negatives = rows.pointwise
         if isinstance(bias, Tensor):
             negatives = negatives + (bias - bias.detach()) * rows.denominators[0].detach().exp()
-        mean = mean_over_workers(softplus(-(positive + bias)) + negatives, embedded.weights, group)
-
         compared = rows.count > 0
         right = compared & (positive > rows.hardest)
-        of_all, correct = group.all_reduce(torch.stack([compared.sum(), right.sum()])).tolist()
+        counts = compared.sum(), right.sum()
+        mean = mean_over_workers(softplus(-(positive + bias)) + negatives, embedded.weights, group, counts)
+        of_all, correct = mean.more
         return LossShare(
             mean.share,
             {
                 "loss": mean.value,
                 "accuracy": correct / max(1, of_all),
                 "nothing_to_compare": float(mean.count - of_all),
-                "temperature": _number(temperature),
-                "bias": _number(bias),
+                "temperature": number(temperature),
+                "bias": number(bias),
             },
         )
-
-
-def _number(x: float | Tensor) -> float:
-    return float(x.detach()) if isinstance(x, Tensor) else x
 
 
 @dataclass(frozen=True)
@@ -188,9 +183,9 @@ def _of_own_negatives(embedded: Embedded, score: Similarity, section: TripletSec
     doesnt_answer = embedded.document_keys.query_ids[b:] != embedded.query_keys.query_ids[owners]
     losses = _hinge(similarity[b:] - similarity[:b][owners], section)[doesnt_answer]
     owners = owners[doesnt_answer]
-    mean = mean_over_workers(losses, None if embedded.weights is None else embedded.weights[owners], group)
-    alone = group.all_reduce((owners.bincount(minlength=b) == 0).sum())
-    return _triplets(mean, nothing_to_compare=float(alone))
+    alone = (owners.bincount(minlength=b) == 0).sum()
+    mean = mean_over_workers(losses, None if embedded.weights is None else embedded.weights[owners], group, [alone])
+    return _triplets(mean, nothing_to_compare=mean.more[0])
 
 
 def _of_hardest_negatives(
@@ -220,8 +215,8 @@ def _of_all_negatives(embedded: Embedded, score: Similarity, section: TripletSec
     some = rows.count > 0
     count = rows.count[some]
     weights = count if embedded.weights is None else count * embedded.weights[some]
-    mean = mean_over_workers(totals[some] / count, weights, group)
-    return _triplets(replace(mean, count=int(group.all_reduce(count.sum().double()))))
+    mean = mean_over_workers(totals[some] / count, weights, group, [count.sum()])
+    return _triplets(replace(mean, count=int(mean.more[0])))
 
 
 def _triplets(mean: Mean, **metrics: float) -> LossShare:
@@ -276,4 +271,5 @@ def among_candidates(
         group=group,
         score=score,
         wanted=wanted,
+        sizes=embedded.query_counts,
     ).rows

@@ -6,7 +6,7 @@ For row i with candidates j that no mask hides, logits l_ij and targets t_ij >= 
     hardest_i         = max_j l_ij
     pointwise_i       = sum_j f(l_ij)
     target_lse_i      = log sum_j t_ij exp(l_ij)
-    target_sum_i      = sum_j t_ij l_ij
+    target_sum_i      = sum_j t_ij l_ij,     target_weight_i = sum_j t_ij
 
 An empty logarithm is -inf, an empty sum 0. A tile is taken in once and overwritten.
 """
@@ -47,6 +47,9 @@ class Wanted:
     """What is reduced (formulas above).
 
     hardest  whether its gradient is wanted; its value always comes
+    targets  of positives: candidates with a target leave the denominators
+    soft     they stay in them, their target saying how much of a positive they are; what a mask hides has none, and
+             target_lse isn't reduced
     count    whether the number of candidates that were compared is wanted
     """
 
@@ -55,7 +58,13 @@ class Wanted:
     hardest: bool = False
     pointwise: Pointwise | None = None
     targets: Targets | None = None
+    soft: bool = False
     count: bool = False
+
+    @property
+    def together(self) -> bool:
+        """Whether the positives' exponentials are summed, apart from the denominators."""
+        return self.targets is not None and not self.soft
 
     @property
     def plain(self) -> bool:
@@ -138,11 +147,12 @@ class Running:
         self.ties = torch.where(largest > self.hardest, ties, self.ties + ties * (largest == self.hardest))
 
     def _add_targets(self, targets: Tensor, raw: Tensor) -> None:
-        logs = raw + targets.log()
-        maximum = torch.maximum(self.target_anchor, logs.amax(1))
-        anchor = finite(maximum)
-        self.target_total.mul_((self.target_anchor - anchor).exp_()).add_(logs.sub_(anchor[:, None]).exp_().sum(1))
-        self.target_anchor = maximum
+        if self.wanted.together:
+            logs = raw + targets.log()
+            maximum = torch.maximum(self.target_anchor, logs.amax(1))
+            anchor = finite(maximum)
+            self.target_total.mul_((self.target_anchor - anchor).exp_()).add_(logs.sub_(anchor[:, None]).exp_().sum(1))
+            self.target_anchor = maximum
         self.target_sum.add_((targets * raw).sum(1))
         self.target_weight.add_(targets.sum(1))
 
@@ -179,21 +189,22 @@ def merge(states: Sequence[Running], group: Group | None) -> tuple[Reduced, Tens
     maxima = [_largest([s.anchor for s in states])]
     if wanted.weights:
         maxima.append(_largest([s.hardest for s in states]))
-    if wanted.targets:
+    if wanted.together:
         maxima.append(_largest([s.target_anchor for s in states]))
     stacked = torch.stack(maxima)
     stacked = group.all_reduce(stacked, "max") if group else stacked
     top = stacked[0]
     hardest = stacked[1] if wanted.weights else top
-    target_anchor = finite(stacked[-1])
+    target_anchor = finite(stacked[-1]) if wanted.together else torch.zeros_like(top)
 
     anchor, scales = finite(top), wanted.scales
     sums = [s.totals[i] * ((s.anchor - anchor) * scale).exp() for s in states for i, scale in enumerate(scales)]
     if wanted.counts:
         sums += [sum_of([s.count for s in states]), sum_of([s.pointwise for s in states])]
         sums.append(sum_of([s.ties * (s.hardest == hardest) for s in states]))
-    if wanted.targets:
+    if wanted.together:
         sums.append(sum_of([s.target_total * (s.target_anchor - target_anchor).exp() for s in states]))
+    if wanted.targets:
         sums += [sum_of([s.target_sum for s in states]), sum_of([s.target_weight for s in states])]
     merged = torch.stack(sums)
     merged = group.all_reduce(merged) if group else merged
@@ -203,7 +214,8 @@ def merge(states: Sequence[Running], group: Group | None) -> tuple[Reduced, Tens
     shift = anchor * top.new_tensor(scales)[:, None]
     zero = torch.zeros_like(top)
     count, pointwise, ties = rest[:3] if wanted.counts else (zero, zero, zero)
-    target_total, target_sum, target_weight = rest[-3:] if wanted.targets else (zero, zero, zero)
+    target_sum, target_weight = rest[-2:] if wanted.targets else (zero, zero)
+    target_total = rest[-3] if wanted.together else zero
     reduced = Reduced(
         denominators=totals.sum(0).log_() + shift,
         hardest=hardest,
@@ -232,8 +244,11 @@ def slopes(wanted: Wanted, seen: Seen, reduced: Reduced, upstream: Reduced) -> T
     if wanted.pointwise is not None:
         total.add_(wanted.pointwise.slope(seen.logits) * upstream.pointwise[:, None])
     if seen.targets is not None and seen.raw is not None:
-        likely = (seen.raw - finite(reduced.target_lse)[:, None]).exp_().mul_(upstream.target_lse[:, None])
-        total.add_(likely.add_(upstream.target_sum[:, None]).mul_(seen.targets))
+        part = upstream.target_sum[:, None].expand_as(seen.raw)
+        if wanted.together:
+            likely = (seen.raw - finite(reduced.target_lse)[:, None]).exp_()
+            part = likely.mul_(upstream.target_lse[:, None]).add_(part)
+        total.add_(part * seen.targets)
     return total
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -46,22 +46,24 @@ class Mean:
     share  this worker's part of it, differentiable: the parts of all workers add up to the mean
     value  the mean; 0 where nothing has weight
     count  values of all workers
+    more   the sums over workers of what else was given
     """
 
     share: Tensor
     value: float
     count: int
+    more: list[float]
 
 
-def mean_over_workers(values: Tensor, weights: Tensor | None, group: Group) -> Mean:
-    """sum w_i v_i / sum w_i over the values [n] of every worker, any n on each; weights [n], None: equal.
-    Collective."""
+def mean_over_workers(values: Tensor, weights: Tensor | None, group: Group, more: Sequence[Tensor] = ()) -> Mean:
+    """sum w_i v_i / sum w_i over the values [n] of every worker, any n on each; weights [n], None: equal. `more` are
+    counts that travel in the same message. Collective."""
     weights = torch.ones_like(values) if weights is None else weights.to(values.dtype)
     weighted = (weights * values).sum()
-    sums = torch.stack([weighted.detach(), weights.sum(), values.new_tensor(len(values))]).double()
-    numerator, denominator, count = group.all_reduce(sums).tolist()
+    sums = [weighted.detach(), weights.sum(), values.new_tensor(len(values)), *more]
+    numerator, denominator, count, *rest = group.all_reduce(torch.stack([x.double() for x in sums])).tolist()
     denominator = denominator or 1.0
-    return Mean(weighted / denominator, numerator / denominator, int(count))
+    return Mean(weighted / denominator, numerator / denominator, int(count), rest)
 
 
 class Alignment:
@@ -99,16 +101,22 @@ class _AmongTexts(ABC, Generic[AnySection]):
             return LossShare(embedded.queries.sum() * 0, {"loss": 0.0})
         queries, positives = embedded.queries, embedded.positives
         sides = {"queries": [queries], "documents": [positives], "both": [queries, positives]}[self._section.of]
-        loss = torch.stack([self._side(texts, embedded.global_queries) for texts in sides]).mean()
+        sizes = embedded.query_counts or self._group.sizes(len(queries), queries.device)
+        loss = torch.stack([self._side(texts, sizes) for texts in sides]).mean()
         return LossShare(share_of(loss, self._group), {"loss": float(loss)})
 
     @abstractmethod
-    def _side(self, texts: Tensor, count: int) -> Tensor:
-        """The whole loss of one side, of which this worker has texts [b, D] and all workers `count`; it reaches the
-        texts through `gather_scalars`."""
+    def _side(self, texts: Tensor, sizes: list[int]) -> Tensor:
+        """The whole loss of one side, of which this worker has texts [b, D] and each as many as `sizes` says. It
+        reaches the texts through `gather_scalars`."""
 
     def _with_others(
-        self, texts: Tensor, score: Similarity | None = None, temperature: float = 1.0, wanted: Wanted | None = None
+        self,
+        texts: Tensor,
+        sizes: list[int],
+        score: Similarity | None = None,
+        temperature: float = 1.0,
+        wanted: Wanted | None = None,
     ) -> Reduced:
         """What is reduced of each of texts [b, D] over all other texts of the side."""
         none = torch.zeros(len(texts), dtype=torch.int64, device=texts.device)
@@ -122,6 +130,7 @@ class _AmongTexts(ABC, Generic[AnySection]):
             group=self._group,
             score=score,
             wanted=wanted,
+            sizes=sizes,
         ).rows
 
 
@@ -131,10 +140,10 @@ class Uniformity(_AmongTexts[UniformitySection]):
     At most 0; -2t where every two unit vectors are orthogonal. Source: Wang & Isola, arXiv:2005.10242, section 4.
     """
 
-    def _side(self, texts: Tensor, count: int) -> Tensor:
-        distance, temperature = NegativeSquaredDistance(), 1 / self._section.sharpness
-        rows = self._with_others(texts, distance, temperature).denominators[0]
-        return gather_scalars(rows, self._group).logsumexp(0) - math.log(count * (count - 1))
+    def _side(self, texts: Tensor, sizes: list[int]) -> Tensor:
+        distance, temperature, count = NegativeSquaredDistance(), 1 / self._section.sharpness, sum(sizes)
+        rows = self._with_others(texts, sizes, distance, temperature).denominators[0]
+        return gather_scalars(rows, self._group, sizes).logsumexp(0) - math.log(count * (count - 1))
 
 
 @dataclass(frozen=True)
@@ -156,17 +165,18 @@ class SpreadOut(_AmongTexts[SpreadOutSection]):
     section 3 (global orthogonal regularisation).
     """
 
-    def _side(self, texts: Tensor, count: int) -> Tensor:
+    def _side(self, texts: Tensor, sizes: list[int]) -> Tensor:
+        count, one_each = sum(sizes), [1] * self._group.size
         pairs, loss = count * (count - 1), texts.new_zeros((), dtype=torch.promote_types(texts.dtype, torch.float32))
         if self._section.first_moment:
             # sum_{i != j} x_i.x_j = |sum_i x_i|^2 - sum_i |x_i|^2 takes D numbers of each worker
-            total = gather_scalars(texts.sum(0, keepdim=True).to(loss.dtype), self._group).sum(0)
-            with_self = gather_scalars(texts.to(loss.dtype).square().sum(1), self._group).sum()
+            total = gather_scalars(texts.sum(0, keepdim=True).to(loss.dtype), self._group, one_each).sum(0)
+            with_self = gather_scalars(texts.to(loss.dtype).square().sum(1), self._group, sizes).sum()
             mean = (total.square().sum() - with_self) / pairs
             loss = loss + self._section.first_moment * mean.square()
         if self._section.second_moment:
-            squares = self._with_others(texts, wanted=Wanted(pointwise=_Square())).pointwise
-            mean = gather_scalars(squares, self._group).sum() / pairs
+            squares = self._with_others(texts, sizes, wanted=Wanted(pointwise=_Square())).pointwise
+            mean = gather_scalars(squares, self._group, sizes).sum() / pairs
             loss = loss + self._section.second_moment * (mean - 1 / texts.shape[1]).relu()
         return loss
 
@@ -178,10 +188,10 @@ class KoLeo(_AmongTexts[KoLeoSection]):
     al., Spreading vectors for similarity search, arXiv:1806.03198, section 3.
     """
 
-    def _side(self, texts: Tensor, count: int) -> Tensor:
-        nearest = -self._with_others(texts, NegativeSquaredDistance(), wanted=Wanted(hardest=True)).hardest
+    def _side(self, texts: Tensor, sizes: list[int]) -> Tensor:
+        nearest = -self._with_others(texts, sizes, NegativeSquaredDistance(), wanted=Wanted(hardest=True)).hardest
         logs = (nearest.clamp(min=0) + _TINY).log() / 2
-        return -gather_scalars(logs, self._group).mean()
+        return -gather_scalars(logs, self._group, sizes).mean()
 
 
 def one_vector_a_text(embedded: Embedded, loss: object) -> None:

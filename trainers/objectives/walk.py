@@ -82,6 +82,8 @@ def _pairs(exchange: Exchange, block: Block, vectors: Tensor) -> tuple[kernel_pa
     own = slice(exchange.own.start, min(exchange.own.stop, exchange.own.start + len(vectors)))
     diagonal = own if block.diagonal else None
     keys, masks = block.keys, block.masks
+    if vectors.dtype == torch.float32:
+        vectors = vectors.to(exchange.operands)
     given = exchange.queries, exchange.query_keys, vectors, keys, masks, exchange.temperature, diagonal
     return kernel_pairs.pairs(*given), own.stop - own.start if block.columns else 0
 

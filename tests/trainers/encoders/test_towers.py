@@ -93,6 +93,19 @@ def shares_of(workers):
     return shares
 
 
+@pytest.mark.parametrize("side", ["queries", "documents"])
+def test_a_momentum_pass_over_one_side_runs_the_chunks_of_its_tower_alone(side):
+    """As many on every worker, chunks without texts among them, and every text of the side once."""
+    shares = shares_of(2)
+    passes = [chunks_of(share, CPU, (side,)) for share in shares]
+    assert len(passes[0]) == len(passes[1]) < len(shares[0].chunks)
+    for share, chunks in zip(shares, passes, strict=True):
+        b, d = len(share.queries), len(share.documents)
+        assert all(chunk.queries.all() if side == "queries" else not chunk.queries.any() for chunk in chunks)
+        rows = torch.cat([chunk.rows for chunk in chunks]).sort().values.tolist()
+        assert rows == (list(range(b)) if side == "queries" else list(range(b, b + d)))
+
+
 def make_step(stage, cached):
     from trainers.ema import MomentumEncoder
     from trainers.engine import Engine

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from data_services.schema import UNKNOWN, UsageError
 from tests.twins import Dense, dense_contrastive, in_type, of_worker, random_rows, random_shares
 from trainers.collectives import Group
 from trainers.objectives.contrastive import Contrastive
@@ -42,6 +43,11 @@ AXES = {
     "supervised, inside": {"positives": {"same_label": True, "sum": "inside"}},
     "several positives": {"positives": {"same_query": True, "same_document": True}},
     "several positives and a margin": {"positives": {"same_query": True}, "false_negatives": {"margin": 0.2}},
+    "targets by labels": {"soft_targets": {"alike": [{"labels": [0, 1], "similarity": 0.5},
+                                                     {"labels": [0, 1, 2], "similarity": 0.2}]}},
+    "targets by scores": {"soft_targets": {"scores": True}, "mask_same_query": False},
+    "targets by both, and a margin": {"soft_targets": {"scores": True, "alike": [{"labels": [0, 2], "similarity": 1}]},
+                                      "mask_same_query": False, "false_negatives": {"margin": -0.1}},
     "relative margin": {"false_negatives": {"share": 0.9}},
     "reference": {"false_negatives": {"reference": 0.2}},
     "debiased": {"debiased": {"concentration": 0}, "temperature": 0.5},
@@ -207,6 +213,32 @@ def test_a_query_with_nothing_to_compare_is_counted_and_has_no_gradient(gloo):
         assert not documents.any()
 
 
+def test_a_query_whose_targets_are_all_zero_leaves_the_mean_and_unknown_scores_are_those_of_any_pair(gloo):
+    section = section_of("targets by scores")
+    (share,) = random_shares(4, [(4, 6)], DIM)
+    scores = torch.tensor([0.0, 0.3, torch.nan, 1.0, torch.nan, 0.5], dtype=torch.float64)
+    share = replace(share, scores=scores, owners=torch.tensor([0, 1, 2, 3, 1, 2]))
+    rejects = torch.cat([torch.full((4,), UNKNOWN), share.query_keys.query_ids[[1, 2]]])
+    share = replace(share, document_keys=replace(share.document_keys, rejects=rejects))
+    ranks = everywhere(gloo, [share], section)
+    assert ranks[0][1]["nothing_to_compare"] == 1
+    assert_equal(ranks, twin([share], section))
+    with pytest.raises(ValueError, match="scores has -1: soft_targets needs scores that aren't negative"):
+        everywhere(gloo, [replace(share, scores=scores - 1)], section)
+    with pytest.raises(UsageError, match=r"objective\.soft_targets needs a score of each document"):
+        everywhere(gloo, [replace(share, scores=None)], section)
+
+
+def test_soft_targets_of_one_label_are_those_of_several_positives():
+    """Where every label is like itself alone, the cross-entropy is that of SupCon with its sum outside."""
+    (share,) = random_shares(6, [(6, 9)], DIM)
+    alike = {"alike": [{"labels": [7, 8], "similarity": 0.5}]}  # labels that no text has
+    soft = everywhere(None, [share], section_of("both directions", soft_targets=alike))[0]
+    hard = everywhere(None, [share], section_of("supervised, outside"))[0]
+    assert soft[0] == pytest.approx(hard[0])
+    torch.testing.assert_close(soft[2:4], hard[2:4])
+
+
 def test_a_wrong_number_of_queries_is_told():
     share = replace(random_shares(0, [(2, 2)], DIM)[0], global_queries=3)
     with pytest.raises(ValueError, match="global_queries is 3, the workers hold 2 queries on axis 0"):
@@ -230,6 +262,9 @@ def test_a_mask_says_which_key_is_missing():
         ({"false_negatives": {}}, "exactly one of `margin`, `share` and `reference`"),
         ({"debiased": {}, "decoupled": True}, "debiased has its own denominator"),
         ({"positives": {"same_label": True}, "decoupled": True}, "positives goes with neither"),
+        ({"soft_targets": {}}, "say which labels are `alike`, or set `scores`"),
+        ({"soft_targets": {"scores": True}, "harder": 0.1}, "soft_targets says all of what a target is: remove harder"),
+        ({"soft_targets": {"scores": True}, "normalisation": "joint"}, "set `normalisation: separate`"),
     ],
 )
 def test_what_does_not_go_together_is_refused(wrong, told):

@@ -155,7 +155,7 @@ def test_scores_are_distilled_into_token_vectors(gloo):
 )
 def test_missing_scores_are_named_with_the_key_that_gives_them(objective, section):
     share = replace(random_shares(1, [(2, 3)], DIM)[0], scores=None)
-    with pytest.raises(UsageError, match=rf"{section.kind} needs a teacher's score.*data\.sources\.positive_scores"):
+    with pytest.raises(UsageError, match=rf"{section.kind} needs a score of each.*data\.sources\.positive_scores"):
         objective(section, Group())(share)
 
 
@@ -183,3 +183,20 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
     ):
         for x, gradient in zip(vectors, torch.autograd.grad(loss, vectors), strict=True):
             assert gradient.norm() < 1e-9 * x.norm()
+
+
+def test_a_teachers_vectors_stand_in_the_place_of_the_momentum_encoders():
+    share = random_shares(3, SPLITS["one"], DIM)[0]
+    given = {"teacher_queries": share.momentum_queries, "teacher_documents": share.momentum_documents}
+    taught = replace(share, momentum_queries=None, momentum_documents=None, **given)
+    for loss, section in ((EmbeddingDistill, EmbeddingDistillSection), (SimilarityDistill, SimilarityDistillSection)):
+        own, other = (loss(section(teacher=of), Group())(x).loss for of, x in (("momentum", share), ("data", taught)))
+        assert own == other
+        with pytest.raises(UsageError, match=r"needs a teacher's vectors.*data\.teacher\.model"):
+            loss(section(teacher="data"), Group())(share)
+    wide = replace(taught, **{name: torch.cat([x, x], 1) for name, x in given.items()})
+    section = SimilarityDistillSection(teacher="data", teacher_temperature=0.1)
+    once = SimilarityDistill(section.model_copy(update={"teacher_temperature": 0.05}), Group())(taught).loss
+    torch.testing.assert_close(SimilarityDistill(section, Group())(wide).loss, once)  # twice the inner products
+    with pytest.raises(UsageError, match="6 dimensions with a teacher's of 12: take similarity_distill"):
+        EmbeddingDistill(EmbeddingDistillSection(teacher="data"), Group())(wide)

@@ -16,7 +16,8 @@ from data_services.schema import UsageError
 from tests.trainers.objectives.naive import PROGRESS, Whole, check, similarity, weighted_mean
 from tests.twins import in_type, random_shares
 from trainers.collectives import Group
-from trainers.objectives.graded import Angle, Cosent, LambdaRank, ListMLE, ListNet, RankNet, graded_weights
+from trainers.objectives.graded import Angle, Cosent, graded_weights
+from trainers.objectives.listwise import LambdaRank, ListMLE, ListNet, RankNet
 from trainers.objectives.sections.graded import (
     AngleSection,
     CosentSection,
@@ -251,9 +252,9 @@ def test_scores_that_are_missing_are_named_with_the_keys_of_the_data():
     (share,) = random_shares(0, [(2, 3)], DIM)
     share = replace(share, scores=None)
     for objective, section in [(Cosent, CosentSection()), (ListNet, ListNetSection())]:
-        with pytest.raises(UsageError, match=r"needs `scores`.*`positive_scores` and `negative_scores`"):
+        with pytest.raises(UsageError, match=r"needs a score of each.*positive_scores and .*negative_scores"):
             objective(section, Group())(share)
-    with pytest.raises(UsageError, match="graded_weights needs `scores`"):
+    with pytest.raises(UsageError, match="graded_weights needs a score"):
         graded_weights(GradedWeights(), share)
 
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.trainers.objectives.kernel_cases import Case, check, check_chunk_by_chunk
-from tests.twins import of_worker, random_rows, random_shares
+from tests.twins import in_type, of_worker, random_rows, random_shares
 from trainers.collectives import Group
 from trainers.objectives import kernels
 from trainers.objectives.blocks import Block
@@ -109,18 +109,30 @@ def test_kernels_are_used_where_they_compute_the_same(interpreted):
     assert not kernels.usable(torch.zeros(3, 4), InnerProduct(), (), Wanted()), "on a CPU without the interpreter"
 
 
-def _relative_errors() -> list[float]:
-    """Of the exchange in float32, which the kernels take, to itself in float64, which they don't."""
+def _relative_errors(rounded: bool = False) -> list[float]:
+    """Of the exchange in float32, which the kernels take, to itself in float64, which they don't; with `rounded` the
+    kernels' operands are bfloat16, and float64's the same numbers."""
     share, rows = random_shares(2, [(20, 41)], 24, distinct=30)[0], random_rows(3, 50, 24, distinct=30)
+    operands = torch.bfloat16 if rounded else torch.float32
     results = []
     for dtype in (torch.float32, torch.float64):
+        if rounded and dtype == torch.float64:
+            share, rows = in_type(in_type(share, operands), dtype), replace(rows, vectors=rows.vectors.to(operands))
         mine = of_worker(share, {"documents": rows}, 0, 1, dtype)
         stored = mine.queues["documents"]
         temperature = torch.tensor(0.1, dtype=dtype, requires_grad=True)
         fresh = Block(mine.documents, mine.document_keys, (SameId(),), diagonal=True, columns=True)
         queue = Block(stored.vectors, stored.keys, (SameId(),), fresh=False)
         assert kernels.usable(mine.documents, InnerProduct(), fresh.masks, Wanted()) is (dtype == torch.float32)
-        found = exchange(mine.queries, mine.query_keys, [fresh, queue], temperature=temperature, tile=16, group=Group())
+        found = exchange(
+            mine.queries,
+            mine.query_keys,
+            [fresh, queue],
+            temperature=temperature,
+            tile=16,
+            group=Group(),
+            operands=operands,
+        )
         row, column = found.rows.denominators, found.columns.denominators
         (row.sum() + column.square().sum()).backward()
         gradients = mine.queries.grad, mine.documents.grad, temperature.grad
@@ -130,6 +142,13 @@ def _relative_errors() -> list[float]:
 
 def test_the_exchange_through_the_kernels_is_the_exchange(interpreted):
     assert max(interpreted(_relative_errors)) < 1e-6
+
+
+def test_a_run_in_bfloat16_multiplies_sixteen_bits_and_accumulates_in_single_precision(interpreted):
+    """Logits of rounded vectors are exact, the weights of the second product are rounded once more."""
+    *reduced, of_queries, of_documents, of_temperature = interpreted(_relative_errors, True)
+    assert max(reduced) < 1e-6
+    assert 1e-5 < max(of_queries, of_documents, of_temperature) < 1e-2
 
 
 def test_masks_become_ids_and_ceilings():

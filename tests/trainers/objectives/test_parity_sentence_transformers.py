@@ -13,7 +13,8 @@ from torch.nn.functional import normalize
 
 from tests.twins import random_shares
 from trainers.collectives import Group
-from trainers.objectives.graded import Angle, Cosent, LambdaRank, ListMLE, ListNet, RankNet
+from trainers.objectives.graded import Angle, Cosent
+from trainers.objectives.listwise import LambdaRank, ListMLE, ListNet, RankNet
 from trainers.objectives.pairwise import Triplet
 from trainers.objectives.sections.graded import (
     AngleSection,

@@ -178,17 +178,19 @@ def _step_traffic(hard, queued, columns):
     group.reset_traffic()
     found = reduce(share, share.queues["documents"], 16, columns, group)
     (found.rows.denominators.sum() + found.columns.denominators.sum()).backward()
-    return group.traffic
+    return group.traffic, group.messages
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_traffic_knows_neither_queue_nor_hard_negatives_nor_directions(gloo, world_size):
+def test_bytes_and_messages_know_neither_queue_nor_hard_negatives_nor_directions(gloo, world_size):
     plain = gloo(world_size, _step_traffic, 0, 0, False)
     for hard, queued, columns in ((0, 500, False), (7, 0, False), (0, 0, True), (7, 500, True)):
         assert gloo(world_size, _step_traffic, hard, queued, columns) == plain
     b, others, number = 4, world_size - 1, 4  # float32
     keys_and_scalars = others * (b * 2 * 8 + b * number + 8)  # ids, dL/drow, sizes
-    for traffic in plain:
+    for traffic, messages in plain:
         assert traffic["all_gather"] == others * b * DIM * number + keys_and_scalars
         assert traffic["reduce_scatter"] == others * b * DIM * number
+        # sizes; queries and keys; dL/drow. A training step knows the sizes.
+        assert messages == {"all_gather": 3, "all_reduce": 2, "reduce_scatter": 1}
         assert traffic["all_reduce"] == 3 * 2 * others * b * number  # a maximum, and a sum of each of two blocks

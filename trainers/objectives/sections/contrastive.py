@@ -27,6 +27,31 @@ class Positives(Section):
         return self
 
 
+class Alike(Section):
+    """One of `soft_targets.alike:` labels that are like each other, every two of them."""
+
+    labels: tuple[str | int, ...] = Field(min_length=2, description="as the data has them")
+    similarity: float = Field(gt=0, le=1, description="1: as good as the same label")
+
+
+class SoftTargets(Section):
+    """`soft_targets:` candidates that answer a query in part: as far as their labels are like, or as scores say."""
+
+    alike: tuple[Alike, ...] = Field(
+        (), description="labels and how like they are; a label is like itself by 1, like any that isn't named by 0"
+    )
+    scores: bool = Field(
+        False,
+        description="a query's own documents are targets by their scores, 0 or more; unscored, its positive by 1",
+    )
+
+    @model_validator(mode="after")
+    def _some(self) -> SoftTargets:
+        if not (self.alike or self.scores):
+            raise ValueError("say which labels are `alike`, or set `scores`, or leave `soft_targets` out")
+        return self
+
+
 class FalseNegatives(Section):
     """`false_negatives:` hides candidates that score too close to the query's positive. Exactly one key."""
 
@@ -78,6 +103,9 @@ class ContrastiveSection(Term):
     angular_margin: float = Field(0.0, ge=0, lt=1.6, description="radians added to the positive's angle")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all candidates")
     positives: Positives | None = Field(None, description="None: only a query's own")
+    soft_targets: SoftTargets | None = Field(
+        None, description="targets between 0 and 1, by how like labels are or by scores; None: the positive's is 1"
+    )
     false_negatives: FalseNegatives | None = Field(None, description="hides candidates too close to the positive")
     debiased: Debiased | None = Field(None, description="reweights hard negatives and corrects for false ones")
     harder: float = Field(0.0, ge=0, description="weights each negative by exp(harder * logit), as a constant")
@@ -111,8 +139,10 @@ class ContrastiveSection(Term):
 
     @property
     def needs(self) -> frozenset[str]:
-        labels = self.mask_same_label or (self.positives is not None and self.positives.same_label)
+        positives, soft = self.positives, self.soft_targets
+        labels = self.mask_same_label or bool((positives and positives.same_label) or (soft and soft.alike))
         more = ["labels"] * labels + ["frequencies"] * self.sampling_correction
+        more += ["scores"] * bool(soft and soft.scores)
         return frozenset((*self.only_same, *more))
 
     @model_validator(mode="after")
@@ -125,4 +155,9 @@ class ContrastiveSection(Term):
             raise ValueError("debiased has its own denominator: remove positives, label_smoothing, decoupled, harder")
         if self.positives and (self.decoupled or self.von_mises_fisher or self.label_smoothing):
             raise ValueError("positives goes with neither decoupled, von_mises_fisher nor label_smoothing")
+        beside = ("positives", "decoupled", "von_mises_fisher", "label_smoothing", "debiased", "harder")
+        if self.soft_targets and (set_too := next((name for name in beside if getattr(self, name)), None)):
+            raise ValueError(f"soft_targets says all of what a target is: remove {set_too}")
+        if self.soft_targets and self.normalisation == "joint":
+            raise ValueError("soft_targets has a target in each direction: set `normalisation: separate`")
         return self

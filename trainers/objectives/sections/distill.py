@@ -32,26 +32,34 @@ class KLDistillSection(Term):
         return frozenset({"scores"})
 
 
-class EmbeddingDistillSection(Term):
-    """Draws each vector to the momentum encoder's of the same text (kind: embedding_distill)."""
+class VectorTeacher(Term):
+    """Distils vectors, of the momentum encoder or of a teacher."""
+
+    teacher: Literal["momentum", "data"] = Field(
+        "momentum", description="whose vectors: the momentum encoder's, or those of `data.teacher`"
+    )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"teacher_vectors"} if self.teacher == "data" else ())
+
+    @property
+    def needs_momentum(self) -> bool:
+        return self.teacher == "momentum"
+
+
+class EmbeddingDistillSection(VectorTeacher):
+    """Draws each vector to a teacher's of the same text (kind: embedding_distill)."""
 
     kind: Literal["embedding_distill"] = "embedding_distill"
     distance: Literal["cosine", "mse"] = Field("cosine", description="1 - cosine, or squared error per dimension")
     of: Literal["queries", "documents", "both"] = Field("both", description="both: every text counts the same")
 
-    @property
-    def needs_momentum(self) -> bool:
-        return True
 
-
-class SimilarityDistillSection(Term):
-    """Distils the momentum encoder's distribution over the batch's documents (kind: similarity_distill)."""
+class SimilarityDistillSection(VectorTeacher):
+    """Distils a teacher's distribution over the batch's documents (kind: similarity_distill)."""
 
     kind: Literal["similarity_distill"] = "similarity_distill"
     temperature: float = Field(0.05, gt=0, description="divides the similarity")
-    teacher_temperature: float = Field(0.05, gt=0, description="divides the momentum encoder's similarity")
+    teacher_temperature: float = Field(0.05, gt=0, description="divides the teacher's similarity")
     tile: int = Field(4096, gt=0, description="candidates scored at once; changes memory, not the result")
-
-    @property
-    def needs_momentum(self) -> bool:
-        return True

@@ -66,5 +66,6 @@ class Term(Section):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Columns of the data that it can't do without: scores, labels, tasks, languages, modalities."""
+        """Columns of the data that it can't do without: scores, labels, tasks, languages, modalities, and
+        teacher_vectors."""
         return frozenset()
