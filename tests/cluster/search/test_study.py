@@ -106,7 +106,7 @@ def test_what_is_left_behind_is_a_recipe_a_report_and_runs_in_the_store(ray_here
     from cluster.config import load_recipe
     from cluster.tracking import client
 
-    found = search(recipe(trials=2, trial={"data.steps": 3}, seed=1), work=WORK)
+    found = search(recipe(trials=2, trial={"data.steps": 5}, seed=1), work=WORK)
     best = load_recipe(found.recipe)
     assert best.objective.temperature == found.best.settings["objective.temperature"]
     assert best.data.steps == 9
@@ -194,7 +194,7 @@ def test_trials_on_a_warm_crew_are_ordinary_trainings_bit_for_bit(ray_here, reci
     from cluster.search.space import Space
     from cluster.worker import Task
     from tests.e2e.commands import differing, results_in
-    from tests.e2e.test_whole_run import _without_ray
+    from tests.e2e.plain import train_without_ray
 
     start = [{"objective.temperature": value} for value in (0.2, 0.4, 0.2)]
     chosen = recipe(workers=2, trials=3, start=start, stop_early=False, queries=20)
@@ -204,7 +204,7 @@ def test_trials_on_a_warm_crew_are_ordinary_trainings_bit_for_bit(ray_here, reci
     assert found.trials[0].last["ndcg@10"] == found.trials[2].last["ndcg@10"] > 0
     ready = prepare(Space(chosen).trial_recipe(start[0]), tmp_path / "home", None)
     task = Task(ready.recipe, ready.run, ready.plan.steps, ready.lineage())
-    gloo(2, _without_ray, task, ready.reader)
+    gloo(2, train_without_ray, task, ready.reader)
     plain = results_in(ready.run.metrics)
     assert len(plain) == 9
     assert differing(results_in(runs[0].metrics), plain) == {}  # the crew's first trial
