@@ -2,8 +2,8 @@
 
 On a recorded surface: a grid that was really trained, each point with all its checks and what they cost
 (`--record`, about half an hour on two cores; benchmarks/search_surface.json). The algorithms are those that
-`gyre search` runs; settings between the points of the grid are answered by the nearest one. And for real (`--real`): what
-a trial takes beyond its training steps and its validation, from a short search.
+`gyre search` runs; settings between the points of the grid are answered by the nearest one. And for real (`--real`):
+what a trial takes beyond its training steps and its validation, from a short search.
 """
 
 from __future__ import annotations
@@ -130,14 +130,15 @@ def trials_of(algorithm: str, points: Sequence[Recorded], seed: int) -> Iterator
         if hasattr(ends, "on_trial_add"):
             ends.on_trial_add(controller, trial)  # type: ignore[arg-type]
         times = dict(checks_of(point.checks[-1][0], space.config))
-        for step, spent, value in point.checks:
+        for check in point.checks:
+            step, _, value = check
             result = {METRIC: value, TIME: times[step], "training_iteration": step}
             chooses.on_trial_result(name, result)
             last = step == point.checks[-1][0]
             if last or ends.on_trial_result(controller, trial, result) == TrialScheduler.STOP:  # type: ignore[arg-type]
                 break
         chooses.on_trial_complete(name, result)
-        yield spent, value if last else None
+        yield check[1], value if last else None
 
 
 def space_of(algorithm: str, seed: int, stop_early: bool) -> Space:
