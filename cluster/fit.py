@@ -148,7 +148,6 @@ def dataset_of(ready: Prepared) -> Any:
         start_of(ready.run),
         recipe.engine.budget_tokens,
         recipe.data.read_ahead_mib,
-        by_field=recipe.model.towers == "separate",
     )
 
 

@@ -23,9 +23,10 @@ from data_services.schema import UsageError
 _MEASURES = {"ndcg": "nDCG", "mrr": "RR", "recall": "R"}
 
 
-def metric_names(k: int = 10) -> tuple[str, ...]:
-    """The metrics of every table, at cutoff k: ndcg@k, mrr@k, recall@1, recall@k."""
-    return tuple(dict.fromkeys((f"ndcg@{k}", f"mrr@{k}", "recall@1", f"recall@{k}")))
+def metric_names(k: int = 10, recall_at: Sequence[int] = ()) -> tuple[str, ...]:
+    """The metrics of every table, at cutoff k: ndcg@k, mrr@k, recall@1, those of further cutoffs up to k, recall@k."""
+    further = (f"recall@{cutoff}" for cutoff in sorted(recall_at))
+    return tuple(dict.fromkeys((f"ndcg@{k}", f"mrr@{k}", "recall@1", *further, f"recall@{k}")))
 
 
 def parse_metric(name: str) -> tuple[str, int]:
