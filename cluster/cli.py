@@ -57,6 +57,29 @@ def train(
     show_trained(console, result, run_home(loaded.cluster.storage))
 
 
+@app.command(epilog="Example: gyre search recipes/search-temperature.yaml search.trials=40 --json found.json")
+def search(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(metavar="SEARCH", help="Continue this search.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Try other values of a recipe's keys in many short trainings; hand back the recipe that did best."""
+    from cluster.config import load_recipe
+    from cluster.search.show import SearchProgress, show_search
+    from cluster.search.space import Space
+
+    check_json(json_file)
+    console, loaded = open_console(), load_recipe(recipe, overrides or [])
+    from cluster.search import study
+
+    objective = next(iter(Space(loaded).objectives)) if loaded.search else ""
+    with SearchProgress(console, objective) as progress:
+        result = study.search(loaded, resume=resume, where=recipe, on_progress=progress)
+    write_json(json_file, result.as_dict())
+    show_search(console, result)
+
+
 @app.command(
     context_settings={
         "allow_extra_args": True,

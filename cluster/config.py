@@ -13,6 +13,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cluster.recipe_file import apply_overrides, read_yaml
+from cluster.search.config import SearchConfig
 from data_services.refresh import RefreshConfig
 from data_services.schema import Section, UsageError
 from data_services.sources import columns_available
@@ -35,6 +36,7 @@ COLUMN_OF = {
     "modalities": "modality",
     "frequencies": "frequency",
 }
+ANY_KEY = "KEY"  # an element of a mapping, where the keys of a section are listed
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 
 
@@ -95,6 +97,7 @@ class Recipe(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     registry: RegistryConfig = RegistryConfig()
     cluster: ClusterConfig = ClusterConfig()
+    search: SearchConfig | None = Field(None, description="what `gyre search` varies; `gyre train` leaves it aside")
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
@@ -220,7 +223,7 @@ class Recipe(Section):
 
 
 # Keys that may change between the parts of one run: none of them enters a batch, a loss or a weight.
-FREE_ON_RESUME = ("cluster.", "checkpoint.", "registry.", "evaluation.")
+FREE_ON_RESUME = ("cluster.", "checkpoint.", "registry.", "evaluation.", "search")
 
 
 def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -261,44 +264,52 @@ def parse_recipe(raw: Mapping[str, Any], where: str, overridden: Sequence[str] =
     except ValidationError as error:
         problems = error.errors(include_url=False)
     first = min(problems, key=lambda p: p["type"] != "extra_forbidden")  # a misspelt key explains a missing one
-    key = _key(first["loc"], misspelt=first["type"] == "extra_forbidden")
+    key, generic = _key(first["loc"], misspelt=first["type"] == "extra_forbidden")
     if any(key == k or key.startswith(k + ".") or k.startswith(key + ".") for k in overridden if key):
         where = "command line"
     more = f" ({len(problems) - 1} more to mend)" if len(problems) > 1 else ""
-    raise UsageError(f"{where}: {_sentence(key, first)}{more}")
+    raise UsageError(f"{where}: {_sentence(key, generic, first)}{more}")
 
 
-def _key(loc: Sequence[str | int], misspelt: bool) -> str:
-    """The dotted key of an error's place, in which pydantic also names the alternative of a type that it tried."""
+def _key(loc: Sequence[str | int], misspelt: bool) -> tuple[str, str]:
+    """The dotted key of an error's place, as it stands there and as `known_keys` has it.
+
+    pydantic also names the alternative of a type that it tried.
+    """
     path: list[str] = []
-    known = dict(known_keys(Recipe))
+    generic: list[str] = []
+    known = [k.split(".") for k, _ in known_keys(Recipe)]
     for part in loc:
-        if _generic(".".join([*path, str(part)])) in known or isinstance(part, int) or (misspelt and part is loc[-1]):
-            path.append(str(part))
-    return ".".join(path)
+        for name in ("0",) if isinstance(part, int) else (str(part), ANY_KEY):
+            there = any(k[: len(generic) + 1] == [*generic, name] for k in known)
+            if there or isinstance(part, int) or (misspelt and part is loc[-1]):
+                path.append(str(part))
+                generic.append(name)
+                break
+    return ".".join(path), ".".join(generic)
 
 
-def _sentence(key: str, problem: Any) -> str:
+def _sentence(key: str, generic: str, problem: Any) -> str:
     kind, message, value = problem["type"], problem["msg"], problem["input"]
     if kind == "extra_forbidden":
-        if _generic(key) in dict(known_keys(Recipe)):
+        if generic in dict(known_keys(Recipe)):
             return f"{key} isn't a key of this kind; remove it, or choose the kind that has it"
-        return f"unknown key {key}{_nearest(key)}"
+        return f"unknown key {key}{_nearest(key, generic)}"
     if kind == "union_tag_invalid":
         expected = problem["ctx"]["expected_tags"].replace("'", "")
         return f"{key}.kind is {problem['ctx']['tag']!r}: it should be one of {expected}"
     if kind == "union_tag_not_found":
-        return f"{key}.kind is missing{_described(key)}"
+        return f"{key}.kind is missing{_described(generic)}"
     if kind == "missing":
-        return f"{key} is missing{_described(key)}"
+        return f"{key} is missing{_described(generic)}"
     if kind == "value_error":
         told = str(problem["ctx"]["error"])
         return f"{key}: {told}" if key else told
     if kind in ("model_type", "model_attributes_type"):
         message = "Input should be a section with keys of its own"
     if key and kind.endswith("_type") and value is None:
-        return f"{key} is empty: {message.replace('Input', 'it')}{_described(key)}"
-    return f"{key or 'the recipe'} is {_shown(value)}: {message.replace('Input', 'it', 1)}{_described(key)}"
+        return f"{key} is empty: {message.replace('Input', 'it')}{_described(generic)}"
+    return f"{key or 'the recipe'} is {_shown(value)}: {message.replace('Input', 'it', 1)}{_described(generic)}"
 
 
 def _shown(value: Any) -> str:
@@ -306,12 +317,11 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _nearest(key: str) -> str:
+def _nearest(key: str, generic: str) -> str:
     """The known key that was probably meant: first among its neighbours, then by its last name anywhere."""
     parent, _, leaf = key.rpartition(".")
     known = dict(known_keys(Recipe))
-    generic = _generic(parent)
-    beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == generic]
+    beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == generic.rpartition(".")[0]]
     if close := difflib.get_close_matches(leaf, beside, 1, 0.6):
         return f"; did you mean {parent + '.' if parent else ''}{close[0]}?"
     elsewhere = {k.rpartition(".")[2]: k for k in reversed(known)}
@@ -320,18 +330,13 @@ def _nearest(key: str) -> str:
     return f"; known there: {', '.join(beside)}" if beside else ""
 
 
-def _generic(key: str) -> str:
-    """The key as `known_keys` has it: an element of a list is `0`."""
-    return ".".join("0" if part.isdigit() else part for part in key.split("."))
-
-
-def _described(key: str) -> str:
-    text = dict(known_keys(Recipe)).get(_generic(key))
+def _described(generic: str) -> str:
+    text = dict(known_keys(Recipe)).get(generic)
     return f" ({text})" if text else ""
 
 
 def known_keys(section: type[BaseModel], path: str = "") -> Iterator[tuple[str, str | None]]:
-    """Every dotted key of a section with its description; an element of a list is `0`."""
+    """Every dotted key of a section with its description; an element of a list is `0`, of a mapping `KEY`."""
     for name, field in section.model_fields.items():
         key = f"{path}{name}"
         yield key, field.description
@@ -348,3 +353,5 @@ def _sections_of(annotation: Any, suffix: str = "") -> Iterator[tuple[type[BaseM
     elif origin in (list, tuple):
         for inner in get_args(annotation):
             yield from _sections_of(inner, f"{suffix}0.")
+    elif origin is dict:
+        yield from _sections_of(get_args(annotation)[1], f"{suffix}{ANY_KEY}.")

@@ -107,7 +107,7 @@ def ray_trainer(ready: Prepared) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from data_services.ray_feed import ray_dataset, split_config
+    from data_services.ray_feed import split_config
 
     recipe, run = ready.recipe, ready.run
     cluster = recipe.cluster
@@ -117,19 +117,12 @@ def ray_trainer(ready: Prepared) -> Any:
         steps=ready.plan.steps,
         lineage=ready.lineage(),
     )
-    reader = ready.reader
 
     def dataset() -> Any:
-        """Evaluated whenever a group of workers starts: the plan from the newest committed checkpoint on."""
+        """Evaluated whenever a group of workers starts."""
         if run.failure.exists():
             raise RunError(run.failure.read_text())
-        return ray_dataset(
-            reader,
-            cluster.workers,
-            start_of(run),
-            recipe.engine.budget_tokens,
-            recipe.data.read_ahead_mib,
-        )
+        return dataset_of(ready)
 
     resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
@@ -148,6 +141,20 @@ def ray_trainer(ready: Prepared) -> Any:
         ),
         datasets={"plan": dataset},
         dataset_config=split_config(),
+    )
+
+
+def dataset_of(ready: Prepared) -> Any:
+    """The run's plan from its newest committed checkpoint on, as a Ray dataset that deals to the workers."""
+    from data_services.ray_feed import ray_dataset
+
+    recipe = ready.recipe
+    return ray_dataset(
+        ready.reader,
+        recipe.cluster.workers,
+        start_of(ready.run),
+        recipe.engine.budget_tokens,
+        recipe.data.read_ahead_mib,
     )
 
 

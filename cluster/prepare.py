@@ -6,7 +6,7 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from data_services.stream import Reader
     from data_services.teacher import Progress, Teacher
     from trainers.config import ModelConfig
+
+    MakeModel = Callable[[Recipe, Path, tuple[StoredSource, ...]], str]
 
 TOKENIZER_RECORDS = 200_000  # more don't change a vocabulary of thousands
 READ_RECORDS = 1024
@@ -103,11 +105,16 @@ def prepare(
     earlier: RunPaths | None,
     report: Report | None = None,
     on_progress: Progress = lambda what, done, of: None,
+    *,
+    new: RunPaths | None = None,
+    make_model: MakeModel | None = None,
 ) -> Prepared:
     """Sources as Parquet, what a teacher says of them, the model folder, the plan. A new run's folder appears only once
     all of that is there.
 
-    report  takes (finished parts, parts) of each source that is converted; on_progress what the teacher does
+    report      takes (finished parts, parts) of each source that is converted; on_progress what the teacher does
+    new         where a new run lies; None: in a folder of the home, named by recipe and time
+    make_model  makes the model folder, as `make_model_folder` does; None: that
     """
     from cluster.teaching import teacher_of
     from data_services.sources import columns_available, open_source
@@ -136,11 +143,13 @@ def prepare(
         check_plan(earlier, plan)
         return Prepared(recipe, root, earlier, sources, pools, plan, tokenizer_of(earlier.model), teacher)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    run = RunPaths(root / f"{recipe.name}-{stamp}-{secrets.token_hex(2)}")
+    run = new or RunPaths(root / f"{recipe.name}-{stamp}-{secrets.token_hex(2)}")
     building = RunPaths(run.root.with_name(f".{run.root.name}.new"))
+    shutil.rmtree(building.root, ignore_errors=True)
     building.root.mkdir(parents=True)
     try:
-        building.parent.write_text(make_model_folder(recipe, building.model, sources, root))
+        made = make_model(recipe, building.model, sources) if make_model else None
+        building.parent.write_text(made or make_model_folder(recipe, building.model, sources, root))
         write_json(building.recipe, recipe.model_dump(mode="json"))
         write_json(building.data, made_of)
         building.root.rename(run.root)

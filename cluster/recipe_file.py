@@ -107,12 +107,18 @@ def _override(raw: dict[str, Any], argument: str) -> str:
     parts = key.split(".")
     if not equals or not all(parts):
         raise UsageError(f"{argument!r} is no override: write key.path=value")
-    value = _parse(text, f"command line, {key}")
+    set_key(raw, key, _parse(text, f"command line, {key}"), repr(argument))
+    return key
+
+
+def set_key(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Sets one dotted key as `apply_overrides` does; errors begin with `where`."""
+    parts = key.split(".")
     at: Any = raw
     for depth, part in enumerate(parts):
         last, path = depth == len(parts) - 1, ".".join(parts[:depth])
         if isinstance(at, list):
-            at = _list_step(at, part, path, argument, value if last else None, last)
+            at = _list_step(at, part, path, where, value if last else None, last)
         elif isinstance(at, dict):
             if last:
                 at[part] = value
@@ -121,13 +127,12 @@ def _override(raw: dict[str, Any], argument: str) -> str:
                     at[part] = {}
                 at = at[part]
         else:
-            raise UsageError(f"{argument!r}: {path} is {at!r}, which has no keys")
-    return key
+            raise UsageError(f"{where}: {path} is {at!r}, which has no keys")
 
 
-def _list_step(at: list[Any], part: str, path: str, argument: str, value: Any, last: bool) -> Any:
+def _list_step(at: list[Any], part: str, path: str, where: str, value: Any, last: bool) -> Any:
     if not part.isdigit() or int(part) >= len(at):
-        raise UsageError(f"{argument!r}: {path} is a list of {len(at)}; give a position from 0 to {len(at) - 1}")
+        raise UsageError(f"{where}: {path} is a list of {len(at)}; give a position from 0 to {len(at) - 1}")
     if last:
         at[int(part)] = value
     return at[int(part)]

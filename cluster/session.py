@@ -57,10 +57,13 @@ def cluster_address(config: ClusterConfig) -> str | None:
 
 
 @contextmanager
-def connect(config: ClusterConfig, storage: Path, env: dict[str, str] | None = None) -> Iterator[Session]:
+def connect(
+    config: ClusterConfig, storage: Path, env: dict[str, str] | None = None, cpus: int | None = None
+) -> Iterator[Session]:
     """Connects, checks that workers can be placed and that every node sees `storage`; disconnects at the end.
 
-    `env` joins the environment of every Ray process. A connection that exists already is used and left open.
+    `env` joins the environment of every Ray process. cpus: logical ones of a cluster in this process, None: room for
+    one run. A connection that exists already is used and left open.
     Raises UsageError (no such cluster, more workers than it can hold) or RunError (storage not shared), within
     seconds.
     """
@@ -74,7 +77,7 @@ def connect(config: ClusterConfig, storage: Path, env: dict[str, str] | None = N
         runtime_env = {"env_vars": worker_env(config) | (env or {})}
         if address is None:
             _check_machine(config)
-            _start_local(config, runtime_env)
+            _start_local(config, runtime_env, cpus)
         else:
             _join(address, runtime_env)
     try:
@@ -87,11 +90,11 @@ def connect(config: ClusterConfig, storage: Path, env: dict[str, str] | None = N
             ray.shutdown()
 
 
-def _start_local(config: ClusterConfig, runtime_env: dict[str, Any]) -> None:
+def _start_local(config: ClusterConfig, runtime_env: dict[str, Any], cpus: int | None) -> None:
     import ray
 
     # Logical CPUs: data tasks must find some beside the workers, however few the machine has.
-    cpus = config.workers * config.cpus_per_worker + config.cpus_for_data + 1
+    cpus = cpus or config.workers * config.cpus_per_worker + config.cpus_for_data + 1
     free = psutil.virtual_memory().available
     ray.init(
         address="local",

@@ -187,10 +187,13 @@ class Tracker:
 
     def log_params(self, recipe: Recipe) -> None:
         """Every leaf of the recipe as a parameter, `optimizer.lr`; values are cut at the store's limit."""
+        self.log_values(dict(flatten(recipe.model_dump(mode="json", exclude={"search"}))))
+
+    def log_values(self, values: Mapping[str, Any]) -> None:
+        """Parameters by dotted key; each can be given once."""
         from mlflow.entities import Param
 
-        leaves = flatten(recipe.model_dump(mode="json"))
-        rows = [Param(key, str(value)[:PARAM_CHARS]) for key, value in leaves]
+        rows = [Param(key, str(value)[:PARAM_CHARS]) for key, value in values.items()]
         with store_errors(self._client.tracking_uri):
             for begin in range(0, len(rows), PARAMS_PER_BATCH):
                 self._client.log_batch(self.run_id, params=rows[begin : begin + PARAMS_PER_BATCH])

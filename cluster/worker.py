@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from trainers.collectives import Group
     from trainers.encoders.spec import ModelSpec
     from trainers.encoders.text import TextEncoder
+    from trainers.hooks import MetricsSink
     from trainers.model import Trained
     from trainers.objectives.embedded import Objective
     from trainers.step import ContrastiveStep
@@ -51,68 +52,96 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
 
     Collective over the default process group. A request to stop ends it early, after a checkpoint.
     """
-    entered = time.time()
-    import torch
+    from trainers.checkpoint import write_json
 
-    from trainers import loop
-    from trainers.checkpoint import CheckpointStore, latest, write_json
-    from trainers.collectives import Group
-    from trainers.hooks import MetricsLog, StopFile
-
-    group = Group()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", task.recipe.cluster.threads)))
-    newest: Checkpoint | None = group.broadcast_object(latest(task.run.checkpoints))
-    step = build_step(task, group, newest.state if newest else {})
-    chosen = choices_of(step)
-    if group.rank == 0:
-        write_json(task.run.startup, {"entered": entered, "built": time.time(), **chosen})
-    start = restore(step, newest) if newest else 0
-
-    def snapshot(folder: Path) -> None:
-        write_model(task, step, group, folder, averaged=True)
-
-    refresher = Refresher(task.run, task.recipe, task.steps, group.rank, snapshot)
-    refresher.resume(start)
-    watcher = Watcher(
-        task.run,
-        task.recipe.evaluation,
-        task.steps,
-        group.rank,
-        lambda folder: write_model(task, step, group, folder, task.recipe.momentum.export),
-    )
-    watcher.resume(start)
-    stop = StopFile(task.run.stop_request)
-
-    def after_step(taken: int) -> None:
-        refresher(taken)
-        watcher(taken)
-
-    store = CheckpointStore(task.run.checkpoints, task.recipe.checkpoint, group)
-
-    def save(at: int) -> None:
-        store.save(at, tensors_of(step), {"step": at, "lineage": task.lineage, **chosen})
-
-    reached = loop.run(
-        loop.Job(
-            step=step,
-            batches=batches,
-            start=start,
-            stop=task.steps,
-            save=save,
-            after_step=after_step,
-            checkpoint=task.recipe.checkpoint,
-            group=group,
-            sink=MetricsLog(task.run.metrics, start) if group.rank == 0 else lambda step, metrics: None,
-            stop_requested=lambda: stop() or watcher.stalled(),
-            peak_flops=loop.measured_peak_flops(step.engine.compute_dtype, step.engine.device),
-        )
-    )
-    ended_early = group.broadcast_object(watcher.stalled())
+    training = Training(task)
+    reached = training.run(batches, task.steps)
+    ended_early = training.ended_early()
     if reached == task.steps or ended_early:
-        write_model(task, step, group, task.run.export, task.recipe.momentum.export)
-        if group.rank == 0 and ended_early:
+        training.write_model(task.run.export, task.recipe.momentum.export)
+        if training.group.rank == 0 and ended_early:
             write_json(task.run.ended, {"step": reached})
     return reached
+
+
+class Training:
+    """A run on this worker, from its newest committed checkpoint on. Collective over the default process group.
+
+    reached  steps taken of the run
+    """
+
+    def __init__(self, task: Task) -> None:
+        entered = time.time()
+        import torch
+
+        from trainers import loop
+        from trainers.checkpoint import CheckpointStore, latest, write_json
+        from trainers.collectives import Group
+        from trainers.hooks import MetricsLog
+
+        self.task, self.group = task, Group()
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", task.recipe.cluster.threads)))
+        newest: Checkpoint | None = self.group.broadcast_object(latest(task.run.checkpoints))
+        self.step = build_step(task, self.group, newest.state if newest else {})
+        self._chosen = choices_of(self.step)
+        first = self.group.rank == 0
+        if first:
+            write_json(task.run.startup, {"entered": entered, "built": time.time(), **self._chosen})
+        self.reached = restore(self.step, newest) if newest else 0
+        self._refresher = Refresher(task.run, task.recipe, task.steps, self.group.rank, self._snapshot)
+        self._refresher.resume(self.reached)
+        self._watcher = Watcher(task.run, task.recipe.evaluation, task.steps, self.group.rank, self._watched)
+        self._watcher.resume(self.reached)
+        self._store = CheckpointStore(task.run.checkpoints, task.recipe.checkpoint, self.group)
+        self._sink: MetricsSink = MetricsLog(task.run.metrics, self.reached) if first else lambda step, metrics: None
+        engine = self.step.engine
+        self._peak_flops = loop.measured_peak_flops(engine.compute_dtype, engine.device)
+
+    def run(self, batches: BatchStream, stop: int) -> int:
+        """Trains to step `stop` and checkpoints there; returns the step reached, which a request to stop makes
+        earlier."""
+        from trainers import loop
+        from trainers.hooks import StopFile
+
+        asked = StopFile(self.task.run.stop_request)
+        self.reached = loop.run(
+            loop.Job(
+                step=self.step,
+                batches=batches,
+                start=self.reached,
+                stop=stop,
+                save=self._save,
+                after_step=self._after_step,
+                checkpoint=self.task.recipe.checkpoint,
+                group=self.group,
+                sink=self._sink,
+                stop_requested=lambda: asked() or self._watcher.stalled(),
+                peak_flops=self._peak_flops,
+            )
+        )
+        return self.reached
+
+    def write_model(self, folder: Path, averaged: bool) -> None:
+        """What is trained so far as an exported model; see `write_model`."""
+        write_model(self.task, self.step, self.group, folder, averaged)
+
+    def ended_early(self) -> bool:
+        """Whether scores beside training that got no better ended it. Collective."""
+        return self.group.broadcast_object(self._watcher.stalled())
+
+    def _after_step(self, taken: int) -> None:
+        self._refresher(taken)
+        self._watcher(taken)
+
+    def _watched(self, folder: Path) -> None:
+        self.write_model(folder, self.task.recipe.momentum.export)
+
+    def _snapshot(self, folder: Path) -> None:
+        self.write_model(folder, averaged=True)
+
+    def _save(self, at: int) -> None:
+        state = {"step": at, "lineage": self.task.lineage, **self._chosen}
+        self._store.save(at, tensors_of(self.step), state)
 
 
 def build_step(task: Task, group: Group, kept: Mapping[str, Any]) -> ContrastiveStep:

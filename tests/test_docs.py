@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from cluster.config import Recipe
+from cluster.config import ANY_KEY, Recipe
 from trainers.objectives.sections.numbers import Learned, Schedule
 
 TREE = Path(__file__).parents[1]
@@ -57,13 +57,14 @@ def sections(section: type[BaseModel] = Recipe, path: str = "", seen: set[type] 
                 seen.add(inner)
                 kinds = (field.annotation, *get_args(field.annotation))
                 listed = ".0" if any(get_origin(kind) is list for kind in kinds) else ""
+                listed = f".{ANY_KEY}" if get_origin(field.annotation) is dict else listed
                 yield from sections(inner, f"{path}.{name}{listed}".lstrip("."), seen)
 
 
 def _heading(section: type[BaseModel], path: str) -> str:
     """The path, and the kind where the place takes one of several."""
     kind = section.model_fields.get("kind")
-    several = path.startswith(("objective", "data.sources"))
+    several = path.startswith(("objective", "data.sources", "search.space"))
     of_kind = f", kind: {kind.default}" if kind is not None and several else ""
     return (path.replace(".0", "") or TOP) + of_kind
 

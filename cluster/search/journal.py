@@ -1,0 +1,170 @@
+"""What the command's own process keeps of a search under way: outcomes, the tracking store, what a person is shown."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.experiment import Trial as TuneTrial
+
+from cluster.fit import Follower
+from cluster.search.record import Outcome, State, StudyPaths, TrialRecord
+from cluster.search.space import TRAINING_METRICS, Space, shown
+from cluster.tracking import Tracker
+from data_services.schema import RunError, UsageError
+from trainers.checkpoint import write_json
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Journal(Callback):
+    """Follows the trials of one search as Tune tells of them; events {"kind": "trial", "record", "ended", "trials",
+    "eta_s"} go to `tell` with each check and outcome that is new.
+
+    tracked  the tracking store's side of it
+    trials   of the whole search
+    """
+
+    def __init__(self, study: StudyPaths, space: Space, tracked: Tracked, trials: int, tell: Progress) -> None:
+        self._study, self._space, self.tracked = study, space, tracked
+        self._trials, self._tell = trials, tell
+        self._earlier = {record.number: record for record in study.trials()}
+        self._began: dict[int, float] = {}
+        self._since = time.monotonic()
+
+    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        self._began.setdefault(trial.config["number"], time.monotonic())
+
+    def on_trial_result(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: Mapping[str, Any], **info: Any
+    ) -> None:
+        record = self._study.trial(trial.config["number"]).read()
+        if not record.ended:
+            self._show(record)
+
+    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        record = self._study.trial(trial.config["number"]).read()
+        if record.checks and not record.ended:
+            last = record.checks[-1]
+            self._end(record, "completed" if last.step == last.steps else "stopped")
+        elif record.outcome.state == "failed":
+            self._show(record)
+
+    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        """The trial's own process died, more often than it may."""
+        lines = str(trial.get_error() or "its process died").strip().splitlines()
+        self._end(self._study.trial(trial.config["number"]).read(), "failed", lines[-1])
+
+    def __reduce__(self) -> Any:
+        """See `Ending`."""
+        return Callback, ()
+
+    def worker_seconds(self) -> float:
+        """Of all trials so far, those under way included."""
+        return sum(r.worker_seconds if r.ended else self._so_far(r) for r in self._study.trials())
+
+    def close(self, reason: str) -> None:
+        """Ends the trials that the budget left no time for; `reason` is theirs."""
+        for record in self._study.trials():
+            if not record.ended:
+                self._end(record, "stopped", reason)
+
+    def _so_far(self, record: TrialRecord) -> float:
+        began, before = self._began.get(record.number), self._earlier.get(record.number)
+        held = workers_of(self._space, record) * (time.monotonic() - began) if began else 0.0
+        return max(record.worker_seconds, held + (before.worker_seconds if before else 0.0))
+
+    def _end(self, record: TrialRecord, state: State, reason: str = "") -> None:
+        if not record.ended:
+            self._study.trial(record.number).end(Outcome(state, reason, self._so_far(record)))
+            self._show(self._study.trial(record.number).read())
+
+    def _show(self, record: TrialRecord) -> None:
+        """Tells of what is new since an earlier search left off."""
+        if self._earlier.get(record.number) == record:
+            return
+        try:
+            self.tracked.take(record)
+        except RunError as error:
+            self._tell({"kind": "note", "text": f"{error}; the search goes on without"})
+        ended = sum(r.ended for r in self._study.trials())
+        new = ended - sum(r.ended for r in self._earlier.values())
+        eta = (self._trials - ended) * (time.monotonic() - self._since) / new if new > 0 else None
+        told = {"record": record, "ended": ended, "trials": self._trials, "eta_s": eta}
+        self._tell({"kind": "trial"} | told)
+
+
+def workers_of(space: Space, record: TrialRecord) -> int:
+    """Workers of a trial; where its settings make no recipe, as the recipe has it."""
+    try:
+        return space.trial_recipe(record.settings).cluster.workers
+    except UsageError:
+        return space.recipe.cluster.workers
+
+
+class Tracked:
+    """The search in the tracking store: a run of its own, whose children are the trials' runs."""
+
+    def __init__(self, study: StudyPaths, space: Space, root: Path) -> None:
+        self._study, self._space, self._root = study, space, root
+        self._children: dict[int, Tracker] = {}
+        self.parent = self._open(study.tracker, study.search_id, {"gyre.search": study.search_id}, {})
+
+    def take(self, record: TrialRecord) -> None:
+        """A trial's curves so far: of training by step, and of its checks."""
+        paths = self._study.trial(record.number)
+        child = self._children.get(record.number) or self._child(record)
+        if paths.run.metrics.exists() and record.checks:
+            recipe = self._space.trial_recipe(record.settings)
+            Follower(paths.run, record.checks[-1].steps, recipe.data.batch, child, lambda event: None).poll()
+            child.flush()
+        if record.checks:
+            child.log_result({k: v for k, v in record.last.items() if k not in TRAINING_METRICS})  # those have a curve
+        if record.ended:
+            child.tag({"gyre.state": record.outcome.state, "gyre.reason": record.outcome.reason})
+            if paths.run.recipe.exists():
+                child.log_artifacts(paths.run.recipe)
+            child.finish("FAILED" if record.outcome.state == "failed" else "FINISHED")
+
+    def conclude(
+        self, best: TrialRecord | None, before: int | None, artifacts: list[Path], totals: Mapping[str, float]
+    ) -> None:
+        """The best trial is tagged, the search's files are kept beside its figures.
+
+        before  number of the trial that was best when the search was concluded an earlier time
+        """
+        if before is not None and (best is None or best.number != before):
+            self._tag(self._study.trial(before).read(), "false")
+        if best is not None:
+            run_id = self._tag(best, "true")
+            self.parent.tag({"gyre.best": run_id, "gyre.settings": shown(best.settings)})
+            self.parent.log_result(best.last)
+        self.parent.log_result(totals)
+        for path in artifacts:
+            self.parent.log_artifacts(path)
+        self.parent.finish()
+
+    def _tag(self, record: TrialRecord, best: str) -> str:
+        child = self._children.get(record.number) or self._child(record)
+        child.tag({"gyre.best": best})
+        child.finish("FAILED" if record.outcome.state == "failed" else "FINISHED")
+        return child.run_id
+
+    def _child(self, record: TrialRecord) -> Tracker:
+        tags = {"mlflow.parentRunId": self.parent.run_id, "gyre.search": self._study.search_id}
+        name = f"{self._study.search_id}-{record.number:04d}"
+        child = self._open(self._study.trial(record.number).tracker, name, tags, record.settings)
+        self._children[record.number] = child
+        return child
+
+    def _open(self, marker: Path, name: str, tags: Mapping[str, str], values: Mapping[str, Any]) -> Tracker:
+        if marker.exists():
+            return Tracker.resume(json.loads(marker.read_text())["run_id"], self._root)
+        tracker = Tracker.start(self._space.recipe.name, name, tags, self._root)
+        tracker.log_values(values)
+        write_json(marker, {"run_id": tracker.run_id})
+        return tracker

@@ -1,0 +1,106 @@
+"""A page is one well-formed file that needs nothing from anywhere; charts put marks where the values are."""
+
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evaluation.charts import Axis, Scale, bar_chart, line_chart, number, parallel_coordinates, point_chart
+from evaluation.page import command, page, paragraph, section, table, tiles
+
+EVIL = "<script>alert('&')</script>"
+VOID = {"meta"}
+finite = st.floats(-1e6, 1e6, allow_nan=False).filter(lambda x: x == 0 or abs(x) > 1e-6)
+
+
+def everything():
+    charts = [
+        line_chart({EVIL: [(1, 2), (3, 4)], "b": [(1, 1)]}, EVIL, "y", caption=EVIL),
+        line_chart({}, "x", "y"),
+        line_chart({f"l{i}": [(1, i), (2, i)] for i in range(9)}, "x", "y"),
+        point_chart({EVIL: (1, 2), "b": (10, 3)}, "x", "y", strong=[EVIL], log_x=True),
+        bar_chart({EVIL: 0.5, "none": 0.0}),
+        parallel_coordinates(
+            [Axis("t", True), Axis("q", choices=("0", EVIL))], {"a": {"t": 0.1, "q": EVIL, "s": 1}}, "s"
+        ),
+    ]
+    blocks = [paragraph(EVIL), command(EVIL), tiles({EVIL: EVIL}), table([EVIL, "n"], [[EVIL, "1.5"], ["b", "−2"]])]
+    return page(EVIL, [section(EVIL, *blocks, *charts)], EVIL)
+
+
+class Nesting(HTMLParser):
+    """Fails where an end doesn't match its beginning."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen = [], set()
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_a_page_is_well_formed_escapes_what_it_is_given_and_fetches_nothing():
+    html, parser = everything(), Nesting()
+    parser.feed(html.removeprefix("<!doctype html>"))
+    assert parser.open == []
+    assert "script" not in parser.seen
+    assert {"svg", "table", "figure", "h2", "pre"} <= parser.seen
+    assert not re.search(r"(src|href|url\(|@import|https?:)", html)
+    assert "prefers-color-scheme: dark" in html
+    assert "@media print" in html
+
+
+def test_columns_of_numbers_are_flush_right():
+    html = table(["name", "value"], [["a", "1,234.5"], ["b", "−2 %"]])
+    assert html.count('class="number"') == 3
+    assert '<td class="number">1,234.5</td>' in html
+
+
+@given(st.lists(st.tuples(finite, finite), min_size=1, max_size=20))
+def test_marks_lie_inside_the_chart(points):
+    chart = line_chart({"a": points}, "x", "y")
+    svg = ElementTree.fromstring(re.search(r"<svg.*</svg>", chart).group())
+    _, _, width, height = map(float, svg.get("viewBox").split())
+    marks = list(svg.iter("circle"))
+    coordinates = [(float(c.get("cx")), float(c.get("cy"))) for c in marks]
+    for line in svg.iter("polyline"):
+        coordinates += [tuple(map(float, pair.split(","))) for pair in line.get("points").split()]
+    assert coordinates
+    assert all(-0.1 <= x <= width + 0.1 and -0.1 <= y <= height + 0.1 for x, y in coordinates)
+
+
+@given(finite, finite)
+def test_ticks_are_few_and_inside(a, b):
+    low, high = min(a, b), max(a, b)
+    if high - low < 1e-6 * max(abs(low), abs(high), 1):
+        return
+    ticks = Scale(low, high, 0, 100).ticks()
+    assert len(ticks) <= 7
+    slack = (high - low) * 1e-6
+    assert all(low - slack <= t <= high + slack for t in ticks)
+    assert ticks == sorted(ticks)
+
+
+def test_a_logarithmic_scale_puts_equal_ratios_apart_equally():
+    scale = Scale(0.01, 1.0, 0, 100, log=True)
+    assert scale(0.1) == pytest.approx(50)
+    assert scale.ticks() == pytest.approx([0.01, 0.05, 0.2, 1.0]) or len(scale.ticks()) <= 6
+
+
+def test_a_bar_is_as_long_as_its_value():
+    html = bar_chart({"a": 0.5, "b": 0.25})
+    lengths = [float(x) for x in re.findall(r'<rect [^>]*width="([\d.]+)"', html)]
+    assert lengths[0] == pytest.approx(2 * lengths[1])
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (0.123456, "0.1235"), (12345.6, "12,346"), (1e-7, "1e-07")])
+def test_numbers_are_short(value, text):
+    assert number(value) == text
