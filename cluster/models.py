@@ -277,7 +277,7 @@ def _corpus_vectors(
     return vectors
 
 
-def _vectors(encoder: Any, texts: list[str], field: str) -> np.ndarray | list[np.ndarray]:
+def _vectors(encoder: Any, texts: list[Item], field: str) -> np.ndarray | list[np.ndarray]:
     """[n, D], or [m, D] of each text from a model that has a vector for each token."""
     return encoder.encode_tokens(texts, field) if _gives_tokens(encoder) else encoder.encode(texts, field)
 
