@@ -97,7 +97,7 @@ def prepare(home: str) -> dict[str, Any]:
 def queries(home: str, texts: int) -> list[str]:
     """The first lines of the corpus's documents: as short as queries are."""
     found = corpus_of(Path(home)).read(0, texts + WARM_UP)[1]
-    return [text.strip().splitlines()[0][:200] for text in found]
+    return [text.strip().splitlines()[0][:200] for text in found if isinstance(text, str)]
 
 
 def served(home: str, texts: int, url: str, clients: int) -> dict[str, Any]:

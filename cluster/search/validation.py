@@ -12,7 +12,7 @@ from cluster.prepare import Prepared
 
 if TYPE_CHECKING:
     from cluster.worker import Training
-    from data_services.schema import Encoder
+    from data_services.schema import Encoder, Item
     from trainers.collectives import Group
 
 
@@ -61,14 +61,14 @@ class SharedEncoder:
         self._group = group
         self.gives_tokens = getattr(encoder, "gives_tokens", False)
 
-    def encode(self, texts: Sequence[str], field: str) -> np.ndarray:
+    def encode(self, texts: Sequence[Item], field: str) -> np.ndarray:
         own = self._encoder.encode(texts[self._group.rank :: self._group.size], field)
         vectors = np.empty((len(texts), own.shape[1]), own.dtype)
         for rank, part in enumerate(self._group.gather_objects(own)):
             vectors[rank :: self._group.size] = part
         return vectors
 
-    def encode_tokens(self, texts: Sequence[str], field: str) -> list[np.ndarray]:
+    def encode_tokens(self, texts: Sequence[Item], field: str) -> list[np.ndarray]:
         own = self._encoder.encode_tokens(texts[self._group.rank :: self._group.size], field)
         vectors: list[np.ndarray] = [np.empty(0)] * len(texts)
         for rank, part in enumerate(self._group.gather_objects(own)):

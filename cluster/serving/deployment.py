@@ -188,14 +188,12 @@ def _application(config: ServeConfig, root: Path, threads: int, token_digest: st
     from ray import serve
 
     replica = serve.deployment(
-        _Replica,
         num_replicas=config.replicas,
         max_ongoing_requests=4,
         ray_actor_options={"num_cpus": threads},
-    ).bind(config.model, str(root), config.follow_s)
+    )(_Replica)
     door = serve.deployment(
-        _Door,
         max_ongoing_requests=max(1024, 2 * config.batch * config.replicas),
         ray_actor_options={"num_cpus": 0},
-    )
-    return door.bind(replica, config, token_digest)
+    )(_Door)
+    return door.bind(replica.bind(config.model, str(root), config.follow_s), config, token_digest)
