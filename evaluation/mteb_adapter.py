@@ -98,7 +98,9 @@ def score(model: MtebModel, tasks: Sequence[AbsTask], folder: Path) -> dict[str,
         try:
             task.load_data()
         except (OSError, ValueError) as error:  # what the hub, the network and `datasets` raise
-            raise RunError(f"mteb's task {name} can't load its data: {str(error).splitlines()[0]}") from error
+            raise RunError(
+                f"mteb's task {name} can't load its data: {(str(error) or repr(error)).splitlines()[0]}"
+            ) from error
         (found,) = mteb.evaluate(
             model,  # type: ignore[arg-type]
             task,
@@ -107,6 +109,7 @@ def score(model: MtebModel, tasks: Sequence[AbsTask], folder: Path) -> dict[str,
             show_progress_bar=False,
             co2_tracker=False,
         ).task_results
+        task.unload_data()
         scores = [subset for subsets in found.scores.values() for subset in subsets]
         results[name] = TaskResult(
             kind=f"mteb {task.metadata.type}",
