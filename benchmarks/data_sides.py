@@ -65,7 +65,7 @@ def records(pool: list[str], first: int, count: int) -> pa.Table:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from data_services.store import SCHEMA
+    from data_services.columns import SCHEMA
 
     number = np.arange(first, first + count)
     numerals = pa.array(number).cast(pa.string())

@@ -184,7 +184,6 @@ def ours(home: str, batch: int, length: dict[str, int], memory: bool = False, ca
             group=group,
             sink=sink,
             stop_requested=lambda: False,
-            flops_per_token=contrast.engine.module.tower.flops_per_token,
             peak_flops=1.0,
         )
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.config import Recipe
-from cluster.models import fingerprint, local_encoder, open_encoder, resolve
+from cluster.models import fingerprint, open_encoder, resolve
 from cluster.paths import RunPaths, find_run
 from data_services.schema import Encoder, UsageError
 
@@ -50,10 +50,11 @@ def untrained(recipe: Recipe, run: RunPaths) -> Encoder:
 
     from cluster.prepare import tokenizer_of
     from cluster.worker import model_of
+    from trainers.encoders.local import LocalEncoder
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return local_encoder(model_of(recipe, run.model, {}).tower, tokenizer_of(run.model))
+        return LocalEncoder(model_of(recipe, run.model, {}).tower, tokenizer_of(run.model))
 
 
 def run_of(model: str, root: Path) -> RunPaths | None:

@@ -184,23 +184,29 @@ def export(
     typer.echo(f"{done.folder}\nload it with SentenceTransformer({str(done.folder)!r})")
 
 
-@app.command(epilog='Example: gyre query "parse a date from a string" --model models:/quickstart@champion')
+@app.command(
+    epilog='Examples: gyre query "parse a date from a string" --model models:/quickstart@champion; '
+    "gyre query --image cat.png --over photos --model models:/photos@champion"
+)
 def query(
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to look for.")],
     model: Annotated[str, typer.Option("--model", metavar="MODEL", help="As for evaluate.")],
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="What to look for.")] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="A picture to look for, not a text.")] = None,
     corpus: Annotated[
-        str, typer.Option(help="A folder of text files, or the built-in corpus.")
+        str, typer.Option("--corpus", "--over", help="A folder of text files and images, or the built-in corpus.")
     ] = "builtin:stdlib-code",
     k: Annotated[int, typer.Option(min=1, help="How many hits.")] = 5,
     json_file: Json = None,
 ) -> None:
-    """Show the documents nearest to a text."""
+    """Show the documents nearest to a text or a picture."""
     from cluster import models
     from cluster.console import show_hits
 
     check_json(json_file)
     console = open_console()
-    found = models.query(text, model, corpus, k, on_progress=lambda line: console.print(line, highlight=False))
+    found = models.query(
+        text, model, corpus, k, on_progress=lambda line: console.print(line, highlight=False), image=image
+    )
     write_json(json_file, found.as_dict())
     show_hits(console, found)
 

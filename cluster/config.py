@@ -101,6 +101,8 @@ class Recipe(Section):
         self._check_losses()
         self._check_teacher()
         self._check_mining()
+        if self.evaluation.prompts and self.model.pooling == "tokens":
+            raise ValueError("evaluation.prompts needs one vector an item: leave it out with model.pooling: tokens")
         gate, evaluation, first = self.registry.gate, self.evaluation, self.data.sources[0]
         if first.one_text and not evaluation.pool and (evaluation.validation or evaluation.heldout):
             raise ValueError(
@@ -125,6 +127,8 @@ class Recipe(Section):
             return
         if not self.data.negatives:
             raise ValueError("mine.every_steps needs data.negatives above 0: no batch would show what was mined")
+        if self.model.kinds != ("text",):
+            raise ValueError("mine.every_steps mines among texts, and the model has towers for more; leave it out")
         if self.model.pooling == "tokens":
             raise ValueError("mine.every_steps needs one vector a text: choose another model.pooling than tokens")
         if self.data.teacher and not self.data.teacher.gives_vectors:
@@ -149,10 +153,13 @@ class Recipe(Section):
     def _check_losses(self) -> None:
         """Losses get what they need of the data and the model."""
         possible = columns_available(source.possible_columns for source in self.data.sources)
+        possible |= {"modality"} if self.model.kinds != ("text",) else set()  # what a record's sides are
         if told := self.lacking(possible):
             raise ValueError(told)
         if self.masked_lm and (self.model.bidirectional is False or self.model.towers == "separate"):
             raise ValueError("masked_lm needs one tower whose attention sees both sides: set model.bidirectional: true")
+        if self.masked_lm and self.model.kinds != ("text",):
+            raise ValueError("masked_lm is for a text tower alone: leave it out beside towers for other kinds")
         if (self.layers is None) != (not self.model.layers):
             raise ValueError("layers and model.layers go together: name the layers there, and weigh their losses here")
         for i, term in enumerate(self.losses):

@@ -246,6 +246,8 @@ def show_move(console: Console, moved: Move) -> None:
 def show_hits(console: Console, found: QueryResult, lines: int = 12) -> None:
     for place, hit in enumerate(found.hits, 1):
         console.print(f"[bold]{place}. {escape(hit.name)}[/]  {hit.score:.3f}", highlight=False, soft_wrap=True)
+        if not hit.text:
+            continue
         text = hit.text.split("\n")
         shown = "\n".join([*text[:lines], *(["…"] if len(text) > lines else [])])
         console.print(textwrap.indent(shown, "   "), markup=False, highlight=console.is_terminal)

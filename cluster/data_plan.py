@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +21,16 @@ if TYPE_CHECKING:
 
     from data_services.assemble import GlobalBatch
     from data_services.order import Plan
+    from data_services.schema import Kinds, Tokenize
     from data_services.store import StoredSource
-    from data_services.tokenizer import FolderTokenizer
 
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """A row of the batch: where it is stored, what it says, which worker gets it, the tokens of what it shows
-    of its texts."""
+    """A row of the batch: where it is stored, what it says, which worker gets it, the tokens of what it shows.
+
+    query, positive  texts; of images and sounds what they are
+    """
 
     source: str
     row: int
@@ -77,25 +81,32 @@ def planned_batch(recipe: Recipe, step: int, workers: int | None = None, run: st
     plan = plan_of(data, sources, recipe.seed)
     if not 0 <= step < plan.steps:
         raise UsageError(f"--step {step}: the plan has steps 0 … {plan.steps - 1}")
-    reader = reader_of(data, plan, sources, _tokenizer(recipe, sources, root, run))
-    return _described(plan, *reader.records(step), reader(step), world_size)
+    kinds = [source.kinds for source in sources]
+    with _tokenizer(recipe, sources, root, run) as tokenize:
+        reader = reader_of(data, plan, sources, tokenize)
+        return _described(plan, kinds, *reader.records(step), reader(step), world_size)
 
 
-def _tokenizer(recipe: Recipe, sources: tuple[StoredSource, ...], root: Path, run: str | None) -> FolderTokenizer:
+@contextlib.contextmanager
+def _tokenizer(recipe: Recipe, sources: tuple[StoredSource, ...], root: Path, run: str | None) -> Iterator[Tokenize]:
+    """That of a run, or the one that training would make, in a folder that goes with it."""
     from cluster.prepare import make_model_folder, tokenizer_of
 
     if run is not None:
-        return tokenizer_of(find_run(run, root).model)
+        yield tokenizer_of(find_run(run, root).model)
+        return
     with tempfile.TemporaryDirectory(prefix="gyre-plan-") as folder:
         make_model_folder(recipe, Path(folder) / "model", sources)
-        tokenizer = tokenizer_of(Path(folder) / "model")
-        tokenizer(["loaded while its folder is there"], "query")
-    return tokenizer
+        yield tokenizer_of(Path(folder) / "model")
 
 
-def _described(plan: Plan, table: pa.Table, keys: np.ndarray, batch: GlobalBatch, workers: int) -> PlannedBatch:
+def _described(
+    plan: Plan, kinds: Sequence[Kinds], table: pa.Table, keys: np.ndarray, batch: GlobalBatch, workers: int
+) -> PlannedBatch:
+    """kinds: of the plan's sources"""
     from data_services.assemble import SOURCE_SHIFT, choose_positive
     from data_services.collate import deal, token_costs
+    from data_services.media.checks import readable
     from data_services.order import Carried, duplicate_rows
 
     table = table.take(np.flatnonzero(np.isin(keys, batch.rows)))  # less what can't be decoded
@@ -114,8 +125,8 @@ def _described(plan: Plan, table: pa.Table, keys: np.ndarray, batch: GlobalBatch
             id=ids[i],
             worker=int(worker[i]),
             tokens=int(costs[i]),
-            query=queries[i],
-            positive=positives[i][chosen[i]],
+            query=str(readable(queries[i], kinds[key >> SOURCE_SHIFT].query)),
+            positive=str(readable(positives[i][chosen[i]], kinds[key >> SOURCE_SHIFT].document)),
         )
         for i, key in enumerate(batch.rows.tolist())
     ]

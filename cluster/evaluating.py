@@ -210,14 +210,10 @@ def dimensions(encoder: Encoder) -> int:
 def with_prompts(encoder: Encoder, prompts: Mapping[Side, str]) -> Encoder:
     """The same model with other prompts, by side; a side that isn't named keeps its own."""
     from data_services.tokenizer import FolderTokenizer
-    from trainers.encoders.text import LocalEncoder
-    from trainers.encoders.towers import LocalTowers
+    from trainers.encoders.local import LocalEncoder
 
-    if isinstance(encoder, LocalTowers):
-        towers = (with_prompts(tower, prompts) for tower in (encoder.query, encoder.document))
-        return LocalTowers(*towers)  # type: ignore[arg-type]
     if not isinstance(encoder, LocalEncoder) or not isinstance(encoder.tokenize, FolderTokenizer):
-        raise UsageError("this model's prompts can't be changed: leave `prompts` out of the suite's variants")
+        raise UsageError("only a model of texts has prompts to change: leave `prompts` out of the suite's variants")
     own = encoder.tokenize
     return LocalEncoder(encoder.encoder, FolderTokenizer(own.folder, own.max_tokens, own.prompts | dict(prompts)))
 

@@ -129,7 +129,6 @@ def ray_trainer(ready: Prepared) -> Any:
             start_of(run),
             recipe.engine.budget_tokens,
             recipe.data.read_ahead_mib,
-            by_field=recipe.model.towers == "separate",
         )
 
     resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}

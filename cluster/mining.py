@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.models import fingerprint, resolve
 from cluster.paths import home
+from data_services.items import TEXT
 from data_services.mine import MiningTexts, Progress, find_negatives, report, write_source, written_columns
 from data_services.mining.filters import FilterConfig
 from data_services.mining.report import MiningReport
@@ -81,6 +82,8 @@ def mine(job: MiningJob, root: Path | None = None, on_progress: Progress = lambd
     if job.model == BM25 and job.search.index == "ivf":
         raise UsageError("--index ivf searches vectors, and bm25 has none: leave it out")
     source, corpora = open_source(job.source, root), [open_source(c, root) for c in job.corpora]
+    if other := next((its for its in (source, *corpora) if its.kinds != TEXT), None):
+        raise UsageError(f"source {other.name} isn't of texts alone; hard negatives are mined among texts")
     with ExitStack() as stack:
         from data_services.mining.scorers import Guide
 

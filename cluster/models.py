@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.paths import find_run, home
-from data_services.schema import Encoder, RunError, UsageError
+from data_services.schema import Encoder, Item, Media, RunError, Undecodable, UsageError, item_id
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from trainers.encoders.text import TextEncoder, TokenizePrompted
-    from trainers.encoders.towers import Towers
 
 BUILTIN = "builtin:stdlib-code"
 MAX_FILE_BYTES = 1_000_000
+MAX_IMAGE_BYTES = 100_000_000
+_OF_A_MODEL = ("config.json", "modules.json", "gyre_towers.json")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ModelRef:
 @dataclass(frozen=True)
 class Hit:
     """A document that answers a query: its similarity (the cosine, of token vectors the sum of their maxima), its name,
-    its text."""
+    its text (of an image none)."""
 
     score: float
     name: str
@@ -94,7 +94,7 @@ def resolve(model: str, root: Path | None = None) -> ModelRef:
         folder, version = model_folder(model, root)
         return ModelRef(f"{version.name}/{version.version}", folder)
     path = Path(model).expanduser()
-    if (path / "config.json").is_file() or (path / "modules.json").is_file():
+    if any((path / name).is_file() for name in _OF_A_MODEL):
         return ModelRef(path.name, path.absolute())
     if path.is_dir() and not (path / "recipe.json").is_file():
         raise UsageError(f"{path} is no model: it has neither config.json nor modules.json")
@@ -123,111 +123,149 @@ def fingerprint(folder: Path) -> str:
 @contextmanager
 def open_encoder(folder: Path, device: str = "cpu") -> Iterator[Encoder]:
     """The model of a folder as an encoder, with its prompts, length and pooling."""
-    from data_services.tokenizer import FolderTokenizer
+    from cluster.prepare import tokenizer_of
     from trainers.config import ModelConfig
+    from trainers.encoders.local import LocalEncoder
     from trainers.encoders.model_folder import prepare_model_folder
     from trainers.encoders.spec import SPEC_FILE
-    from trainers.encoders.text import LocalEncoder, build_encoder
-    from trainers.encoders.towers import has_towers
+    from trainers.encoders.text import build_encoder
+    from trainers.encoders.towers import Layout
 
-    if (folder / SPEC_FILE).exists() or has_towers(folder):
+    if (folder / SPEC_FILE).exists() or Layout.load(folder):
         yield exported_encoder(folder, device)
         return
     config = ModelConfig(path=str(folder))
     with tempfile.TemporaryDirectory(prefix="gyre-") as place:
-        spec = prepare_model_folder(config, Path(place) / "model")
-        encoder = build_encoder(config, Path(place) / "model").to(device)
-        yield LocalEncoder(encoder, FolderTokenizer(Path(place) / "model", spec.max_tokens, spec.prompts))
+        made = Path(place) / "model"
+        prepare_model_folder(config, made)
+        yield LocalEncoder(build_encoder(config, made).to(device), tokenizer_of(made))
 
 
 def exported_encoder(folder: Path, device: str = "cpu") -> Encoder:
-    """The model of a folder that gyre exported, one tower or two."""
+    """The model of a folder that gyre exported, one tower or several."""
     from cluster.prepare import tokenizer_of
-    from trainers.encoders.towers import has_towers, load_towers
+    from trainers.encoders.local import LocalEncoder
+    from trainers.encoders.towers import Layout, load_towers
     from trainers.export import load_exported
 
-    if has_towers(folder):
-        return local_encoder(load_towers(folder).to(device), tokenizer_of(folder / "query"))
-    return local_encoder(load_exported(folder).to(device), tokenizer_of(folder))
-
-
-def local_encoder(tower: TextEncoder | Towers, tokenize: TokenizePrompted) -> Encoder:
-    """A tower, or two, on this process's device."""
-    from trainers.encoders.text import LocalEncoder
-    from trainers.encoders.towers import LocalTowers, Towers
-
-    if isinstance(tower, Towers):
-        return LocalTowers(LocalEncoder(tower.query, tokenize), LocalEncoder(tower.document, tokenize))
-    return LocalEncoder(tower, tokenize)
+    tower = load_towers(folder) if Layout.load(folder) else load_exported(folder)
+    return LocalEncoder(tower.to(device), tokenizer_of(folder))
 
 
 def query(
-    text: str,
+    text: str | None,
     model: str,
     corpus: str = BUILTIN,
     k: int = 5,
     root: Path | None = None,
     on_progress: Callable[[str], None] = lambda line: None,
+    image: Path | None = None,
 ) -> QueryResult:
-    """The k documents of a corpus nearest to `text`.
+    """The k documents of a corpus nearest to `text`, or to the picture in the file `image`.
 
-    corpus: the built-in one, or a folder of text files (one document a file). The corpus's vectors are kept
-    under the home, by the contents of model and corpus: only the first query of a corpus waits for them.
+    corpus: the built-in one, or a folder of text files (one document a file) and, for a model with a tower for them,
+    images. The corpus's vectors are kept under the home, by the contents of model and corpus: only the first query of
+    a corpus waits for them.
     """
     from evaluation.search import rank, rank_tokens
 
-    if not text.strip():
-        raise UsageError("the query is empty")
     ref = resolve(model, root)
-    names, texts = _corpus(corpus, root or home())
+    kinds = kinds_of(ref.folder)
+    asked = _asked(text, image, kinds, ref.name)
+    names, items = _corpus(corpus, root or home(), kinds)
     with open_encoder(ref.folder) as encoder:
-        documents = _corpus_vectors(encoder, ref.folder, texts, (root or home()) / "vectors", on_progress)
+        documents = _corpus_vectors(encoder, ref.folder, items, (root or home()) / "vectors", on_progress)
         nearest: Any = rank_tokens if _gives_tokens(encoder) else rank
-        positions, scores = nearest(_vectors(encoder, [text], "query"), documents, min(k, len(texts)))
-    hits = [Hit(float(s), names[i], texts[i]) for i, s in zip(positions[0], scores[0], strict=True)]
-    return QueryResult(text, ref.name, corpus, len(texts), hits)
+        try:
+            looking = _vectors(encoder, [asked], "query")
+        except Undecodable as error:
+            raise UsageError(f"{image}: {error}") from error
+        positions, scores = nearest(looking, documents, min(k, len(items)))
+    found = [(float(score), names[i], items[i]) for i, score in zip(positions[0], scores[0], strict=True)]
+    hits = [Hit(score, name, item if isinstance(item, str) else "") for score, name, item in found]
+    return QueryResult(text or str(image), ref.name, corpus, len(items), hits)
 
 
-def _corpus(corpus: str, root: Path) -> tuple[list[str], list[str]]:
+def kinds_of(folder: Path) -> tuple[str, ...]:
+    """Of items that a model on this machine encodes."""
+    from trainers.encoders.towers import Layout
+
+    layout = Layout.load(folder)
+    return tuple(layout.towers) if layout and layout.by == "kind" else ("text",)
+
+
+def _asked(text: str | None, image: Path | None, kinds: tuple[str, ...], model: str) -> Item:
+    """What a query looks for. UsageError where it is nothing, or of a kind that the model doesn't encode."""
+    if (text is None) == (image is None):
+        raise UsageError("give a text to look for, or --image FILE; one of the two")
+    if image is None:
+        assert text is not None, "one of the two is there"
+        if not text.strip():
+            raise UsageError("the query is empty")
+        return text
+    if "image" not in kinds:
+        raise UsageError(
+            f"{model} encodes {' and '.join(kinds)}, no images; give a model that was trained with model.image"
+        )
+    try:
+        return Media("image", image.expanduser().read_bytes())
+    except OSError as error:
+        raise UsageError(f"--image {image}: {error.strerror}") from error
+
+
+def _corpus(corpus: str, root: Path, kinds: tuple[str, ...]) -> tuple[list[str], list[Item]]:
     from data_services.sources import builtin_corpus
 
     if corpus == BUILTIN:
         found = builtin_corpus(root)
-        return found.names, found.texts
+        return found.names, list(found.texts)
     folder = Path(corpus).expanduser()
     if not folder.is_dir():
-        raise UsageError(f"no corpus {corpus!r}: give a folder of text files, or {BUILTIN}")
-    named = sorted((str(p.relative_to(folder)), text) for p in folder.rglob("*") if (text := _text_of(p)))
+        raise UsageError(f"no corpus {corpus!r}: give a folder of files, or {BUILTIN}")
+    named = [(str(p.relative_to(folder)), item) for p in sorted(folder.rglob("*")) if (item := _item_of(p, kinds))]
     if not named:
-        raise UsageError(f"{folder} has no text file to search")
-    return [name for name, _ in named], [text for _, text in named]
+        raise UsageError(f"{folder} has no {' or '.join(kinds)} file to search")
+    return [name for name, _ in named], [item for _, item in named]
 
 
-def _text_of(path: Path) -> str | None:
-    """The text of a UTF-8 file under a megabyte, None for anything else and for hidden files."""
-    if path.name.startswith(".") or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
+def _item_of(path: Path, kinds: tuple[str, ...]) -> Item | None:
+    """A UTF-8 file of up to a megabyte as a text, an image as such where the model encodes images; None for anything
+    else and for hidden files."""
+    from data_services.media.image import decode_image
+    from data_services.media.kinds import kind_of
+
+    if path.name.startswith(".") or not path.is_file() or path.stat().st_size > MAX_IMAGE_BYTES:
         return None
+    data = path.read_bytes()
+    if kind_of(data) == "image":
+        if "image" not in kinds:
+            return None
+        try:
+            decode_image(data)
+        except Undecodable:
+            return None
+        return Media("image", data)
     try:
-        return path.read_text("utf-8").strip() or None
+        return None if len(data) > MAX_FILE_BYTES else data.decode().strip() or None
     except UnicodeDecodeError:
         return None
 
 
 def _corpus_vectors(
-    encoder: Encoder, folder: Path, texts: list[str], cache: Path, on_progress: Callable[[str], None]
+    encoder: Encoder, folder: Path, items: list[Item], cache: Path, on_progress: Callable[[str], None]
 ) -> np.ndarray | list[np.ndarray]:
     """As `_vectors` of the documents; token vectors are kept end to end, with their numbers."""
     import numpy as np
 
-    digest = hashlib.sha256(json.dumps(texts).encode())
+    digest = hashlib.sha256(json.dumps([item_id(item) for item in items]).encode())
     digest.update(fingerprint(folder).encode())
     tokens = _gives_tokens(encoder)
     kept = cache / f"{digest.hexdigest()[:32]}.{'npz' if tokens else 'npy'}"
     if kept.is_file():
         there = np.load(kept)
         return np.split(there["tokens"], there["lengths"].cumsum()[:-1]) if tokens else there
-    on_progress(f"embedding {len(texts):,} documents, once for this model and corpus")
-    vectors = _vectors(encoder, texts, "document")
+    on_progress(f"embedding {len(items):,} documents, once for this model and corpus")
+    vectors = _vectors(encoder, items, "document")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=cache, suffix=".making", delete=False) as making:
         if tokens:

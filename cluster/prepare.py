@@ -16,17 +16,19 @@ from pydantic import ValidationError
 
 from cluster.config import Recipe, differences
 from cluster.paths import RunPaths
-from data_services.schema import Column, UsageError
+from data_services.items import TEXT, Kinds
+from data_services.schema import Column, Tokenize, UsageError
 from trainers.checkpoint import latest, write_json
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from data_services.faults import BadRows
     from data_services.order import Plan
     from data_services.sources import SourceConfig
     from data_services.store import Report, StoredSource
     from data_services.stream import Reader
     from data_services.teacher import Progress, Teacher
-    from data_services.tokenizer import FolderTokenizer
 
 TOKENIZER_RECORDS = 200_000  # more don't change a vocabulary of thousands
 READ_RECORDS = 1024
@@ -48,7 +50,7 @@ class Prepared:
     sources: tuple[StoredSource, ...]
     pools: dict[str, StoredSource]
     plan: Plan
-    tokenize: FolderTokenizer
+    tokenize: Tokenize
     teacher: Teacher | None
 
     @property
@@ -113,7 +115,10 @@ def prepare(
     sources = tuple(open_source(source, root, report) for source in recipe.data.sources)
     # What the finished model is scored on, too, so that a fault in it is told before training.
     pools = {split: open_source(pool, root, report) for split, pool in pools_of(recipe).items()}
-    if told := recipe.lacking(columns_available(source.columns for source in sources)):
+    check_kinds(recipe, (*sources, *pools.values()))
+    check_scoring(recipe, pools)
+    by_itself = {Column.MODALITY} if any(source.kinds != TEXT for source in sources) else set()
+    if told := recipe.lacking(columns_available(source.columns for source in sources) | by_itself):
         raise UsageError(told)
     plan = plan_of(recipe.data, sources, recipe.seed)
     if recipe.optimizer.warmup_steps >= plan.steps:
@@ -121,6 +126,8 @@ def prepare(
             f"optimizer.warmup_steps ({recipe.optimizer.warmup_steps}) leaves none of the plan's {plan.steps} steps: "
             "lower it"
         )
+    if recipe.data.teacher is not None and by_itself:
+        raise UsageError("data.teacher: it scores texts, and a source has images or sounds; leave it out")
     teacher = teacher_of(recipe, sources, root, on_progress)
     made_of = _made_of(recipe, sources, teacher)
     if earlier:
@@ -169,17 +176,50 @@ def check_sources(recipe: Recipe, root: Path) -> None:
         origin_of(source, root)
 
 
+def check_kinds(recipe: Recipe, sources: tuple[StoredSource, ...]) -> None:
+    """Raises UsageError where a source holds what the model has no tower for, or a tower would be given nothing."""
+    towers, found = recipe.model.kinds, set[str]()
+    for source in sources:
+        for side, form in zip(("queries", "documents"), source.kinds, strict=True):
+            kinds = {form} if isinstance(form, str) else {"parts", *form.values()}
+            found |= kinds
+            if lacking := next((kind for kind in sorted(kinds) if kind not in towers), None):
+                raise UsageError(
+                    f"source {source.name}: its {side} are {lacking}, and the model reads {' and '.join(towers)} only; "
+                    f"add model.{_KEY_OF.get(lacking, f'own.{lacking}')}"
+                )
+    needed = () if recipe.model.vision else towers[1:]
+    if unread := next((kind for kind in needed if kind not in found), None):
+        key = _KEY_OF.get(unread, f"own.{unread}")
+        raise UsageError(f"model.{key}: no source has such items, so its tower would never be trained; remove it")
+
+
+def check_scoring(recipe: Recipe, pools: Mapping[str, StoredSource]) -> None:
+    """Raises UsageError where a table or a gate needs texts that a pool hasn't."""
+    gate, judged = recipe.registry.gate, pools.get(recipe.evaluation.validation or "")
+    if gate is not None and gate.over_bm25 is not None and judged is not None and judged.kinds != TEXT:
+        told = f"{judged.name} isn't of texts alone, which BM25 reads; give a minimum"
+        raise UsageError(f"registry.gate.over_bm25: {told}")
+    nameless = next((pool for pool in pools.values() if pool.kinds.query != "text"), None)
+    if recipe.evaluation.prompts and nameless:
+        told = f"the queries of {nameless.name} are no texts to name classes by; leave it out"
+        raise UsageError(f"evaluation.prompts: {told}")
+
+
+_KEY_OF = {"image": "image", "audio": "audio", "parts": "fields"}  # of a kind's tower in `model:`
+
+
 def make_model_folder(recipe: Recipe, folder: Path, sources: tuple[StoredSource, ...]) -> None:
     """Config, tokenizer and, for a pretrained model, weights: one folder that every worker reads."""
     from data_services.tokenizer import train_bpe
     from trainers.encoders.model_folder import prepare_model_folder
-    from trainers.encoders.towers import prepare_document_tower
+    from trainers.encoders.towers import prepare_towers
 
     def train_tokenizer(vocabulary: int, target: Path) -> None:
         train_bpe(training_texts(sources), vocabulary, target)
 
     prepare_model_folder(recipe.model, folder, train_tokenizer)
-    prepare_document_tower(recipe.model, folder)
+    prepare_towers(recipe.model, folder)
 
 
 def training_texts(sources: tuple[StoredSource, ...]) -> Iterator[str]:
@@ -188,18 +228,57 @@ def training_texts(sources: tuple[StoredSource, ...]) -> Iterator[str]:
         step = max(1, source.rows // TOKENIZER_RECORDS)
         for first in range(0, source.rows, READ_RECORDS * step):
             table = source.read(np.arange(first, min(first + READ_RECORDS * step, source.rows), step))
-            for record in table.select([Column.QUERY, Column.POSITIVES, Column.NEGATIVES]).to_pylist():
-                yield record[Column.QUERY]
-                yield from record[Column.POSITIVES]
-                yield from record[Column.NEGATIVES]
+            yield from _texts_of(table, source.kinds)
 
 
-def tokenizer_of(folder: Path) -> FolderTokenizer:
+def _texts_of(table: pa.Table, kinds: Kinds) -> Iterator[str]:
+    """The texts of records, one after another, those among their parts too."""
+    sides = {Column.QUERY: kinds.query, Column.POSITIVES: kinds.document, Column.NEGATIVES: kinds.document}
+    read = [name for name, form in sides.items() if form == "text" or not isinstance(form, str)]
+    for record in table.select(read).to_pylist():
+        for name in read:
+            for item in [record[name]] if name == Column.QUERY else record[name]:
+                parts = [item] if isinstance(item, str) else item.values()
+                yield from (part for part in parts if isinstance(part, str))
+
+
+def tokenizer_of(folder: Path) -> Tokenize:
+    """What makes the inputs of a model folder or export, of one tower or several."""
+    from data_services.inputs import Routed
+    from trainers.encoders import fields
+    from trainers.encoders.towers import Layout
+
+    layout = Layout.load(folder)
+    if layout is None:
+        return _reader_of(folder)
+    alone = {name: place for name, place in layout.towers.items() if name != fields.READS}
+    readers = {place: _reader_of(folder / place) for place in set(alone.values())}
+    by_name = {name: readers[place] for name, place in alone.items()}
+    if fields.READS in layout.towers:
+        by_name[fields.READS] = fields.reader_of(dict(by_name), folder / layout.towers[fields.READS])
+    return Routed(by_name, layout.by)
+
+
+def _reader_of(folder: Path) -> Tokenize:
+    """Of one tower's folder."""
+    from data_services.fronts import AudioFront, ImageFront
     from data_services.tokenizer import FolderTokenizer
-    from trainers.encoders.model_folder import ModelSpec
+    from data_services.vision_text import Patches, VisionText
+    from trainers.encoders import own
+    from trainers.encoders.spec import ModelSpec
 
     spec = ModelSpec.load(folder)
-    return FolderTokenizer(folder, spec.max_tokens, spec.prompts)
+    if spec.code is not None:
+        return own.reader_of(folder)
+    if spec.reads == "image":
+        return ImageFront.of(folder, spec.max_tokens)
+    if spec.reads == "audio":
+        return AudioFront.of(folder)
+    texts = FolderTokenizer(folder, spec.max_tokens, spec.prompts)
+    if spec.reads == "vision":
+        image_id = json.loads((folder / "config.json").read_text())["image_token_id"]
+        return VisionText(texts, Patches.of(folder), image_id, spec.template)
+    return texts
 
 
 def check_data(run: RunPaths, now: Mapping[str, str]) -> None:

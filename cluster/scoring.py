@@ -12,12 +12,16 @@ from cluster.prepare import Prepared
 if TYPE_CHECKING:
     import numpy as np
 
+    from data_services.items import Item, Kinds
+    from data_services.sources import RetrievalPool
     from data_services.store import StoredSource
+    from evaluation.retrieval import EvaluationConfig, Scores
 
 
 @dataclass(frozen=True)
 class Scored:
-    """rows: {"bm25" | "bm25_tuned" | "untrained" | "trained": {metric: value}}; over_bm25: see TrainResult."""
+    """rows: {"bm25" | "bm25_tuned" | "untrained" | "trained": {metric: value}}, of pairs of two kinds also those of
+    `evaluation.both_ways`; over_bm25: see TrainResult, empty where there is no BM25."""
 
     rows: dict[str, dict[str, float]]
     over_bm25: dict[str, float]
@@ -29,34 +33,66 @@ def score_everywhere(ready: Prepared) -> dict[str, Scored]:
 
     cluster = ready.recipe.cluster
     task = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)(score_split)
-    asked = {split: task.remote(ready.recipe, ready.run, split, pool) for split, pool in ready.pools.items()}
+    asked = {s: task.remote(ready.recipe, ready.run, s, pool, ready.sources[0]) for s, pool in ready.pools.items()}
     return {split: ray.get(reference) for split, reference in asked.items()}
 
 
-def score_split(recipe: Recipe, run: RunPaths, split: str, pool: StoredSource) -> Scored:
-    """BM25, the model before training and after it. Per-query values go to the run's folder, for comparisons."""
+def score_split(recipe: Recipe, run: RunPaths, split: str, pool: StoredSource, training: StoredSource) -> Scored:
+    """The baselines, the model before training and after it. Per-query values go to the run's folder, for comparisons.
+
+    training  what a baseline of images looks at
+    """
     from cluster.baselines import untrained
     from cluster.models import exported_encoder
     from data_services.sources import retrieval_pool
-    from evaluation.retrieval import bm25_rows, evaluate_encoder
+    from evaluation.both_ways import every_way
     from evaluation.significance import paired_bootstrap
 
-    queries, documents, relevant = retrieval_pool(pool)
-    scores = bm25_rows(queries, documents, relevant, recipe.evaluation)
+    queries, documents, relevant = task = retrieval_pool(pool)
+    scores = baselines(task, pool.kinds, training, recipe.evaluation)
     for name, encoder in {"untrained": untrained(recipe, run), "trained": exported_encoder(run.export)}.items():
-        scores[name] = evaluate_encoder(encoder, queries, documents, relevant, recipe.evaluation.k)
+        scores |= every_way(name, encoder, queries, documents, relevant, recipe.evaluation)
     save_per_query(run, split, queries, {name: s.per_query for name, s in scores.items()})
+    rows = {name: s.metrics for name, s in scores.items()}
+    if "bm25" not in scores:
+        return Scored(rows, {})
     metric = f"ndcg@{recipe.evaluation.k}"
     difference = paired_bootstrap(scores["trained"].per_query[metric], scores["bm25"].per_query[metric])
-    return Scored({name: s.metrics for name, s in scores.items()}, asdict(difference))
+    return Scored(rows, asdict(difference))
 
 
-def save_per_query(run: RunPaths, split: str, queries: list[str], values: dict[str, dict[str, np.ndarray]]) -> None:
-    """evaluation/SPLIT.parquet: a row a query, a column `model metric` each."""
+def baselines(
+    task: RetrievalPool, kinds: Kinds, training: StoredSource, evaluation: EvaluationConfig
+) -> dict[str, Scores]:
+    """What needs no model: BM25 between texts, the nearest pixels from texts to images; of other kinds nothing."""
+    from data_services.fronts import thumbnails
+    from data_services.items import TEXT, Kinds
+    from data_services.sources import retrieval_pool
+    from evaluation.both_ways import pixel_rows
+    from evaluation.retrieval import bm25_rows
+
+    if kinds == TEXT:
+        return bm25_rows(*task, evaluation)
+    if kinds != Kinds("text", "image") or training.kinds != kinds:
+        return {}
+    known = retrieval_pool(training)
+    first = [known.documents[min(its)] for its in known.relevant]
+    pictures = thumbnails(task.documents), thumbnails(first)
+    return pixel_rows(task.queries, pictures[0], task.relevant, known.queries, pictures[1], evaluation)
+
+
+def save_per_query(run: RunPaths, split: str, queries: list[Item], values: dict[str, dict[str, np.ndarray]]) -> None:
+    """evaluation/SPLIT.parquet: a row a query (its id where it is no text), a column `model metric` each; of rows of
+    the way back, which have other queries, none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {f"{model} {metric}": x for model, row in values.items() for metric, x in row.items()}
+    from data_services.items import item_id
+    from evaluation.both_ways import BACK, BY_PROMPTS
+
+    there = {model: row for model, row in values.items() if not model.endswith((BACK, BY_PROMPTS))}
+    columns = {f"{model} {metric}": x for model, row in there.items() for metric, x in row.items()}
+    names = [query if isinstance(query, str) else f"{item_id(query):x}" for query in queries]
     path = run.evaluation(split)
     path.parent.mkdir(exist_ok=True)
-    pq.write_table(pa.table({"query": queries, **columns}), path)
+    pq.write_table(pa.table({"query": names, **columns}), path)

@@ -110,9 +110,9 @@ def show_stats(console: Console, found: SourceStats, unit: str) -> None:
     show_lines(console, f"{found.rows:,} rows" + (f", {left_out:,} more quarantined" if left_out else ""))
     show_lines(console, *(f"  {n:,} × {reason}" for reason, n in found.quarantined.items()))
     texts = ([side, f"{it['texts']:,}", f"{it['unique']:,}"] for side, it in found.texts.items())
-    show_table(console, ("side", "texts", "unique"), texts)
+    show_table(console, ("side", "items", "unique"), texts)
     rows = [
-        [side, what, *(f"{v:,.0f}" for v in it.values())]
+        [side, what, *(f"{v:,.2f}" if what == "seconds" else f"{v:,.0f}" for v in it.values())]
         for side, of in found.lengths.items()
         for what, it in of.items()
     ]

@@ -104,7 +104,6 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
             group=group,
             sink=MetricsLog(task.run.metrics, start) if group.rank == 0 else lambda step, metrics: None,
             stop_requested=lambda: stop() or watcher.stalled(),
-            flops_per_token=step.engine.module.tower.flops_per_token,
             peak_flops=loop.measured_peak_flops(step.engine.compute_dtype, step.engine.device),
         )
     )
@@ -181,11 +180,10 @@ def objective_of(recipe: Recipe, spec: ModelSpec, group: Group) -> Objective:
 
 def model_of(recipe: Recipe, folder: Path, learned: Mapping[str, float]) -> Trained:
     """What is trained: the recipe's tower or towers, the objective's scalars, the auxiliary head."""
+    from trainers.encoders.towers import Layout, build_towers
     from trainers.model import Trained
 
-    if recipe.model.towers == "separate":
-        from trainers.encoders.towers import build_towers
-
+    if Layout.load(folder):
         return Trained(build_towers(recipe.model, folder, lambda _, at: encoder_of(recipe, at)), learned)
     tower = encoder_of(recipe, folder)
     if recipe.masked_lm is None:
@@ -237,21 +235,16 @@ def restore(step: ContrastiveStep, checkpoint: Checkpoint) -> int:
 def write_model(task: Task, step: ContrastiveStep, group: Group, folder: Path, averaged: bool) -> None:
     """The trained weights as a Sentence Transformers folder. averaged: the momentum encoder's, where there is one."""
     from trainers.encoders.spec import ModelSpec
-    from trainers.encoders.towers import export_towers
+    from trainers.encoders.towers import Layout, export_towers
     from trainers.export import export_sentence_transformer
     from trainers.model import TOWER
 
     source = step.memory.encoder if step.memory and averaged else step.engine
     weights = {name.removeprefix(TOWER): w for name, w in source.full_weights().items() if name.startswith(TOWER)}
-    model, run = task.recipe.model, task.run
-
-    def one(of: Mapping[str, Any], spec: ModelSpec, made_of: Path, out: Path) -> Path:
-        return export_sentence_transformer(of, spec, made_of, out, model)
-
+    model, made_of = task.recipe.model, task.run.model
     if group.rank == 0:
-        spec = ModelSpec.load(run.model)
-        if model.towers == "separate":
-            export_towers(weights, spec, run.model, folder, one)
+        if Layout.load(made_of):
+            export_towers(weights, made_of, folder, model)
         else:
-            one(weights, spec, run.model, folder)
+            export_sentence_transformer(weights, ModelSpec.load(made_of), made_of, folder, model)
     group.barrier()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_services.draws import row_keys
+from data_services.items import TEXT, Kinds, items_of_sources
 from data_services.schema import UNKNOWN, Column, Pairs, Tokenize
 from data_services.views.config import Shown, Views
 
@@ -64,12 +65,13 @@ def tokenise(
     negatives: int = 0,
     positives: int = 1,
     views: Sequence[Views | None] = (),
+    kinds: Sequence[Kinds] = (TEXT,),
 ) -> GlobalBatch:
     """The records of a global batch (`schema.Column`, [B] in the plan's order) as token lists.
 
     rows [B] int64 row keys; negatives, positives: at most so many of each record (`choose_documents`), the first
-    positive by `choose_positive`. views: of each source; none: every text as it is. What the table lacks of
-    `Column.OPTIONAL` is None in the batch.
+    positive by `choose_positive`. views: of each source; none: every text as it is. kinds: of each source, or of all.
+    What the table lacks of `Column.OPTIONAL` is None in the batch.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -88,16 +90,19 @@ def tokenise(
     tasks = known(Column.TASK, UNKNOWN)
     of_queries = np.full(len(rows), UNKNOWN) if tasks is None else tasks
     of_documents = of_queries[owners]
+    sources = rows >> SOURCE_SHIFT
     shown = Shown(
-        queries=table.column(Column.QUERY).to_pylist(),
-        documents=both(Column.POSITIVES, Column.NEGATIVES).to_pylist(),
+        queries=items_of_sources(table.column(Column.QUERY), [its.query for its in kinds], sources),
+        documents=items_of_sources(
+            both(Column.POSITIVES, Column.NEGATIVES), [its.document for its in kinds], sources[owners]
+        ),
         keys=row_keys(rows, step, seed),
         document_ids=both(Column.POSITIVE_IDS, Column.NEGATIVE_IDS).to_numpy(),
         owners=owners,
         relations=np.where(places < right.sum(), 1, -1).astype(np.int8),
     )
     if any(views):
-        shown = shown.viewed(views, rows >> SOURCE_SHIFT)
+        shown = shown.viewed(views, sources)
     return GlobalBatch(
         step=step,
         queries=tokenize(shown.queries, "query", of_queries.tolist()),

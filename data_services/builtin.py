@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 STDLIB_CODE = "stdlib-code"
-CORPORA = (STDLIB_CODE,)
 # In the order in which a text that occurs in several is awarded to one.
 SPLITS = ("heldout", "validation", "train")
 # Raised when the same interpreter would give other pairs.
@@ -94,6 +93,13 @@ def stdlib_code() -> dict[str, tuple[Pair, ...]]:
         kept[split] = tuple(p for p in first.values() if p.positive not in taken and p.query not in taken)
         taken.update(text for pair in kept[split] for text in (pair.query, pair.positive))
     return kept
+
+
+def rows(split: str) -> Iterator[dict[str, str]]:
+    """The pairs of a split as rows of a source."""
+    for pair in stdlib_code()[split]:
+        package = pair.module.partition(".")[0]
+        yield {"name": pair.name, "package": package, "query": pair.query, "positive": pair.positive}
 
 
 def split_modules(modules: list[str]) -> dict[str, list[str]]:

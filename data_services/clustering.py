@@ -46,7 +46,8 @@ def cluster(vectors: Vectors, clusters: int, seed: int = 0) -> np.ndarray:
         max_points_per_centroid=_TRAINED_ON,
     )
     means.train(sample)
-    centroids = means.centroids[_by_nearness(means.centroids)]
+    found = np.asarray(means.centroids)
+    centroids = found[_by_nearness(found)]
     nearest = [
         faiss.knn(vectors.block(at, at + _ROWS_AT_ONCE), centroids, 1, metric=faiss.METRIC_INNER_PRODUCT)[1][:, 0]
         for at in range(0, vectors.rows, _ROWS_AT_ONCE)

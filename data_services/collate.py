@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_services.assemble import GlobalBatch
-from data_services.schema import Batch, Pairs, Ragged
+from data_services.ragged import Inputs, Ragged, arrays_of, towers_of
+from data_services.schema import SIDES, Batch, Pairs
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -91,36 +92,43 @@ def token_costs(batch: Pairs) -> np.ndarray:
     return costs
 
 
-def share_batch(batch: GlobalBatch, world_size: int, budget_tokens: int, by_field: bool = False) -> list[Batch]:
-    """One Batch per worker: rows dealt by token cost, each with all of its documents; equally many chunks.
-
-    by_field  no chunk holds both queries and documents, the ones of queries come first: for two towers
-    """
+def share_batch(batch: GlobalBatch, world_size: int, budget_tokens: int) -> list[Batch]:
+    """One Batch per worker: rows dealt by token cost, each with all of its documents; equally many chunks, and those
+    of one number through the same tower."""
     n = len(batch.queries)
     shares = [_part(batch, rows) for rows in deal(token_costs(batch), world_size)]
-    lengths = [(share["queries"].lengths, share["documents"].lengths) for share in shares]
-    if by_field:
-        cuts, query_chunks = _cut_by_field(lengths, budget_tokens)
-    else:
-        cuts, query_chunks = cut([np.concatenate(both) for both in lengths], budget_tokens), None
+    sides = [(share["queries"], share["documents"]) for share in shares]
+    cuts, towers, of_sides = _cut_by_tower(sides, budget_tokens)
     return [
-        Batch(global_queries=n, chunks=tuple(chunks), query_chunks=query_chunks, **share)
+        Batch(global_queries=n, chunks=tuple(chunks), chunk_towers=towers, chunk_sides=of_sides, **share)
         for share, chunks in zip(shares, cuts, strict=True)
     ]
 
 
-def _cut_by_field(
-    lengths: Sequence[tuple[np.ndarray, np.ndarray]], budget_tokens: int
-) -> tuple[list[list[np.ndarray]], int]:
-    """The chunks of each worker's queries, then those of its documents, each equally many for all; how many of queries.
+def _cut_by_tower(
+    sides: Sequence[tuple[Ragged, Ragged]], budget_tokens: int
+) -> tuple[list[list[np.ndarray]], np.ndarray | None, np.ndarray | None]:
+    """The chunks of each worker's items, tower after tower, each equally many for all; [chunks] the tower of each, and
+    `Batch.chunk_sides`.
 
-    lengths  of a worker's queries [b] and documents [d]
+    sides  of a worker's queries and documents
     """
-    queries, documents = (cut(of_side, budget_tokens) for of_side in zip(*lengths, strict=True))
-    cuts = []
-    for (of_queries, _), first, then in zip(lengths, queries, documents, strict=True):
-        cuts.append(first + [len(of_queries) + chunk for chunk in then])
-    return cuts, len(queries[0])
+    lengths = [np.concatenate([its.lengths for its in both]) for both in sides]
+    if towers_of(sides[0][0]) is None:
+        return cut(lengths, budget_tokens), None, None
+    towers = [np.concatenate([its for of in both if (its := towers_of(of)) is not None]) for both in sides]
+    cuts: list[list[np.ndarray]] = [[] for _ in sides]
+    of_chunks: list[int] = []
+    of_sides: list[int] = []
+    used = [np.unique(np.concatenate([of for both in sides if (of := towers_of(both[i])) is not None])) for i in (0, 1)]
+    for tower in np.unique(np.concatenate(towers)):
+        places = [np.flatnonzero(its == tower) for its in towers]
+        parts = cut([its[at] for its, at in zip(lengths, places, strict=True)], budget_tokens)
+        for cut_of, chunks, at in zip(cuts, parts, places, strict=True):
+            cut_of += [at[chunk] for chunk in chunks]
+        of_chunks += [tower] * len(parts[0])
+        of_sides += [sum(bit for bit, its in zip(SIDES.values(), used, strict=True) if tower in its)] * len(parts[0])
+    return cuts, np.array(of_chunks, np.int8), np.array(of_sides, np.int8)
 
 
 def _part(batch: Pairs, rows: np.ndarray) -> dict[str, Any]:
@@ -145,7 +153,8 @@ def _part(batch: Pairs, rows: np.ndarray) -> dict[str, Any]:
     }
 
 
-_NUMBERS, _RAGGED = ("step", "global_queries", "query_chunks", "rank"), ("queries", "documents", "chunks")
+_NUMBERS, _RAGGED = ("step", "global_queries", "rank"), ("queries", "documents", "chunks")
+_ARRAY = "."  # between queries or documents and the name of one of their arrays
 
 
 def to_arrow(batch: Batch, rank: int) -> pa.Table:
@@ -156,9 +165,19 @@ def to_arrow(batch: Batch, rank: int) -> pa.Table:
     lists = np.cumsum([0, *(len(chunk) for chunk in batch.chunks)])
     values["chunks"] = Ragged(np.concatenate(batch.chunks).astype(np.int32), lists)
     for name in _RAGGED:
-        ragged = values.pop(name)
-        values |= {f"{name}_values": ragged.values, f"{name}_offsets": ragged.offsets}
+        values |= _flat(name, values.pop(name))
     return pa.table({name: _one(value) for name, value in values.items() if value is not None})
+
+
+def _flat(name: str, ragged: Ragged) -> dict[str, np.ndarray | None]:
+    """One-dimensional columns of a Ragged and of what `Inputs` have besides."""
+    columns: dict[str, np.ndarray | None] = {f"{name}_values": ragged.values.ravel(), f"{name}_offsets": ragged.offsets}
+    if ragged.values.ndim > 1:
+        columns[f"{name}_shape"] = np.array(ragged.values.shape[1:])
+    columns[f"{name}_towers"] = towers_of(ragged)
+    for array, values in arrays_of(ragged).items():
+        columns |= _flat(f"{name}{_ARRAY}{array}", values)
+    return columns
 
 
 def _one(value: int | np.ndarray) -> pa.Array:
@@ -168,7 +187,7 @@ def _one(value: int | np.ndarray) -> pa.Array:
         return pa.array([value], pa.int64())
     flat = pa.array(value.reshape(-1))
     rows = flat if value.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, value.shape[1])
-    return pa.ListArray.from_arrays(pa.array([0, len(value)], pa.int32()), rows)
+    return pa.LargeListArray.from_arrays(pa.array([0, len(value)], pa.int64()), rows)
 
 
 def from_arrow(table: pa.Table) -> tuple[Batch, int]:
@@ -176,6 +195,7 @@ def from_arrow(table: pa.Table) -> tuple[Batch, int]:
     import pyarrow as pa
 
     assert table.num_rows == 1, f"a batch is one row, got {table.num_rows}"
+    there = set(table.column_names)
 
     def array(name: str) -> np.ndarray:
         rows = table.column(name)[0].values
@@ -183,10 +203,18 @@ def from_arrow(table: pa.Table) -> tuple[Batch, int]:
             return rows.flatten().to_numpy().reshape(-1, rows.type.list_size).copy()
         return rows.to_numpy(zero_copy_only=False).copy()
 
-    numbers = {name: table.column(name)[0].as_py() for name in _NUMBERS if name in table.column_names}
-    ragged: dict[str, Any] = {name: Ragged(array(f"{name}_values"), array(f"{name}_offsets")) for name in _RAGGED}
-    names = [field.name for field in fields(Batch) if field.name in table.column_names]
-    arrays: dict[str, Any] = {name: array(name) for name in names if name not in _NUMBERS}
-    chunks, rank = ragged.pop("chunks"), numbers.pop("rank")
+    def ragged(name: str) -> Ragged:
+        values, offsets = array(f"{name}_values"), array(f"{name}_offsets")
+        if (shape := f"{name}_shape") in there:
+            values = values.reshape(-1, *array(shape))
+        towers = array(f"{name}_towers") if f"{name}_towers" in there else None
+        inner = [c.removesuffix("_offsets") for c in table.column_names if c.startswith(name + _ARRAY)]
+        arrays = {path.removeprefix(name + _ARRAY): ragged(path) for path in inner if f"{path}_offsets" in there}
+        return Ragged(values, offsets) if towers is None and not arrays else Inputs(values, offsets, arrays, towers)
+
+    numbers = {name: table.column(name)[0].as_py() for name in _NUMBERS}
+    lists: dict[str, Any] = {name: ragged(name) for name in _RAGGED}
+    arrays: dict[str, Any] = {f.name: array(f.name) for f in fields(Batch) if f.name in there - set(_NUMBERS)}
+    chunks, rank = lists.pop("chunks"), numbers.pop("rank")
     places = tuple(chunks[i].astype(np.int64) for i in range(len(chunks)))
-    return Batch(chunks=places, **numbers, **ragged, **arrays), rank
+    return Batch(chunks=places, **numbers, **lists, **arrays), rank

@@ -17,27 +17,42 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_services.draws import mix
-from data_services.records import Fields, Record
+from data_services.fields import Fields
+from data_services.items import TEXT, Form, Kinds, Media, item_id
+from data_services.records import Record, Stored
 from data_services.schema import UNKNOWN, Column, class_id
 
-SCHEMA = pa.schema(
-    [
-        (Column.ID, pa.string()),
-        (Column.QUERY, pa.string()),
-        (Column.POSITIVES, pa.list_(pa.string())),
-        (Column.NEGATIVES, pa.list_(pa.string())),
-        (Column.QUERY_ID, pa.int64()),
-        (Column.POSITIVE_IDS, pa.list_(pa.int64())),
-        (Column.NEGATIVE_IDS, pa.list_(pa.int64())),
-        (Column.POSITIVE_SCORES, pa.list_(pa.float32())),
-        (Column.NEGATIVE_SCORES, pa.list_(pa.float32())),
-        (Column.WEIGHT, pa.float32()),
-        (Column.FREQUENCY, pa.float32()),
-        *((name, pa.int64()) for name in Column.CLASSES),
-    ]
-)
+
+def schema_of(kinds: Kinds) -> pa.Schema:
+    """Columns of a stored source whose sides are of these kinds."""
+    query, document = _item_type(kinds.query), _item_type(kinds.document)
+    return pa.schema(
+        [
+            (Column.ID, pa.string()),
+            (Column.QUERY, query),
+            (Column.POSITIVES, pa.list_(document)),
+            (Column.NEGATIVES, pa.list_(document)),
+            (Column.QUERY_ID, pa.int64()),
+            (Column.POSITIVE_IDS, pa.list_(pa.int64())),
+            (Column.NEGATIVE_IDS, pa.list_(pa.int64())),
+            (Column.POSITIVE_SCORES, pa.list_(pa.float32())),
+            (Column.NEGATIVE_SCORES, pa.list_(pa.float32())),
+            (Column.WEIGHT, pa.float32()),
+            (Column.FREQUENCY, pa.float32()),
+            *((name, pa.int64()) for name in Column.CLASSES),
+        ]
+    )
+
+
+def _item_type(form: Form) -> pa.DataType:
+    if isinstance(form, str):
+        return pa.string() if form == "text" else pa.binary()
+    return pa.struct([(name, _item_type(kind)) for name, kind in form.items()])
+
+
+SCHEMA = schema_of(TEXT)
 _IDS = {Column.QUERY_ID, Column.POSITIVE_IDS, Column.NEGATIVE_IDS}
-_TEXTS = {Column.QUERY, Column.POSITIVES, Column.NEGATIVES}  # which their ids stand for
+_ITEMS = {Column.QUERY, Column.POSITIVES, Column.NEGATIVES}  # which their ids stand for
 RECORD_SCHEMA = pa.schema([field for field in SCHEMA if field.name not in _IDS])
 _LARGEST_FLOAT32 = 3.4028234e38
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -47,16 +62,17 @@ class _Unsure(Exception):
     """A row of the block needs a closer look."""
 
 
-def record_table(records: Sequence[Record]) -> pa.Table:
+def record_table(records: Sequence[Record], kinds: Kinds = TEXT) -> pa.Table:
     """Records of the row-by-row way as a record table."""
+    schema = pa.schema([field for field in schema_of(kinds) if field.name not in _IDS])
     return pa.Table.from_pydict(
         {
             field.name: pa.array(
                 [getattr(record, _ATTRIBUTES.get(field.name, field.name)) for record in records], field.type
             )
-            for field in RECORD_SCHEMA
+            for field in schema
         },
-        schema=RECORD_SCHEMA,
+        schema=schema,
     )
 
 
@@ -64,8 +80,12 @@ _ATTRIBUTES = {Column.ID: "id", Column.QUERY: "query"}
 
 
 def clean(raw: pa.Table, fields: Fields, max_bytes: int) -> pa.Table | None:
-    """The record table of a block, as `records.record` makes it of the rows; None where one may be malformed."""
-    if fields.relations is not None or fields.title is not None or not set(fields.named) <= set(raw.column_names):
+    """The record table of a block, as `records.record` makes it of the rows; None where one may be malformed.
+
+    Images, sounds and items of parts go row by row: each has to be decoded anyway.
+    """
+    row_by_row = fields.relations is not None or fields.title is not None or fields.kinds != TEXT
+    if row_by_row or not set(fields.named) <= set(raw.column_names):
         return None
     try:
         table = _clean(raw.combine_chunks(), fields)
@@ -264,7 +284,7 @@ def with_ids(table: pa.Table) -> pa.Table:
     stays when the row moves to another file, when its negatives are mined anew or it is scored again, and the
     triplets of one pair share it.
     """
-    queries = text_ids(table[Column.QUERY].to_pylist())
+    queries = _ids_of(table[Column.QUERY])
     positives, negatives = (_ids_of_lists(table[name]) for name in (Column.POSITIVES, Column.NEGATIVES))
     made = {name: table[name] for name in table.column_names}
     made |= {
@@ -274,7 +294,26 @@ def with_ids(table: pa.Table) -> pa.Table:
     }
     if table[Column.ID].null_count:
         made[Column.ID] = _row_ids(queries, positives)
-    return pa.Table.from_pydict(made, schema=SCHEMA)
+    schema = pa.schema([table.schema.field(f.name) if f.name in table.schema.names else f for f in SCHEMA])
+    return pa.Table.from_pydict(made, schema=schema)
+
+
+def _ids_of(items: pa.ChunkedArray) -> np.ndarray:
+    """[n] int64, `item_id` of each stored item."""
+    if pa.types.is_string(items.type):
+        return text_ids(items.to_pylist())
+    return np.array([item_id(_as_item(stored)) for stored in items.to_pylist()], np.int64)
+
+
+def _as_item(stored: Stored) -> str | Media | dict[str, str | Media]:
+    """A stored item for `item_id`, to which images and sounds are bytes alike."""
+    if isinstance(stored, dict):
+        return {name: _part(part) for name, part in stored.items() if part is not None}
+    return _part(stored)
+
+
+def _part(stored: str | bytes) -> str | Media:
+    return stored if isinstance(stored, str) else Media("image", stored)
 
 
 def text_ids(texts: Iterable[str]) -> np.ndarray:
@@ -285,7 +324,7 @@ def text_ids(texts: Iterable[str]) -> np.ndarray:
 
 def _ids_of_lists(column: pa.ChunkedArray) -> pa.ListArray:
     lengths = pc.list_value_length(column).to_numpy().astype(np.int64)
-    return _list_array(lengths, pa.array(text_ids(pc.list_flatten(column).to_pylist())))
+    return _list_array(lengths, pa.array(_ids_of(pc.list_flatten(column))))
 
 
 def _row_ids(queries: np.ndarray, positives: pa.ListArray) -> pa.Array:
@@ -320,7 +359,7 @@ def row_hashes(stored: pa.Table, named: bool) -> np.ndarray:
     """
     total = np.zeros(len(stored), np.uint64)
     for field in SCHEMA:
-        if field.name in _TEXTS or (field.name == Column.ID and not named):
+        if field.name in _ITEMS or (field.name == Column.ID and not named):
             continue
         column = stored[field.name].combine_chunks()
         if isinstance(column, pa.ChunkedArray):

@@ -1,7 +1,7 @@
 """Parts of a source to Parquet: each by itself, on any node, once; then all of them as one stored source.
 
     <unfinished>/part-<key>/     appears when it is finished, whole; the key is of its files and what is wanted of them
-        rows-000.parquet …       stored rows (`columns.SCHEMA`) in row groups
+        rows-000.parquet …       stored rows (`columns.schema_of`) in row groups
         hashes.u64               `columns.row_hashes` of them, little-endian
         quarantine.parquet       malformed rows, if any: name of the file, number, reason, row
         part.json                counts
@@ -25,9 +25,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_services.columns import SCHEMA, clean, record_table, row_hashes, with_ids
+from data_services.columns import clean, record_table, row_hashes, schema_of, with_ids
+from data_services.fields import check_fields
+from data_services.items import TEXT, Kinds
 from data_services.readers.blocks import Block, Part, Want
-from data_services.records import Malformed, Record, Row, check_fields, record
+from data_services.records import Malformed, Record, Row, record
 from data_services.schema import UsageError
 
 # Raised when the same source would be stored differently.
@@ -40,6 +42,9 @@ SMALLEST_GROUP_ROWS = 64
 # A smaller source gets smaller row groups, so that shuffling by windows of groups still has groups to choose.
 _WANTED_GROUPS = 64
 _GROUPS_PER_FILE = 512
+# Row groups of images and sounds are smaller: a shuffling window of them stays in the cache of `store`.
+_MEDIA_GROUP_BYTES = 4 << 20
+_REGROUPED_MEDIA_BYTES = 1 << 30
 _QUARANTINED_CHARACTERS = 2_000
 # So many rows without one good one, and a field that none of them has: the field is wrong, not the rows.
 _PROBE_ROWS = 1_000
@@ -84,7 +89,7 @@ def _convert(part: Part, want: Want, source: str, folder: Path) -> None:
     rows_in = 0
     spans: Counter[str] = Counter()
     present: set[str] = set()
-    with _Rows(folder, want.fields.id is not None) as rows, _Quarantine(folder) as quarantine:
+    with _Rows(folder, want) as rows, _Quarantine(folder) as quarantine:
         for block in part.blocks(want):
             rows_in += block.rows_in
             spans[block.name] += block.span
@@ -107,14 +112,15 @@ def _records(block: Block, want: Want, quarantine: _Quarantine) -> pa.Table:
             good.append(result)
         else:
             quarantine.add(block.name, result)
-    return record_table(good)
+    return record_table(good, want.fields.kinds)
 
 
 class _Rows:
-    """Stored rows into files of row groups, with their hashes. named: whether they bring ids."""
+    """Stored rows into files of row groups, with their hashes."""
 
-    def __init__(self, folder: Path, named: bool) -> None:
-        self._folder, self._named = folder, named
+    def __init__(self, folder: Path, want: Want) -> None:
+        self._folder, self._named = folder, want.fields.id is not None
+        self._schema, self._media = schema_of(want.fields.kinds), want.fields.kinds != TEXT
         self.files: list[str] = []
         self.any = False
         self._waiting: list[pa.Table] = []
@@ -140,7 +146,9 @@ class _Rows:
         self._hashes.write(row_hashes(stored, self._named).astype("<u8").tobytes())
         self._waiting.append(stored)
         self._waiting_rows += len(stored)
-        if self._waiting_rows >= GROUP_ROWS:
+        if self._media and sum(table.nbytes for table in self._waiting) >= _MEDIA_GROUP_BYTES:
+            self._write_groups(1)
+        elif self._waiting_rows >= GROUP_ROWS:
             self._write_groups(GROUP_ROWS)
 
     def _write_groups(self, least: int) -> None:
@@ -163,7 +171,7 @@ class _Rows:
             if self._writer is not None:
                 self._writer.close()
             self.files.append(f"rows-{len(self.files):03}.parquet")
-            self._writer, self._groups = pq.ParquetWriter(self._folder / self.files[-1], SCHEMA), 0
+            self._writer, self._groups = pq.ParquetWriter(self._folder / self.files[-1], self._schema), 0
         return self._writer
 
 
@@ -219,9 +227,9 @@ def assemble(folder: Path, parts: Sequence[Part], want: Want, source: str, more:
     groups = [_groups(file) for file in files]
     if not groups:
         raise UsageError(f"source {source} has no usable row: {summary or 'it is empty'}")
-    rows = sum(map(sum, groups))
-    if rows < GROUP_ROWS * _WANTED_GROUPS:
-        files, groups = _regrouped(folder, files, group_rows(rows))
+    rows, kinds = sum(map(sum, groups)), want.fields.kinds
+    if (size := _regroup_size(files, rows, kinds)) is not None:
+        files, groups = _regrouped(folder, files, size, schema_of(kinds))
     rows_in = sum(done.rows_in for done in converted)
     assert rows_in == rows + reasons.total(), f"{source}: {rows_in} rows in, {rows} out, {reasons.total()} quarantined"
     manifest = {
@@ -235,6 +243,7 @@ def assemble(folder: Path, parts: Sequence[Part], want: Want, source: str, more:
         "columns": sorted(want.fields.columns),
         "fingerprint": digest.hexdigest(),
         "code_version": CODE_VERSION,
+        **({} if kinds == TEXT else {"kinds": kinds._asdict()}),
         **more,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -269,21 +278,33 @@ def _malformed(path: Path) -> Iterator[pa.RecordBatch]:
     return pq.ParquetFile(path).iter_batches(GROUP_ROWS) if path.exists() else iter(())
 
 
-def _regrouped(folder: Path, files: Iterable[Path], size: int) -> tuple[list[Path], list[list[int]]]:
+def _regroup_size(files: Sequence[Path], rows: int, kinds: Kinds) -> int | None:
+    """Rows of each row group that a source of few rows is cut into anew; None: it stays as its parts are."""
+    if rows >= GROUP_ROWS * _WANTED_GROUPS:
+        return None
+    if kinds == TEXT:
+        return group_rows(rows)
+    stored = sum(file.stat().st_size for file in files)
+    if stored > _REGROUPED_MEDIA_BYTES:
+        return None
+    return max(min(group_rows(rows), _MEDIA_GROUP_BYTES * rows // stored), 1)
+
+
+def _regrouped(folder: Path, files: Iterable[Path], size: int, schema: pa.Schema) -> tuple[list[Path], list[list[int]]]:
     """The rows of some files in one file of row groups of that size."""
     whole = folder / "rows.parquet"
-    with pq.ParquetWriter(whole, SCHEMA) as writer:
-        for table in _tables_of(files, size):
+    with pq.ParquetWriter(whole, schema) as writer:
+        for table in _tables_of(files, size, schema):
             writer.write_table(table, row_group_size=size)
     return [whole], [_groups(whole)]
 
 
-def _tables_of(files: Iterable[Path], size: int) -> Iterator[pa.Table]:
+def _tables_of(files: Iterable[Path], size: int, schema: pa.Schema) -> Iterator[pa.Table]:
     """The rows of some files in tables of `size` rows."""
-    rest = SCHEMA.empty_table()
+    rest = schema.empty_table()
     for file in files:
         for batch in pq.ParquetFile(file).iter_batches(GROUP_ROWS):
-            rest = pa.concat_tables([rest, pa.Table.from_batches([batch], SCHEMA)])
+            rest = pa.concat_tables([rest, pa.Table.from_batches([batch], schema)])
             while len(rest) >= size:
                 yield rest.slice(0, size)
                 rest = rest.slice(size)

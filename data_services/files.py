@@ -53,6 +53,16 @@ class File(NamedTuple):
         return system.open_input_stream(path, compression=self.compression)
 
 
+def read_bytes(uri: str, most: int) -> bytes:
+    """The first bytes of a file, `most` of them at most. Raises what the file system raises."""
+    if not is_remote(uri):
+        with open(uri, "rb") as file:
+            return file.read(most)
+    system, place = _system(uri)
+    with system.open_input_stream(place) as stream:
+        return stream.read(most)
+
+
 def is_remote(path: str) -> bool:
     return _REMOTE.match(path) is not None
 

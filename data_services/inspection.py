@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from data_services.items import Kinds
+from data_services.media.checks import readable
 from data_services.origins import origin_of
 from data_services.readers.blocks import Want
 from data_services.records import Malformed, Record, Row, record
@@ -51,7 +53,7 @@ def inspect_source(config: SourceConfig, home: Path, examples: int = 3) -> Inspe
     malformed: list[str] = []
     for name, result in _first(reading):
         if isinstance(result, Record):
-            good.append({key: value for key, value in result._asdict().items() if value not in (None, [])})
+            good.append(_readable(result, reading.want.fields.kinds))
         else:
             malformed.append(f"{name}:{result.number}: {result.reason}")
         if len(good) == examples:
@@ -67,6 +69,16 @@ def inspect_source(config: SourceConfig, home: Path, examples: int = 3) -> Inspe
         rows=known.rows if known else None,
         quarantined=sum(known.quarantined.values()) if known else None,
     )
+
+
+def _readable(made: Record, kinds: Kinds) -> dict[str, Any]:
+    """What a record has, with words in the place of bytes."""
+    shown = {
+        "query": readable(made.query, kinds.query),
+        "positives": [readable(item, kinds.document) for item in made.positives],
+        "negatives": [readable(item, kinds.document) for item in made.negatives],
+    }
+    return {key: value for key, value in (made._asdict() | shown).items() if value not in (None, [])}
 
 
 def _first(reading: Reading) -> Iterator[tuple[str, Record | Malformed]]:

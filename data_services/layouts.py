@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from data_services.records import Fields
+from data_services.fields import Fields
 from data_services.schema import UsageError
 
 LayoutName = Literal["pairs", "triplets", "tevatron", "flagembedding", "beir"]
@@ -96,8 +96,9 @@ def _flagembedding(present: Sequence[str]) -> Layout | None:
         return name if name in there else None
 
     negatives = ("neg",) if "neg" in there else ()
-    scores = {"positive_scores": has("pos_scores"), "negative_scores": has("neg_scores") if negatives else None}
-    return Layout("flagembedding", Fields("query", "pos", negatives, prompt=has("prompt"), **scores))
+    of_negatives = has("neg_scores") if negatives else None
+    fields = Fields("query", "pos", negatives, has("pos_scores"), of_negatives, prompt=has("prompt"))
+    return Layout("flagembedding", fields)
 
 
 _LAYOUTS = {"pairs": _pairs, "triplets": _triplets, "tevatron": _tevatron, "flagembedding": _flagembedding}

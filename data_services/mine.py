@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_services.items import TEXT
 from data_services.mining import report as reporting
 from data_services.mining.filters import Block, Fate, FilterConfig, by_guide, by_score, choose, known_false
 from data_services.mining.report import Example, MiningReport
@@ -27,7 +28,7 @@ from data_services.mining.scorers import Guide, Miner, Scorer
 from data_services.mining.search import best
 from data_services.mining.texts import Lists, TextTable, positives_of, write_texts
 from data_services.rewrite import replaced, rewrite
-from data_services.schema import Column
+from data_services.schema import Column, UsageError
 from data_services.store import StoredSource
 
 _QUERIES_AT_ONCE = 4096
@@ -52,7 +53,15 @@ class MiningTexts:
 
     @classmethod
     def of(cls, source: StoredSource, corpora: list[StoredSource], folder: Path) -> MiningTexts:
-        """Writes the texts to `folder`. corpora: sources whose positives and hard negatives are candidates too."""
+        """Writes the texts to `folder`. corpora: sources whose positives and hard negatives are candidates too.
+
+        Raises UsageError where one of the sources holds images or sounds.
+        """
+        other = next((its for its in (source, *corpora) if its.kinds != TEXT), None)
+        if other is not None:
+            raise UsageError(
+                f"source {other.name} holds {other.kinds.modality} pairs: hard negatives are mined of texts"
+            )
         queries = write_texts(folder / "queries.arrow", [source], [Column.QUERY])
         documents = write_texts(folder / "documents.arrow", [source, *corpora], [Column.POSITIVES, Column.NEGATIVES])
         return cls(source, queries, documents, *positives_of(source, queries, documents))

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_services.items import TEXT
 from data_services.schema import Column
 from data_services.store import StoredSource
 
@@ -99,15 +100,18 @@ def find_duplicates(
 
     A row is near another where the texts of `by`, end to end, are; it is compared with rows that stay, so that a row
     that is near none that stays is never left out. It is in the evaluation source where its query is one of the
-    queries there or one of its positives one of the documents, exactly or nearly.
+    queries there or one of its positives one of the documents, exactly or nearly. Of images and sounds, and of items of
+    parts, only exact repetitions are found.
     """
+    if any(its.kinds != TEXT for its in (source, against) if its is not None):
+        threshold = None
     index = NearIndex(threshold) if threshold is not None else None
     elsewhere = Contamination(against, threshold) if against is not None else None
     first, keep = np.arange(source.rows), np.ones(source.rows, bool)
     seen: dict[tuple[int, ...], int] = {}
     exact = near = row = 0
     contaminated: dict[str, int] = {"exact": 0, "near": 0}
-    for table in _tables(source):
+    for table in _tables(source, index is not None):
         rows = table.to_pylist()
         signed = signatures([row_text(r, by) for r in rows]) if index is not None else iter(())
         held = elsewhere.held(rows) if elsewhere is not None else [None] * len(rows)
@@ -137,7 +141,7 @@ class Contamination:
     def __init__(self, source: StoredSource, threshold: float | None) -> None:
         self._ids: dict[str, set[int]] = {Column.QUERY: set(), Column.POSITIVES: set()}
         self._near = {side: NearIndex(threshold) for side in self._ids} if threshold is not None else {}
-        for table in _tables(source):
+        for table in _tables(source, threshold is not None):
             for record in table.to_pylist():
                 for side, ids, texts in _sides(record):
                     new = [(i, t) for i, t in zip(ids, texts, strict=True) if i not in self._ids[side]]
@@ -160,9 +164,10 @@ class Contamination:
 
 
 def _sides(record: dict[str, Any]) -> Iterator[tuple[str, list[int], list[str]]]:
-    """(side, ids, texts) of the query and of the positives."""
-    yield Column.QUERY, [record[Column.QUERY_ID]], [record[Column.QUERY]]
-    yield Column.POSITIVES, record[Column.POSITIVE_IDS], record[Column.POSITIVES]
+    """(side, ids, texts) of the query and of the positives; "" where only ids were read."""
+    positives = record[Column.POSITIVE_IDS]
+    yield Column.QUERY, [record[Column.QUERY_ID]], [record.get(Column.QUERY, "")]
+    yield Column.POSITIVES, positives, record.get(Column.POSITIVES, [""] * len(positives))
 
 
 def row_key(record: dict[str, Any], by: By) -> tuple[int, ...]:
@@ -177,7 +182,8 @@ def row_text(record: dict[str, Any], by: By) -> str:
     return "\n".join(query + (record[Column.POSITIVES] if by != "query" else []))
 
 
-def _tables(source: StoredSource) -> Iterator[pa.RecordBatch]:
-    columns = [Column.QUERY, Column.QUERY_ID, Column.POSITIVES, Column.POSITIVE_IDS]
+def _tables(source: StoredSource, texts: bool) -> Iterator[pa.RecordBatch]:
+    """texts: whether more is read than ids"""
+    columns = [Column.QUERY_ID, Column.POSITIVE_IDS, *((Column.QUERY, Column.POSITIVES) if texts else ())]
     for path in source.files:
         yield from pq.ParquetFile(path).iter_batches(columns=columns)

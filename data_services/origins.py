@@ -7,21 +7,26 @@ import inspect
 import json
 import posixpath
 import re
+import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from data_services import builtin
+from data_services.corpora.catalogue import corpora
+from data_services.corpora.splits import SPLITS
+from data_services.fields import Fields, check_media_fields
 from data_services.files import File, Found, find, is_remote, stamp_of
 from data_services.imports import import_object
+from data_services.items import TEXT, Kind
 from data_services.layouts import Layout, layout_of
 from data_services.readers import hub
+from data_services.readers.beside import with_files
 from data_services.readers.blocks import Block, Want, blocks_of_rows
-from data_services.readers.formats import FOLDER_SUFFIXES, SUFFIXES, fields_of, parts_of
+from data_services.readers.formats import FOLDER_SUFFIXES, SUFFIXES, fields_of, media_of, parts_of
 from data_services.readers.joined import BEIR_FIELDS, CorpusPart, beir_parts
-from data_services.records import Fields, Malformed, Row, as_row
+from data_services.records import Malformed, Row, as_row
 from data_services.schema import UsageError
 from data_services.store import Reading
 
@@ -71,38 +76,37 @@ class RowsPart:
     files: ClassVar[tuple[File, ...]] = ()
 
     def blocks(self, want: Want) -> Iterator[Block]:
-        return blocks_of_rows(self.name, self.rows())
+        return with_files(blocks_of_rows(self.name, self.rows(), want.block_rows), want, None)
 
 
-def _want(config: SourceConfig, layout: Layout) -> Want:
-    return Want(config.fields(layout.fields), config.max_bytes)
+def _want(config: SourceConfig, layout: Layout, media: Mapping[str, Kind] | None = None) -> Want:
+    """media: which fields hold images and sounds, as the rows show it; the recipe comes first."""
+    fields = config.fields(layout.fields)
+    fields = fields._replace(media=tuple(sorted((config.kinds or media or dict(layout.fields.media)).items())))
+    check_media_fields(fields, config.shown)
+    return Want(fields, config.max_bytes, config.root)
 
 
 def _builtin(config: SourceConfig, path: str) -> Origin:
-    corpus = path.removeprefix(_BUILTIN)
-    if corpus not in builtin.CORPORA:
-        known = [f"{_BUILTIN}{name}" for name in builtin.CORPORA]
+    name = path.removeprefix(_BUILTIN)
+    if name not in corpora():
+        known = [f"{_BUILTIN}{name}" for name in corpora()]
         nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)[0]
         raise UsageError(f"no built-in source {path}; nearest: {nearest}")
-    if config.split not in builtin.SPLITS:
-        raise UsageError(f"{path} has no split {config.split!r}; it has {', '.join(sorted(builtin.SPLITS))}")
+    if config.split not in SPLITS:
+        raise UsageError(f"{path} has no split {config.split!r}; it has {', '.join(sorted(SPLITS))}")
+    if config.kinds:
+        raise UsageError(f"{path} says itself which of its fields are images or sounds: leave `kinds` out")
+    corpus = corpora()[name]
 
     def rows() -> Iterator[Row]:
-        for number, pair in enumerate(builtin.stdlib_code()[config.split], start=1):
-            package = pair.module.partition(".")[0]
-            yield Row(number, {"name": pair.name, "package": package, "query": pair.query, "positive": pair.positive})
+        return (Row(number, fields) for number, fields in enumerate(corpus.rows(config.split), start=1))
 
-    stamp = builtin.stdlib_stamp()
-    layout = Layout("pairs", Fields("query", "positive", id="name"))
+    stamp = corpus.stamp()
+    layout = Layout("pairs", corpus.fields)
     reading = Reading([RowsPart(path, rows)], _want(config, layout), layout.name)
-    key = f"{path} {stamp['python']}"
-    return Origin(
-        f"{corpus}-{config.split}",
-        key,
-        lambda: stamp,
-        lambda: reading,
-        lambda: ("name", "package", "query", "positive"),
-    )
+    key = f"{path} {sys.version}"
+    return Origin(f"{name}-{config.split}", key, lambda: stamp, lambda: reading, lambda: corpus.fields.named)
 
 
 def _function(config: SourceConfig, path: str) -> Origin:
@@ -125,7 +129,8 @@ def _of_hub(config: SourceConfig, path: str) -> Origin:
 
     def reading() -> Reading:
         layout = _layout(config, lambda: dataset.column_names)
-        return Reading([hub.HubPart(path, dataset._fingerprint, dataset)], _want(config, layout), layout.name)
+        want = _want(config, layout, hub.media_of(dataset))
+        return Reading([hub.HubPart(path, dataset._fingerprint, dataset)], want, layout.name)
 
     name = path.removeprefix(hub.PREFIX).replace("/", "-")
     return Origin(f"{name}-{config.split}", path, lambda: dataset._fingerprint, reading, lambda: dataset.column_names)
@@ -223,7 +228,9 @@ def _reading(config: SourceConfig, found: Found, files: list[File], corpus: list
         want = Want(config.fields(BEIR_FIELDS), config.max_bytes)
         return Reading(beir_parts(*_beir_files(config, found)), want, "beir")
     layout = _layout(config, lambda: _present(files, config.max_bytes))
-    want, parts = _want(config, layout), parts_of(files)
+    want, parts = _want(config, layout, _recognised(config, layout, files)), parts_of(files)
+    if (corpus or layout.id_fields) and want.fields.kinds != TEXT:
+        raise UsageError(f"source {config.shown} names documents of a corpus by id: they are texts, leave `kinds` out")
     if corpus:
         ids = layout.id_fields or (want.fields.positive, *want.fields.negatives)
         return Reading([CorpusPart(part, tuple(corpus), ids) for part in parts], want, layout.name)
@@ -235,6 +242,14 @@ def _reading(config: SourceConfig, found: Found, files: list[File], corpus: list
     return Reading(parts or [], want, layout.name)
 
 
+def _recognised(config: SourceConfig, layout: Layout, files: Sequence[File]) -> dict[str, Kind]:
+    """The fields of both sides that hold images or sounds in the first file with rows."""
+    fields = config.fields(layout.fields)
+    first = next((file for file in files if file.size), None)
+    sides = (*fields.of_query, *fields.of_positive, *fields.negatives)
+    return media_of(first, sides, config.max_bytes) if first is not None and not config.kinds else {}
+
+
 def _present(files: Iterable[File], max_bytes: int) -> list[str]:
     """The fields of the first file that has any."""
     return next((fields for file in files if (fields := fields_of(file, max_bytes))), [])
@@ -242,7 +257,8 @@ def _present(files: Iterable[File], max_bytes: int) -> list[str]:
 
 def _layout(config: SourceConfig, present: Callable[[], Sequence[str]]) -> Layout:
     """As the recipe names the fields, else as they are recognised."""
-    if config.format is None and (config.query is not None or config.positive is not None):
+    named = (config.query, config.positive, config.query_parts, config.positive_parts)
+    if config.format is None and any(field is not None for field in named):
         return _PLAIN
     there = present()
     return layout_of(there, config.format, config.shown) if there else _PLAIN

@@ -73,14 +73,12 @@ def _unpickled(reader: bytes) -> Reader:
     return pickle.loads(reader)
 
 
-def _deal_unit(
-    table: pa.Table, reader: bytes, units: Units, world_size: int, budget_tokens: int, by_field: bool
-) -> Iterator[pa.Table]:
+def _deal_unit(table: pa.Table, reader: bytes, units: Units, world_size: int, budget_tokens: int) -> Iterator[pa.Table]:
     """Runs in a Ray Data task: `world_size` one-row tables for each step of the unit, in order."""
     (unit,) = table.column("id").to_pylist()
     read = _unpickled(reader)
     for t in units.steps(unit):
-        for rank, batch in enumerate(share_batch(read(t), world_size, budget_tokens, by_field)):
+        for rank, batch in enumerate(share_batch(read(t), world_size, budget_tokens)):
             yield to_arrow(batch, rank)
 
 
@@ -90,7 +88,6 @@ def ray_dataset(
     start: int,
     budget_tokens: int,
     read_ahead_mib: int = 256,
-    by_field: bool = False,
 ) -> ray.data.Dataset:
     """The plan from step `start` on as a dataset of one row, and one block, per (step, rank).
 
@@ -113,7 +110,6 @@ def ray_dataset(
         units=units,
         world_size=world_size,
         budget_tokens=budget_tokens,
-        by_field=by_field,
     )
     return dataset.map_batches(deal, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
 

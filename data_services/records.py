@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-from data_services.schema import UNKNOWN, Column, UsageError, class_id
+from data_services.fields import CONSTANT, Fields
+from data_services.items import Kind, Kinds
+from data_services.media.checks import MEDIA_KINDS, check_media
+from data_services.schema import UNKNOWN, Column, Undecodable, class_id
 
 _LARGEST_FLOAT32 = 3.4028234e38
-_CONSTANT = "="  # `task: =nli` is a class of every row, where `task: kind` is a field
 
 
 class Row(NamedTuple):
@@ -21,6 +23,10 @@ class Row(NamedTuple):
 
     number: int
     fields: Mapping[str, Any]
+
+
+Stored = str | bytes | dict[str, str | bytes]
+"""An item as it is stored: a text, the bytes of an image or sound, or those of its parts that the row has."""
 
 
 class Record(NamedTuple):
@@ -31,9 +37,9 @@ class Record(NamedTuple):
     """
 
     id: str | None
-    query: str
-    positives: list[str]
-    negatives: list[str]
+    query: Stored
+    positives: list[Stored]
+    negatives: list[Stored]
     positive_scores: list[float] | None = None
     negative_scores: list[float] | None = None
     weight: float | None = None
@@ -53,60 +59,6 @@ class Malformed(NamedTuple):
     row: str
 
 
-class Fields(NamedTuple):
-    """Names of the fields that hold the parts of a record, None where the source lacks one.
-
-    negatives  one field of a text or a list of texts, or several fields of one text each
-    relations  1, -1 or 0 for each text of `positive`: it answers, it doesn't, it isn't known
-    prompt     a text that goes before the query
-    title      a text that goes before each positive, with a space
-
-    From `positive_scores` to `cluster` they are named as in `Column.OPTIONAL`. A class may be =NAME, the same of
-    every row.
-    """
-
-    query: str
-    positive: str
-    negatives: tuple[str, ...] = ()
-    positive_scores: str | None = None
-    negative_scores: str | None = None
-    weight: str | None = None
-    frequency: str | None = None
-    label: str | None = None
-    task: str | None = None
-    language: str | None = None
-    modality: str | None = None
-    cluster: str | None = None
-    id: str | None = None
-    prompt: str | None = None
-    relations: str | None = None
-    title: str | None = None
-
-    @property
-    def named(self) -> list[str]:
-        """The fields that some row must have."""
-        constants = {name for name in Column.CLASSES if (getattr(self, name) or "").startswith(_CONSTANT)}
-        single = {name: field for name, field in self._asdict().items() if name not in {"negatives", *constants}}
-        return list(dict.fromkeys([*filter(None, single.values()), *self.negatives]))
-
-    @property
-    def columns(self) -> frozenset[str]:
-        """Which of `Column.OPTIONAL` the records have."""
-        return frozenset(name for name in Column.OPTIONAL if getattr(self, name) is not None)
-
-
-def check_fields(present: Iterable[str], fields: Fields, source: str) -> None:
-    """UsageError naming the first of `fields` that isn't among those present, where any are."""
-    names = sorted(str(name) for name in present)
-    for field in fields.named:
-        if names and field not in names:
-            nearest = difflib.get_close_matches(field, names, 1)
-            raise UsageError(
-                f"source {source} has no field {field!r}; its fields are {', '.join(names)}"
-                + (f"; did you mean {nearest[0]}?" if nearest else "")
-            )
-
-
 def as_row(number: int, fields: Any) -> Row | Malformed:
     """A mapping as a row; anything else is malformed."""
     if isinstance(fields, Mapping):
@@ -119,36 +71,69 @@ class _Unusable(ValueError):
 
 
 def record(row: Row, fields: Fields, max_bytes: int) -> Record | Malformed:
-    """The record of a row. max_bytes: of its texts together, in UTF-8."""
+    """The record of a row. max_bytes: of its texts together, in UTF-8, and of its images and sounds, encoded."""
     try:
         made = _read(row.fields, fields)
-        size = sum(len(text.encode()) for text in (made.query, *made.positives, *made.negatives))
-        if size > max_bytes:
-            raise _Unusable(f"its texts have more than max_bytes={max_bytes} bytes")
+        if sum(map(_size, (made.query, *made.positives, *made.negatives))) > max_bytes:
+            what = "texts, images and sounds" if fields.media else "texts"
+            raise _Unusable(f"its {what} have more than max_bytes={max_bytes} bytes")
+        _check_media(made, fields.kinds)
     except _Unusable as why:
-        return Malformed(row.number, str(why), repr(dict(row.fields)))
+        return Malformed(row.number, str(why), shown(row.fields))
     return made
 
 
+def shown(fields: Mapping[str, Any]) -> str:
+    """A row for a person to see: of bytes only how many they are."""
+    return repr({name: _shown(value) for name, value in fields.items()})
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return f"({len(value):,} bytes)"
+    if isinstance(value, list | tuple):
+        return [_shown(its) for its in value]
+    return {name: _shown(its) for name, its in value.items()} if isinstance(value, Mapping) else value
+
+
+def _size(item: Stored) -> int:
+    if isinstance(item, dict):
+        return sum(map(_size, item.values()))
+    return len(item.encode() if isinstance(item, str) else item)
+
+
+def _check_media(made: Record, kinds: Kinds) -> None:
+    """Whether every image and sound can be decoded: training, evaluation and search then meet none that can't."""
+    for form, items in ((kinds.query, [made.query]), (kinds.document, [*made.positives, *made.negatives])):
+        for item in items if form != "text" else []:
+            parts = item if isinstance(item, dict) else {"": item}
+            for name, data in parts.items():
+                if isinstance(data, bytes):
+                    kind = form if isinstance(form, str) else form[name]
+                    try:
+                        check_media(data, kind)
+                    except Undecodable as error:
+                        raise _Unusable(str(error)) from None
+
+
 def _read(row: Mapping[str, Any], fields: Fields) -> Record:
-    query = _texts(row, fields.query)
-    positives = _texts(row, fields.positive)
+    query = _items(row, fields.query, fields.query_parts, fields)
+    positives = _items(row, fields.positive, fields.positive_parts, fields)
     if len(query) != 1:
-        raise _Unusable(f"field {fields.query!r} is a list, not one text")
+        raise _Unusable(f"field {fields.query!r} is a list, not one {fields.kind_of(fields.query)}")
     if fields.title is not None and row.get(fields.title) not in (None, ""):
-        positives = [f"{_text(row[fields.title], fields.title)} {text}" for text in positives]
-    negatives = _negatives(row, fields.negatives)
+        positives = [_text(row[fields.title], fields.title) + " " + str(text) for text in positives]
+    negatives = _negatives(row, fields)
     if fields.relations is not None:
         positives, judged_wrong = _by_relation(row, fields, positives)
         negatives = judged_wrong + negatives
     if not positives:
         raise _Unusable(f"field {fields.positive!r} is an empty list")
-    prompt = (
-        "" if fields.prompt is None or row.get(fields.prompt) is None else _plain(row[fields.prompt], fields.prompt)
-    )
+    if fields.prompt is not None and row.get(fields.prompt) is not None:
+        query = [_plain(row[fields.prompt], fields.prompt) + str(text) for text in query]
     return Record(
         _id(row, fields.id),
-        prompt + query[0],
+        query[0],
         positives,
         negatives,
         _scores(row, fields.positive_scores, fields.positive, len(positives)),
@@ -166,13 +151,59 @@ def _id(fields: Mapping[str, Any], field: str | None) -> str | None:
     return str(int(value)) if _is(Integral, value) else _text(value, field)
 
 
-def _negatives(fields: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
-    """Texts of every such field that the row has: a row may have no hard negative."""
-    return [text for name in names if fields.get(name) is not None for text in _texts(fields, name)]
+def _negatives(row: Mapping[str, Any], fields: Fields) -> list[Stored]:
+    """Items of every such field that the row has: a row may have no hard negative."""
+    return [item for name in fields.negatives if row.get(name) is not None for item in _items(row, name, (), fields)]
 
 
-def _by_relation(row: Mapping[str, Any], fields: Fields, texts: list[str]) -> tuple[list[str], list[str]]:
-    """(texts that answer the query, texts that don't); those of which it isn't known are left out."""
+def _items(row: Mapping[str, Any], field: str, parts: tuple[str, ...], fields: Fields) -> list[Stored]:
+    """What a field holds, or each in its list; of several parts one item, of those that the row has."""
+    if parts:
+        return [_parts(row, parts, fields)]
+    kind = fields.kind_of(field)
+    if kind == "text":
+        return [*_texts(row, field)]
+    value = _value(row, field)
+    several = isinstance(value, list | tuple) and (kind in MEDIA_KINDS or all(isinstance(its, bytes) for its in value))
+    return [_bytes(its, field, kind) for its in (value if several else [value])]
+
+
+def _parts(row: Mapping[str, Any], parts: tuple[str, ...], fields: Fields) -> dict[str, str | bytes]:
+    there: dict[str, str | bytes] = {}
+    for name in parts:
+        if (value := row.get(name)) is not None and value != "":
+            kind = fields.kind_of(name)
+            there[name] = _text(value, name) if kind == "text" else _bytes(value, name, kind)
+    if not there:
+        raise _Unusable(f"it has none of the fields {', '.join(parts)}")
+    return there
+
+
+def _bytes(value: Any, field: str, kind: Kind) -> bytes:
+    """The bytes of a file, bare or as `datasets` keeps them: {bytes, path}. Readers have put them where a path was.
+
+    Of a kind of a user's own a text is its UTF-8, and what is neither text nor bytes is its JSON.
+    """
+    if kind in MEDIA_KINDS:
+        value = value.get("bytes") if isinstance(value, Mapping) else value
+    elif value is not None and not isinstance(value, bytes):
+        value = _encoded(value, field)
+    if not isinstance(value, bytes):
+        raise _Unusable(f"field {field!r} is {_kind(value)}, not the bytes of a file")
+    return value
+
+
+def _encoded(value: Any, field: str) -> bytes:
+    if isinstance(value, str):
+        return _plain(value, field).encode()
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError):
+        raise _Unusable(f"field {field!r} holds what can't be written as JSON") from None
+
+
+def _by_relation(row: Mapping[str, Any], fields: Fields, texts: list[Stored]) -> tuple[list[Stored], list[Stored]]:
+    """(items that answer the query, items that don't); those of which it isn't known are left out."""
     assert fields.relations is not None
     values = _scores(row, fields.relations, fields.positive, len(texts)) or []
     if not set(values) <= {1, 0, -1}:
@@ -256,8 +287,8 @@ def _class(fields: Mapping[str, Any], field: str | None) -> int | None:
     """The class that a field names, by text or whole number; UNKNOWN where the row has none."""
     if field is None:
         return None
-    if field.startswith(_CONSTANT):
-        return class_id(field.removeprefix(_CONSTANT))
+    if field.startswith(CONSTANT):
+        return class_id(field.removeprefix(CONSTANT))
     value = fields.get(field)
     if value is None:
         return UNKNOWN

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_services.columns import schema_of
 from data_services.schema import UNKNOWN, Column, UsageError
-from data_services.store import SCHEMA, StoredSource
+from data_services.store import StoredSource
 
 # The keys of `data.sources` that don't have the names of their columns.
 _KEYS = {
@@ -44,18 +45,25 @@ def publish(making: Path, out: Path, manifest: dict[str, Any], name: str) -> Non
 
 
 def rewrite(source: StoredSource, folder: Path, change: Callable[[pa.Table, int], pa.Table]) -> int:
-    """The source's rows as Parquet of `store.SCHEMA`, each row group as `change` gives it; how many rows those are.
+    """The source's rows as Parquet of their schema, each row group as `change` gives it; how many rows those are.
 
     change  takes a row group and the number of its first row; it may leave rows out
+
+    UsageError where the source has items of parts, which no field of the result could name.
     """
+    if not all(isinstance(form, str) for form in source.kinds):
+        raise UsageError(
+            f"source {source.name} has items of several parts: it can't be written back as one column a side"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     first = written = 0
+    schema = schema_of(source.kinds)
     for number, path in enumerate(source.files):
         file = pq.ParquetFile(path)
-        with pq.ParquetWriter(folder / f"part-{number:05}.parquet", SCHEMA) as writer:
+        with pq.ParquetWriter(folder / f"part-{number:05}.parquet", schema) as writer:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group)
-                changed = _without_unknown(change(table, first)).cast(SCHEMA)
+                changed = _without_unknown(change(table, first)).cast(schema)
                 first, written = first + len(table), written + len(changed)
                 if len(changed):
                     writer.write_table(changed, row_group_size=len(changed))

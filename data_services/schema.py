@@ -11,13 +11,20 @@ On a worker, document j < b is a positive of query j; after those come further p
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
+
+from data_services.items import Item as Item
+from data_services.items import Kinds as Kinds
+from data_services.items import Media as Media
+from data_services.items import item_id as item_id
+from data_services.items import text_id as text_id
+from data_services.ragged import Inputs as Inputs
+from data_services.ragged import Ragged as Ragged
 
 
 class Section(BaseModel):
@@ -52,9 +59,11 @@ class Column:
     query        string        the query text
     positives    list<string>  one or more texts that answer the query
     negatives    list<string>  hard negatives, may be empty
-    query_id     int64         stable 64-bit hash of the query text (`text_id`)
+    query_id     int64         stable 64-bit hash of the query text (`item_id`)
     positive_ids list<int64>   stable hashes of the positives, in their order
     negative_ids list<int64>   stable hashes of the negatives, in their order
+
+    A side that is no text holds binary or struct in the place of string, see `items`.
 
     What a source may have besides; null in every row where it hasn't:
 
@@ -77,11 +86,6 @@ class Column:
     OPTIONAL = (POSITIVE_SCORES, NEGATIVE_SCORES, WEIGHT, FREQUENCY, *CLASSES)
 
 
-def text_id(text: str) -> int:
-    """Stable signed 64-bit id of a text: equal texts are the same query or document everywhere."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
-
-
 UNKNOWN = -(2**63)
 """A class or query that isn't known: it equals nothing. `text_id` gives it with probability 2^-64."""
 
@@ -91,57 +95,12 @@ def class_id(value: str | int) -> int:
     return text_id(value) if isinstance(value, str) else int(value)
 
 
-@dataclass(frozen=True)
-class Ragged:
-    """Token lists of different lengths, end to end. values [T] int32; offsets [n+1] int64, offsets[0] == 0."""
-
-    values: np.ndarray
-    offsets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """[n] int64, tokens of each text."""
-        return np.diff(self.offsets)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.values[self.offsets[i] : self.offsets[i + 1]]
-
-    def take(self, indices: np.ndarray) -> Ragged:
-        """The texts at `indices` [m], in that order."""
-        lengths = self.lengths[indices]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-        return Ragged(self.values[np.repeat(self.offsets[:-1][indices], lengths) + within], offsets)
-
-    def padded(self, pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [n, L] int64, mask [n, L] int64), padded on the right to the longest text."""
-        width = int(self.lengths.max(initial=1))
-        mask = (np.arange(width) < self.lengths[:, None]).astype(np.int64)
-        ids = np.full((len(self), width), pad, np.int64)
-        ids[mask.astype(bool)] = self.values
-        return ids, mask
-
-    @classmethod
-    def of(cls, lists: Sequence[Sequence[int] | np.ndarray]) -> Ragged:
-        offsets = np.concatenate([[0], np.cumsum([len(x) for x in lists])]).astype(np.int64)
-        values = np.concatenate([np.asarray(x, np.int32) for x in lists]) if lists else np.zeros(0, np.int32)
-        return cls(values.astype(np.int32), offsets)
-
-    @classmethod
-    def concat(cls, parts: Sequence[Ragged]) -> Ragged:
-        offsets = np.concatenate([[0], np.cumsum(np.concatenate([p.lengths for p in parts]))]).astype(np.int64)
-        return cls(np.concatenate([p.values for p in parts]), offsets)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
     """Queries with the documents of their records, tokenised, and what is known of each. One global `step`'s.
 
-    queries        Ragged of b texts
-    documents      Ragged of d texts: a positive of query j at j < b, then further positives, then hard negatives
+    queries        Ragged of b texts; Inputs where a tower reads more than tokens, or there are several towers
+    documents      the same of d texts: a positive of query j at j < b, then further positives, then hard negatives
     query_ids      [b] int64, `text_id` of each query
     document_ids   [d] int64, `text_id` of each document
     owners         [d] int64, the query (0..b-1) from whose record a document is; j at j < b
@@ -201,6 +160,10 @@ class Pairs:
         return np.where(self.relations > 0, self.query_ids[self.owners], UNKNOWN)
 
 
+SIDES = {"queries": 1, "documents": 2}
+"""Bits of `Batch.chunk_sides`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch(Pairs):
     """One worker's share of a global batch.
@@ -209,13 +172,14 @@ class Batch(Pairs):
     chunks         indices into queries followed by documents (0..b+d-1), each of similar lengths and under
                    the token budget; together every index once; the same number on every worker (a chunk may
                    be empty)
-    query_chunks   the first so many chunks hold queries alone, the others documents alone; the same number on every
-                   worker. None: a chunk may hold both
+    chunk_towers   [chunks] which tower encodes each chunk, the same on every worker; None: there is one
+    chunk_sides    [chunks] whether any worker's chunk of that tower has queries, documents (`SIDES`); None: as above
     """
 
     global_queries: int
     chunks: tuple[np.ndarray, ...]
-    query_chunks: int | None = None
+    chunk_towers: np.ndarray | None = None
+    chunk_sides: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:
@@ -230,12 +194,15 @@ class Batch(Pairs):
 
 
 class Tokenize(Protocol):
-    """Texts of one field ("query" or "document") to token lists: prompt, truncation and special tokens in."""
+    """Items of one field ("query" or "document") to what a model reads of them: prompt, truncation and special tokens
+    in."""
 
-    def __call__(self, texts: Sequence[str], field: str, tasks: Sequence[int] | None = None) -> Ragged:
-        """tasks: the class of each text, where a task may have a prompt of its own.
+    def __call__(self, items: Sequence[Item], field: str, tasks: Sequence[int] | None = None) -> Ragged:
+        """Token lists; `Inputs` where there is more than tokens.
 
-        Raises Undecodable where one of the texts can't be tokenised; it is then called with fewer.
+        tasks: the class of each item, where a task may have a prompt of its own.
+
+        Raises Undecodable where one of the items can't be decoded or tokenised; it is then called with fewer.
         """
         ...
 
@@ -245,9 +212,9 @@ class Tokenize(Protocol):
 
 
 class Encoder(Protocol):
-    """Texts of one field to unit vectors [n, D] float32 on the CPU, in the order of the texts."""
+    """Items of one field to unit vectors [n, D] float32 on the CPU, in the order of the items."""
 
-    def encode(self, texts: Sequence[str], field: str) -> np.ndarray: ...
+    def encode(self, texts: Sequence[Item], field: str) -> np.ndarray: ...
 
 
 class BatchStream(Protocol):

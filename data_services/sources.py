@@ -1,6 +1,8 @@
 """What a recipe may name as a source, and how its rows become records.
 
 builtin:stdlib-code      the documented functions of this interpreter's standard library
+builtin:glyphs, charts, pages, tones
+                         pictures and sounds that are drawn here, with what they are in words
 pairs.parquet            .parquet, .arrow, .feather, .jsonl, .csv, .tsv, .tar (WebDataset); text also as .gz or .zst
 data/*.jsonl             a glob, or a list of files and globs
 folder                   of such files; with `train*`, `validation*`, … among them, a split is those files
@@ -12,6 +14,7 @@ package.module:function  a function of yours that yields dictionaries; it may ta
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -19,18 +22,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from pydantic import Field, model_validator
+import numpy as np
+import pyarrow.compute as pc
+from pydantic import Field, field_validator, model_validator
 
 from data_services import builtin
 from data_services.convert import CODE_VERSION
+from data_services.corpora.splits import SPLITS
+from data_services.fields import Fields
+from data_services.items import items_of
 from data_services.layouts import LayoutName
+from data_services.media.checks import MEDIA_KINDS
 from data_services.origins import origin_of
-from data_services.records import Fields
-from data_services.schema import Column, Section, UsageError
+from data_services.schema import Column, Item, Section, UsageError
 from data_services.store import Report, StoredSource, store
-from data_services.views.config import Views
+from data_services.views.config import Views, check_views
 
 _CLASS = "^=?[^=]"  # a field, or = and a name
+_PARTS = ("query_parts", "positive_parts")
+_NAMED_OTHERWISE = ("weight", "negatives", "media", *_PARTS)  # of `records.Fields`
 
 
 class WeightFrom(Section):
@@ -67,6 +77,20 @@ class SourceConfig(Section):
         min_length=1,
         description="field of 1 (answers), -1 (doesn't) or 0 (not known) for each text of `positive`: -1 becomes a "
         "hard negative, 0 is left out",
+    )
+    kinds: dict[str, Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]] = Field(
+        {},
+        description="fields that are no texts: image and audio hold bytes, or paths beside the file; another word is a "
+        "kind that a tower of yours reads; none: recognised in Parquet, Arrow and tar",
+    )
+    query_parts: list[str] | None = Field(
+        None, min_length=1, description="several fields that are the query together, in the place of `query`"
+    )
+    positive_parts: list[str] | None = Field(
+        None, min_length=1, description="several fields that are the positive together, in the place of `positive`"
+    )
+    root: str | None = Field(
+        None, min_length=1, description="folder that paths of images and sounds are relative to; none: the file's own"
     )
     corpus: str | None = Field(
         None,
@@ -123,6 +147,26 @@ class SourceConfig(Section):
             raise ValueError("relations and scores exclude each other: which score is whose would be lost")
         return self
 
+    @field_validator("kinds")
+    @classmethod
+    def _kinds_are_known(cls, kinds: dict[str, str]) -> dict[str, str]:
+        for field, kind in kinds.items():
+            if kind in ("text", "parts"):
+                raise ValueError(f"{field!r} is of kind {kind}: name the fields that are no texts, each by itself")
+            near = difflib.get_close_matches(kind, MEDIA_KINDS, 1, cutoff=0.7)
+            if kind not in MEDIA_KINDS and near:
+                raise ValueError(f"{field!r} is of kind {kind}; did you mean {near[0]}?")
+        return kinds
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> SourceConfig:
+        for side in ("query", "positive"):
+            if getattr(self, side) is not None and getattr(self, f"{side}_parts") is not None:
+                raise ValueError(f"{side} and {side}_parts exclude each other: name the field among the parts")
+        if self.positive_parts is not None and self.negatives is not None:
+            raise ValueError("negatives and positive_parts exclude each other: hard negatives have no parts")
+        return self
+
     @model_validator(mode="after")
     def _weights_ascend(self) -> SourceConfig:
         steps = self.weight_steps
@@ -162,8 +206,9 @@ class SourceConfig(Section):
     def fields(self, layout: Fields) -> Fields:
         """Where the parts of a record stand: as this names them, else as the layout has them."""
         negatives = (self.negatives,) if isinstance(self.negatives, str) else self.negatives
-        given = {name: getattr(self, name) for name in Fields._fields if name not in ("weight", "negatives")}
+        given = {name: getattr(self, name) for name in Fields._fields if name not in _NAMED_OTHERWISE}
         given |= {"weight": self.pair_weight, "negatives": tuple(negatives) if negatives else None}
+        given |= {name: tuple(its) for name in _PARTS if (its := getattr(self, name)) is not None}
         return layout._replace(**{name: value for name, value in given.items() if value is not None})
 
     def texts_alone(self, path: str | list[str], split: str) -> SourceConfig:
@@ -171,7 +216,8 @@ class SourceConfig(Section):
         source has texts without queries, as its layout has them."""
         if self.one_text:
             return SourceConfig(path=path, split=split)
-        kept = ("format", "query", "positive", "title", "prompt", "corpus", "max_bytes", "quarantine_share")
+        sides = ("query", "positive", *_PARTS, "kinds", "root", "title", "prompt")
+        kept = ("format", *sides, "corpus", "max_bytes", "quarantine_share")
         return SourceConfig(path=path, split=split, **{name: getattr(self, name) for name in kept})
 
     @property
@@ -197,6 +243,7 @@ def open_source(config: SourceConfig, home: Path, report: Report | None = None) 
     usable row, and where more than `quarantine_share` of its rows are malformed; RunError where the disk is full.
     """
     stored = convert_source(config, home, report)
+    check_views(config.views, stored.kinds, stored.name)
     check_quarantine(stored, config.quarantine_share)
     return stored
 
@@ -209,7 +256,8 @@ def convert_source(config: SourceConfig, home: Path, report: Report | None = Non
 
 def slot_of(name: str, key: str, config: SourceConfig, home: Path) -> Path:
     """Where the conversions of a source lie: one slot for each path, split and mapping of fields."""
-    mapping = config.model_dump(include={*Fields._fields, "pair_weight", "format", "corpus", "max_bytes"} - {"weight"})
+    keys = {*Fields._fields, "pair_weight", "format", "corpus", "max_bytes"} - {"weight", "media"}
+    mapping = config.model_dump(include=keys) | config.model_dump(include={"kinds", "root"}, exclude_defaults=True)
     identity = json.dumps([key, config.split, mapping, CODE_VERSION], sort_keys=True)
     digest = hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
     return home / "data" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}-{digest}"
@@ -227,21 +275,30 @@ def check_quarantine(stored: StoredSource, share: float) -> None:
 
 
 class RetrievalPool(NamedTuple):
-    """queries, unique by text; documents, unique by text; for each query the positions of its documents."""
+    """queries, unique by id; documents, unique by id; for each query the positions of its documents."""
 
-    queries: list[str]
-    documents: list[str]
+    queries: list[Item]
+    documents: list[Item]
     relevant: list[set[int]]
 
 
 def retrieval_pool(source: StoredSource) -> RetrievalPool:
     """The source as a retrieval task: every positive is a candidate for every query; first come first."""
     table = source.table()
-    documents: dict[str, int] = {}
-    relevant: dict[str, set[int]] = {}
-    for query, positives in zip(table[Column.QUERY].to_pylist(), table[Column.POSITIVES].to_pylist(), strict=True):
-        relevant.setdefault(query, set()).update(documents.setdefault(p, len(documents)) for p in positives)
-    return RetrievalPool(list(relevant), list(documents), list(relevant.values()))
+    items = items_of(table[Column.QUERY], source.kinds.query)
+    answers = items_of(pc.list_flatten(table[Column.POSITIVES]), source.kinds.document)
+    ids, ends = table[Column.QUERY_ID].to_pylist(), np.cumsum(pc.list_value_length(table[Column.POSITIVES]).to_numpy())
+    of_answers = pc.list_flatten(table[Column.POSITIVE_IDS]).to_pylist()
+    queries: dict[int, Item] = {}
+    documents: dict[int, Item] = {}
+    positions: dict[int, int] = {}
+    relevant: dict[int, set[int]] = {}
+    for query, item, begin, end in zip(ids, items, [0, *ends[:-1].tolist()], ends.tolist(), strict=True):
+        queries.setdefault(query, item)
+        for its, document in zip(of_answers[begin:end], answers[begin:end], strict=True):
+            documents.setdefault(its, document)
+            relevant.setdefault(query, set()).add(positions.setdefault(its, len(positions)))
+    return RetrievalPool(list(queries.values()), list(documents.values()), list(relevant.values()))
 
 
 class Corpus(NamedTuple):
@@ -254,7 +311,7 @@ class Corpus(NamedTuple):
 def builtin_corpus(home: Path) -> Corpus:
     """Every function and class of builtin:stdlib-code, all splits, unique by text, for `gyre query`."""
     by_text: dict[str, str] = {}
-    for split in builtin.SPLITS:
+    for split in SPLITS:
         path = f"builtin:{builtin.STDLIB_CODE}"
         table = open_source(SourceConfig(path=path, split=split), home).table()
         for name, texts in zip(table[Column.ID].to_pylist(), table[Column.POSITIVES].to_pylist(), strict=True):

@@ -14,12 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_services.items import Kind, Kinds, Media, item_id, text_id
+from data_services.media.audio import audio_seconds
+from data_services.media.checks import readable
+from data_services.media.image import image_size
 from data_services.near_duplicates import Duplicates
-from data_services.schema import UNKNOWN, Column, text_id
+from data_services.schema import UNKNOWN, Column
 from data_services.store import StoredSource
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _EXAMPLES = 3
+_BATCH_ROWS = 1_024
 _SIDES = {"query": Column.QUERY, "positive": Column.POSITIVES, "negative": Column.NEGATIVES}
 
 CountTokens = Callable[[Sequence[str], str], np.ndarray]
@@ -28,9 +33,10 @@ CountTokens = Callable[[Sequence[str], str], np.ndarray]
 
 @dataclass(frozen=True)
 class SourceStats:
-    """texts       {"query" | "positive" | "negative": {"texts", "unique"}}
+    """texts       {"query" | "positive" | "negative": {"texts", "unique"}}, images and sounds among them
     a_row       {"positives" | "negatives": {number: rows that have so many}}
-    lengths     {side: {"characters" | "tokens": {"mean", "min", "1%" … "99%", "max"}}}
+    lengths     {side: {"characters" | "tokens" | "bytes" | "height" | "width" | "seconds":
+                {"mean", "min", "1%" … "99%", "max"}}}; a side of items of parts is "query.PART", each by itself
     classes     {"label" | "task" | "language" | "modality": {class: rows}}
     duplicates  rows that repeat an earlier one, "exact" and "near"
     contaminated  rows that the evaluation source holds, "exact" and "near"; None: there is none
@@ -60,12 +66,16 @@ def describe(
     source: StoredSource, found: Duplicates, names: dict[int, str], count_tokens: CountTokens = count_words
 ) -> SourceStats:
     """The figures of a source. found: its duplicates; names: of classes, as far as they are known."""
-    sides = {side: _Side() for side in _SIDES}
+    sides = {side: _Side(kind, count_tokens) for side, kind in _kinds_of(source.kinds).items()}
     a_row: dict[str, Counter[int]] = {"positives": Counter(), "negatives": Counter()}
     classes: dict[str, Counter[int]] = {name: Counter() for name in Column.CLASSES if name in source.columns}
     for table in _tables(source):
-        for side, column in _SIDES.items():
-            sides[side].add(_flat(table.column(column)), "query" if side == "query" else "document", count_tokens)
+        for name, side in sides.items():
+            of, _, part = name.partition(".")
+            items = _flat(table.column(_SIDES[of]))
+            side.add(
+                pc.struct_field(items, part).drop_null() if part else items, "query" if of == "query" else "document"
+            )
         for name, counter in a_row.items():
             counter.update(pc.list_value_length(table.column(name)).to_pylist())
         for name, counter in classes.items():
@@ -75,35 +85,59 @@ def describe(
     return SourceStats(
         rows=source.rows,
         quarantined=source.quarantined,
-        texts={side: {"texts": it.texts, "unique": len(it.ids)} for side, it in sides.items()},
+        texts={side: {"texts": it.items, "unique": len(it.ids)} for side, it in sides.items()},
         a_row={name: dict(sorted(counter.items())) for name, counter in a_row.items()},
-        lengths={side: it.lengths() for side, it in sides.items() if it.texts},
+        lengths={side: it.lengths() for side, it in sides.items() if it.items},
         classes={n: {known.get(c, str(c)): rows for c, rows in it.most_common()} for n, it in classes.items()},
         duplicates={"exact": found.exact, "near": found.near},
         contaminated=found.contaminated,
-        examples=[_example(row) for row in source.read(shown).to_pylist()],
+        examples=[_example(row, source.kinds) for row in source.read(shown).to_pylist()],
     )
 
 
 class _Side:
-    """Lengths and ids of the texts of one side."""
+    """Lengths and ids of the items of one side, or of one of their parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Kind, count_tokens: CountTokens) -> None:
         self.ids: set[int] = set()
-        self._parts: dict[str, list[np.ndarray]] = {"characters": [], "tokens": []}
+        self.items = 0
+        self._kind, self._count_tokens = kind, count_tokens
+        self._parts: dict[str, list[np.ndarray]] = {}
 
-    def add(self, texts: pa.Array, side: str, count_tokens: CountTokens) -> None:
-        listed = texts.to_pylist()
-        self.ids.update(map(text_id, listed))
-        self._parts["characters"].append(pc.utf8_length(texts).to_numpy(zero_copy_only=False))
-        self._parts["tokens"].append(count_tokens(listed, side))
+    def add(self, items: pa.Array, side: str) -> None:
+        listed = items.to_pylist()
+        self.items += len(listed)
+        self.ids.update(item_id(item if isinstance(item, str) else Media(self._kind, item)) for item in listed)
+        for unit, lengths in self._lengths(items, listed, side).items():
+            self._parts.setdefault(unit, []).append(lengths)
 
-    @property
-    def texts(self) -> int:
-        return sum(map(len, self._parts["tokens"]))
+    def _lengths(self, items: pa.Array, listed: list[Any], side: str) -> dict[str, np.ndarray]:
+        """[n] in each of the units that its kind has."""
+        if self._kind == "text":
+            characters = pc.utf8_length(items).to_numpy(zero_copy_only=False)
+            return {"characters": characters, "tokens": self._count_tokens(listed, side)}
+        found = {"bytes": pc.binary_length(items).to_numpy(zero_copy_only=False)}
+        if self._kind == "image":
+            sizes = np.array([image_size(data) for data in listed], np.int64).reshape(-1, 2)
+            found |= {"height": sizes[:, 0], "width": sizes[:, 1]}
+        elif self._kind == "audio":
+            found["seconds"] = np.array([audio_seconds(data) for data in listed])
+        return found
 
     def lengths(self) -> dict[str, dict[str, float]]:
         return {unit: percentiles(np.concatenate(parts)) for unit, parts in self._parts.items()}
+
+
+def _kinds_of(kinds: Kinds) -> dict[str, Kind]:
+    """Each side with its kind, "query"; of items of parts "query.PART" each."""
+    forms = {"query": kinds.query, "positive": kinds.document, "negative": kinds.document}
+    return {
+        name: kind
+        for side, form in forms.items()
+        for name, kind in (
+            {side: form} if isinstance(form, str) else {f"{side}.{p}": k for p, k in form.items()}
+        ).items()
+    }
 
 
 def percentiles(lengths: np.ndarray) -> dict[str, float]:
@@ -119,17 +153,20 @@ def language_names() -> dict[int, str]:
     return {text_id(code): code for code in map("".join, letters)}
 
 
-def _example(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in (Column.ID, Column.QUERY, Column.POSITIVES, Column.NEGATIVES)}
+def _example(row: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
+    documents = {
+        name: [readable(item, kinds.document) for item in row[name]] for name in (Column.POSITIVES, Column.NEGATIVES)
+    }
+    return {Column.ID: row[Column.ID], Column.QUERY: readable(row[Column.QUERY], kinds.query), **documents}
 
 
 def _tables(source: StoredSource) -> Iterator[pa.Table]:
     columns = [*_SIDES.values(), *Column.CLASSES]
     for path in source.files:
-        for batch in pq.ParquetFile(path).iter_batches(columns=columns):
+        for batch in pq.ParquetFile(path).iter_batches(_BATCH_ROWS, columns=columns):
             yield pa.table(batch)
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:
     flat = pc.list_flatten(column) if pa.types.is_list(column.type) else column
-    return pa.concat_arrays(flat.chunks) if flat.num_chunks else pa.array([], pa.string())
+    return pa.concat_arrays(flat.chunks) if flat.num_chunks else pa.array([], flat.type)

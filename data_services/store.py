@@ -35,8 +35,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_services.columns import SCHEMA
+from data_services.columns import schema_of
 from data_services.convert import assemble
+from data_services.items import TEXT, Kinds
 from data_services.parallel import convert_parts
 from data_services.readers.blocks import Part, Want
 from data_services.schema import UNKNOWN, Column, RunError, UsageError
@@ -57,6 +58,7 @@ class StoredSource:
     quarantined      rows left out, by reason
     columns          which of `Column.OPTIONAL` it has; the others are null in every row
     layout           of its rows as they were read (`layouts`)
+    kinds            what its queries and documents are
     """
 
     name: str
@@ -68,6 +70,7 @@ class StoredSource:
     quarantined: dict[str, int]
     columns: frozenset[str] = frozenset()
     layout: str = ""
+    kinds: Kinds = TEXT
 
     @property
     def rows(self) -> int:
@@ -79,14 +82,14 @@ class StoredSource:
         return np.cumsum(self.row_groups)
 
     def read(self, rows: np.ndarray) -> pa.Table:
-        """Those rows [m], in that order, repetitions included, as a table of `SCHEMA`.
+        """Those rows [m], in that order, repetitions included, as a table of `columns.schema_of(kinds)`.
 
         Reads whole row groups, and keeps the latest of this process in memory (256 MiB over all sources):
         batches drawn from one window of row groups read each group once. ValueError where a row isn't there.
         """
         rows = np.asarray(rows, np.int64)
         if not len(rows):
-            return SCHEMA.empty_table()
+            return schema_of(self.kinds).empty_table()
         if rows.min() < 0 or rows.max() >= self.rows:
             wrong = rows[(rows < 0) | (rows >= self.rows)][0]
             raise ValueError(f"row {wrong} is not among the {self.rows} rows of source {self.name}")
@@ -137,7 +140,7 @@ class StoredSource:
 
     def table(self) -> pa.Table:
         """Every row, in order."""
-        return pa.concat_tables([pq.read_table(path, schema=SCHEMA) for path in self.files])
+        return pa.concat_tables([pq.read_table(path, schema=schema_of(self.kinds)) for path in self.files])
 
     def _group(self, group: int) -> pa.Table:
         ends = np.cumsum(self.groups_per_file)
@@ -357,4 +360,5 @@ def _load(name: str, folder: Path) -> StoredSource:
         quarantined=manifest["quarantined"],
         columns=frozenset(manifest["columns"]),
         layout=manifest["layout"],
+        kinds=Kinds(**manifest.get("kinds", TEXT._asdict())),
     )

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from data_services.assemble import SOURCE_SHIFT, GlobalBatch, tokenise
 from data_services.collate import share_batch
 from data_services.faults import BadRow, BadRows, patiently
+from data_services.items import TEXT, Kinds
 from data_services.order import Plan, RowGroups, SourceShape, Stage
 from data_services.schema import Batch, Column, RunError, Section, Tokenize, Undecodable, text_id
 from data_services.sources import SourceConfig
@@ -121,6 +122,9 @@ class Rows(Protocol):
         """Which of `Column.OPTIONAL` it has."""
         ...
 
+    @property
+    def kinds(self) -> Kinds: ...
+
     def read(self, rows: np.ndarray) -> pa.Table: ...
 
 
@@ -160,14 +164,21 @@ class BatchReader:
             rows, name = planned[where, 1], self.plan.sources[source].name
             parts.append(patiently(partial(self._read, source, rows), f"source {name}"))
             places.append(where)
-        table = pa.concat_tables(parts).take(np.argsort(np.concatenate(places)))
+        mixed = any(source.kinds != self.sources[0].kinds for source in self.sources)  # texts beside bytes
+        together = pa.concat_tables(parts, promote_options="permissive" if mixed else "none")
+        table = together.take(np.argsort(np.concatenate(places)))
         return table, planned[:, 0] << SOURCE_SHIFT | planned[:, 1]
 
     @property
     def columns(self) -> list[str]:
         """What every batch is made from: the optional columns that any source has, null where another hasn't."""
         known = {Column.TASK}.union(*(source.columns for source in self.sources))
+        known |= {Column.MODALITY} if self._has_media else set()
         return [Column.ID, *Column.NEEDED, *(name for name in Column.OPTIONAL if name in known)]
+
+    @property
+    def _has_media(self) -> bool:
+        return any(source.kinds != TEXT for source in self.sources)
 
     def _decoded(self, t: int, table: pa.Table, keys: np.ndarray) -> GlobalBatch:
         """The batch of these records, less those that can't be tokenised."""
@@ -182,7 +193,8 @@ class BatchReader:
 
     def _tokenise(self, t: int, table: pa.Table, keys: np.ndarray) -> GlobalBatch:
         negatives = self.plan.negatives(t, self.negatives)
-        return tokenise(table, keys, self.tokenize, t, self.plan.seed, negatives, self.positives, self.views)
+        kinds = [source.kinds for source in self.sources]
+        return tokenise(table, keys, self.tokenize, t, self.plan.seed, negatives, self.positives, self.views, kinds)
 
     def _decodable(self, t: int, record: pa.Table, key: np.ndarray) -> bool:
         """Whether the record can be tokenised; one that can't is put aside."""
@@ -197,10 +209,15 @@ class BatchReader:
     def _read(self, source: int, rows: np.ndarray) -> pa.Table:
         import pyarrow as pa
 
-        table = self.sources[source].read(rows)
-        if Column.TASK not in self.sources[source].columns:
-            tasks = pa.array(np.full(len(rows), text_id(self.plan.sources[source].name)))
-            table = table.set_column(table.schema.get_field_index(Column.TASK), Column.TASK, tasks)
+        of = self.sources[source]
+        table = of.read(rows)
+        # A source without these has its name as its task and, beside media, what its sides are as its modality.
+        told = {Column.TASK: self.plan.sources[source].name}
+        told |= {Column.MODALITY: of.kinds.modality} if self._has_media else {}
+        for column, name in told.items():
+            if column not in of.columns:
+                same = pa.array(np.full(len(rows), text_id(name)))
+                table = table.set_column(table.schema.get_field_index(column), column, same)
         return table.select(self.columns)
 
 
@@ -234,11 +251,10 @@ class LocalStream:
     world_size: int
     rank: int
     budget_tokens: int
-    by_field: bool = False
 
     def __call__(self, start: int) -> Iterator[Batch]:
         for t in range(start, self.reader.plan.steps):
-            yield share_batch(self.reader(t), self.world_size, self.budget_tokens, self.by_field)[self.rank]
+            yield share_batch(self.reader(t), self.world_size, self.budget_tokens)[self.rank]
 
 
 def plan_of(config: DataConfig, sources: Sequence[StoredSource], seed: int) -> Plan:

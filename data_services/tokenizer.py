@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from data_services.schema import Ragged, UsageError, text_id
+from data_services.schema import Item, Ragged, Undecodable, UsageError, text_id
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -105,8 +105,11 @@ class FolderTokenizer:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_loaded": self._loaded}
 
-    def __call__(self, texts: Sequence[str], field: str, tasks: Sequence[int] | None = None) -> Ragged:
-        """tasks: `schema.class_id` of each text's task; None: the field's own prompt."""
+    def __call__(self, items: Sequence[Item], field: str, tasks: Sequence[int] | None = None) -> Ragged:
+        """tasks: `schema.class_id` of each text's task; None: the field's own prompt. Undecodable: one is no text."""
+        texts = [item for item in items if isinstance(item, str)]
+        if len(texts) < len(items):
+            raise Undecodable("an image or a sound, and the model reads texts")
         of_texts = tasks if tasks is not None else itertools.repeat(None, len(texts))
         return self._encode([self.prompt(field, task) + text for text, task in zip(texts, of_texts, strict=True)])
 

@@ -29,9 +29,10 @@ Grades = Mapping[int, float]
 """{document position: grade}; above 0 is relevant, and nDCG's gain. Whole numbers."""
 
 
-def metric_names(k: int = 10) -> tuple[str, ...]:
-    """The metrics of a run's table, at cutoff k: ndcg@k, mrr@k, recall@1, recall@k."""
-    return tuple(dict.fromkeys((f"ndcg@{k}", f"mrr@{k}", "recall@1", f"recall@{k}")))
+def metric_names(k: int = 10, recall_at: Sequence[int] = ()) -> tuple[str, ...]:
+    """The metrics of every table, at cutoff k: ndcg@k, mrr@k, recall@1, those of further cutoffs up to k, recall@k."""
+    further = (f"recall@{cutoff}" for cutoff in sorted(recall_at))
+    return tuple(dict.fromkeys((f"ndcg@{k}", f"mrr@{k}", "recall@1", *further, f"recall@{k}")))
 
 
 def ranking_metrics(k: int = 10) -> tuple[str, ...]:

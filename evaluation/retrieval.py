@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from data_services.schema import Encoder, Section, UsageError
+from data_services.schema import Encoder, Item, Section, UsageError
 from evaluation.metrics import Grades, metric_names, per_query, relevant_count
 from evaluation.search import best_first, rank, rank_tokens, top_columns
 from evaluation.vectors import encode
@@ -63,12 +63,19 @@ class EvaluationConfig(Section):
     )
     heldout: str | None = Field("heldout", description="split of the final table; null: none")
     k: int = Field(10, ge=1, description="cutoff of ndcg@k, mrr@k and recall@k")
+    recall_at: list[int] = Field([], description="further cutoffs of recall, below k")
+    both_ways: bool = Field(False, description="rows also for the way back: documents that look for their queries")
+    prompts: list[str] = Field(
+        [],
+        description="rows also for zero-shot classification of the documents, whose classes are the queries: the mean "
+        "vector of these prompts, with {} in the place of the query",
+    )
     bm25: BM25Config = _BM25
     bm25_tuned: BM25Config | None = Field(None, description="a second baseline row, with parameters of your own")
 
     @model_validator(mode="after")
     def _watched_by_what_is_measured(self) -> EvaluationConfig:
-        known = metric_names(self.k)
+        known = self.metrics
         if self.every_steps is not None and self.validation is None:
             raise ValueError("every_steps scores the validation split: name it in `validation`")
         if self.best_by is not None and self.every_steps is None:
@@ -87,6 +94,23 @@ class EvaluationConfig(Section):
         """Whether the weights after `step` of `steps` steps are scored beside training; the last are at its end."""
         return self.every_steps is not None and step % self.every_steps == 0 and step < steps
 
+    @field_validator("prompts")
+    @classmethod
+    def _have_a_place(cls, prompts: list[str]) -> list[str]:
+        if without := next((prompt for prompt in prompts if prompt.count("{}") != 1), None):
+            raise ValueError(f"{without!r} needs {{}} once, where the query goes")
+        return prompts
+
+    @model_validator(mode="after")
+    def _within_k(self) -> EvaluationConfig:
+        if self.recall_at and not 1 <= min(self.recall_at) <= max(self.recall_at) <= self.k:
+            raise ValueError(f"recall_at {self.recall_at} goes beyond 1 … k = {self.k}; raise k or leave them out")
+        return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return metric_names(self.k, self.recall_at)
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -102,7 +126,7 @@ def evaluate_retrieval(
     metrics: Sequence[str] = metric_names(),
     *,
     scores: np.ndarray | None = None,
-    queries: Sequence[str] | None = None,
+    queries: Sequence[Item] | None = None,
 ) -> Scores:
     """Score a ranking [q, k] of document positions (best first, -1 after the last) against the relevant ones.
 
@@ -114,7 +138,8 @@ def evaluate_retrieval(
         raise UsageError("there is no query to evaluate: the split is empty, or the source has no such split")
     for i, positions in enumerate(relevant):
         if not relevant_count(positions):
-            text = f" ({queries[i][:60]!r})" if queries else ""
+            query = queries[i] if queries else None
+            text = f" ({query[:60]!r})" if isinstance(query, str) else ""
             raise UsageError(f"query {i}{text} has no relevant document: give it a positive or leave it out")
     if scores is not None:
         by_position = np.argsort(ranking, axis=1)
@@ -125,21 +150,22 @@ def evaluate_retrieval(
 
 
 def bm25_rows(
-    queries: Sequence[str], documents: Sequence[str], relevant: Sequence[Set[int] | Grades], config: EvaluationConfig
+    queries: Sequence[Item], documents: Sequence[Item], relevant: Sequence[Set[int] | Grades], config: EvaluationConfig
 ) -> dict[str, Scores]:
-    """The lexical baselines of every table: "bm25", and "bm25_tuned" where the recipe gives its parameters."""
+    """The lexical baselines of a table of texts: "bm25", and "bm25_tuned" where the recipe gives its parameters."""
     variants = {"bm25": config.bm25} | ({"bm25_tuned": config.bm25_tuned} if config.bm25_tuned else {})
     rankings = {name: bm25(queries, documents, config.k, variant)[0] for name, variant in variants.items()}
-    names = metric_names(config.k)
+    names = config.metrics
     return {name: evaluate_retrieval(r, relevant, names, queries=queries) for name, r in rankings.items()}
 
 
 def evaluate_encoder(
     encoder: Encoder,
-    queries: Sequence[str],
-    documents: Sequence[str],
+    queries: Sequence[Item],
+    documents: Sequence[Item],
     relevant: Sequence[Set[int] | Grades],
     k: int = 10,
+    recall_at: Sequence[int] = (),
 ) -> Scores:
     """Embed both sides with any `Encoder`, a user's own too, rank by inner product, score at cutoff k.
 
@@ -153,30 +179,31 @@ def evaluate_encoder(
         ranking, _ = rank_tokens(*found, k)
     else:
         ranking, _ = rank(encode(encoder, queries, "query"), encode(encoder, documents, "document"), k)
-    return evaluate_retrieval(ranking, relevant, metric_names(k), queries=queries)
+    return evaluate_retrieval(ranking, relevant, metric_names(k, recall_at), queries=queries)
 
 
 class TokenEncoder(Protocol):
     """Texts of one field to token vectors [m, D] float32 each, for late interaction."""
 
-    def encode_tokens(self, texts: Sequence[str], field: str) -> list[np.ndarray]: ...
+    def encode_tokens(self, texts: Sequence[Item], field: str) -> list[np.ndarray]: ...
 
 
 _WORD = re.compile(r"[^\W_]+")
 _INSIDE_WORD = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])")
 
 
-def terms(text: str, leave_out: Collection[str] = ()) -> list[str]:
+def terms(text: Item, leave_out: Collection[str] = ()) -> list[str]:
     """Lower-case terms of prose or code: identifiers are split at case, digits, underscores and punctuation.
 
     "HTTPServer.readLine_2" gives http, server, read, line, 2.
     """
+    assert isinstance(text, str), "BM25 reads texts"
     parts = (part.lower() for word in _WORD.findall(text) for part in _INSIDE_WORD.split(word))
     return [part for part in parts if part not in leave_out]
 
 
 def bm25(
-    queries: Sequence[str], documents: Sequence[str], k: int, config: BM25Config = _BM25
+    queries: Sequence[Item], documents: Sequence[Item], k: int, config: BM25Config = _BM25
 ) -> tuple[np.ndarray, np.ndarray]:
     """BM25 over `terms`: positions [q, k] int64 and scores [q, k] float32, best first, ties by position.
 

@@ -223,7 +223,11 @@ def _metrics_of_a_step() -> dict[str, float]:
     group, ids = Group(), np.arange(2)
     engine: Any = SimpleNamespace(
         device=torch.device("cpu"),
-        module=SimpleNamespace(tower=SimpleNamespace(gives_tokens=False, packed=False), learned_names=(), head=None),
+        module=SimpleNamespace(
+            tower=SimpleNamespace(gives_tokens=False, packed=False, flops_per_token=lambda length: 1.0),
+            learned_names=(),
+            head=None,
+        ),
         total_steps=1,
         compute_dtype=torch.float32,
         train=lambda: None,
@@ -261,7 +265,6 @@ def _metrics_of_a_step() -> dict[str, float]:
             group=group,
             sink=lambda at, metrics: seen.update(metrics),
             stop_requested=lambda: False,
-            flops_per_token=lambda length: 1.0,
             peak_flops=1.0,
         )
     )

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_services.schema import UNKNOWN, Batch, Ragged
+from data_services.ragged import arrays_of
+from data_services.schema import SIDES, UNKNOWN, Batch, Ragged
+from trainers.encoders.arrays import lengths_of
 from trainers.objectives.keys import Keys
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Texts encoded together.
+    """Items encoded together.
 
     ids, mask      [n, L] int64
     prompt_tokens  [n] int64
     queries        [n] bool, which are queries
-    rows           [n] the texts' places among the batch's queries and documents
+    rows           [n] the items' places among the batch's queries and documents
+    arrays         what a tower reads besides tokens: by name the items' rows end to end [T, ...], and under
+                   `lengths_of(name)` [n] how many are each item's
+    tower          which of several towers encodes them; None: there is one
 
-    A chunk without texts still runs through the model, as one token that nothing reads: every worker must make the
-    same number of calls, or the others wait for it in a collective.
+    A chunk without items still runs through the model, as one token that nothing reads and empty arrays: every worker
+    must make the same number of calls, or the others wait for it in a collective.
     """
 
     ids: Tensor
@@ -31,15 +37,19 @@ class Chunk:
     prompt_tokens: Tensor
     queries: Tensor
     rows: Tensor
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
+    tower: int | None = None
 
     @property
-    def inputs(self) -> dict[str, Tensor]:
-        return {
+    def inputs(self) -> dict[str, Any]:
+        inputs: dict[str, Any] = {
             "input_ids": self.ids,
             "attention_mask": self.mask,
             "prompt_tokens": self.prompt_tokens,
             "queries": self.queries,
         }
+        inputs |= {"arrays": self.arrays} if self.arrays else {}
+        return inputs if self.tower is None else inputs | {"tower": self.tower}
 
     def gradient(self, of_batch: Tensor, like: Tensor) -> Tensor:
         """[n, D] of [b+d, D], or [n, L, D] of [b+d, L or more, D], as the chunk's output `like`; zeros where the
@@ -51,29 +61,47 @@ class Chunk:
 
 
 def chunks_of(batch: Batch, device: torch.device, sides: tuple[str, ...] = ("queries", "documents")) -> list[Chunk]:
-    """The batch's chunks, of the texts of these sides alone; equally many on every worker. Of two towers' chunks, those
-    of the other side are left out."""
-    texts, b = Ragged.concat([batch.queries, batch.documents]), len(batch.queries)
-    chunks = list(batch.chunks)
-    first = len(chunks) if batch.query_chunks is None else batch.query_chunks
-    if len(sides) == 1:
-        of_queries = sides == ("queries",)
-        if batch.query_chunks is not None:
-            chunks, first = (chunks[:first], first) if of_queries else (chunks[first:], 0)
-        chunks = [rows[(rows < b) == of_queries] for rows in chunks]
-    return list(_made(texts, batch.prompt_tokens, b, chunks, first, device))
+    """The batch's chunks, of the items of these sides alone; equally many on every worker. Of several towers' chunks,
+    those that hold none of them on any worker are left out."""
+    items, b = Ragged.concat([batch.queries, batch.documents]), len(batch.queries)
+    wanted = np.arange(len(items)) < b if sides == ("queries",) else np.arange(len(items)) >= b
+    if len(sides) == 2:
+        wanted[:] = True
+    chunks = []
+    bits = sum(SIDES[side] for side in sides)
+    for i, rows in enumerate(batch.chunks):
+        if batch.chunk_sides is not None and not batch.chunk_sides[i] & bits:
+            continue
+        of_side = rows[wanted[rows]]
+        prompts, queries = batch.prompt_tokens[of_side], of_side < b
+        tower = None if batch.chunk_towers is None else int(batch.chunk_towers[i])
+        chunks.append(chunk_of(items.take(of_side), prompts, queries, device, of_side, tower))
+    return chunks
 
 
-def _made(
-    texts: Ragged, prompts: np.ndarray, b: int, chunks: Sequence[np.ndarray], first: int, device: torch.device
-) -> Iterator[Chunk]:
-    """Of the first chunks also those without texts count as queries: two towers must take turns alike everywhere."""
-    for i, rows in enumerate(chunks):
-        ids, mask = texts.take(rows).padded() if len(rows) else Ragged.of([[0]]).padded()
-        prompt_tokens = prompts[rows] if len(rows) else np.zeros(1, np.int64)
-        queries = rows < b if len(rows) else np.array([i < first])
-        arrays = ids, mask, prompt_tokens, queries, rows
-        yield Chunk(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+def chunk_of(
+    items: Ragged,
+    prompt_tokens: np.ndarray,
+    queries: np.ndarray,
+    device: torch.device,
+    rows: np.ndarray | None = None,
+    tower: int | None = None,
+) -> Chunk:
+    """n items to encode together, see `Chunk`; rows: none: they are the whole batch."""
+    rows = np.arange(len(items)) if rows is None else rows
+    tokens = items
+    if not len(items):
+        tokens, prompt_tokens, queries = Ragged.of([[0]]), np.zeros(1, np.int64), np.zeros(1, bool)
+
+    def there(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    arrays = {}
+    for name, array in arrays_of(items).items():
+        arrays[name] = there(array.values)
+        arrays[lengths_of(name)] = there(array.lengths if len(items) else np.zeros(1, np.int64))
+    ids, mask = tokens.padded()
+    return Chunk(there(ids), there(mask), there(prompt_tokens), there(queries), there(rows), arrays, tower)
 
 
 def in_batch_order(encoded: Sequence[Tensor], chunks: Sequence[Chunk], texts: int) -> Tensor:

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from data_services.schema import Section
 from trainers.objectives.sections.numbers import Number, value_at
+from trainers.tower_config import AdapterConfig, AudioConfig, FieldsConfig, ImageConfig, OwnConfig, VisionConfig
 
 PoolingMode = Literal["mean", "cls", "last", "max", "weighted_mean", "latent", "tokens"]
 Activation = Literal["none", "tanh", "relu", "gelu", "silu"]
@@ -68,28 +69,8 @@ class LatentConfig(Section):
     heads: int = Field(8, gt=0, description="of the attention to the latents")
 
 
-class AdapterConfig(Section):
-    """`model.adapter:` what trains beside a frozen base: low-rank updates of its matrices, by PEFT.
-
-    lora  W + alpha/rank B A                                                    (Hu et al. 2021)
-    dora  the same, with the length of each output's weights trained by itself  (Liu et al. 2024)
-    """
-
-    kind: Literal["lora", "dora"] = "lora"
-    rank: int = Field(16, gt=0, description="columns of B and rows of A")
-    alpha: float = Field(32.0, gt=0, description="alpha / rank scales the update")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of the updates' inputs dropped in training")
-    targets: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="modules that get an update, by the end of their names: [q_proj, v_proj]"
-    )
-    modules_to_save: list[str] = Field([], description="modules trained whole, by the end of their names")
-    merge: bool = Field(
-        True, description="export one model; false: the adapter alone, in PEFT's format, which names its base"
-    )
-
-
 class ModelConfig(Section):
-    """`model:` the text tower. Exactly one of `path` and `config`."""
+    """`model:` the text tower, and others beside it. Exactly one of `path` and `config`."""
 
     path: str | None = Field(None, description="folder or hub id of a pretrained model or Sentence Transformers folder")
     config: FromConfig | None = Field(None, description="build from random weights instead")
@@ -174,6 +155,13 @@ class ModelConfig(Section):
     document_path: str | None = Field(
         None, description="what the document tower starts from; None: the weights that the query tower starts from"
     )
+    image: ImageConfig | None = Field(None, description="a tower for images; its vectors are as wide as the texts'")
+    audio: AudioConfig | None = Field(None, description="a tower for sounds; its vectors are as wide as the texts'")
+    own: dict[str, OwnConfig] = Field({}, description="by kind of item, towers of yours")
+    fields: FieldsConfig | None = Field(None, description="items of several parts, each through the tower of its kind")
+    vision: VisionConfig | None = Field(
+        None, description="the model itself reads images among the tokens: Qwen2-VL, Qwen2.5-VL, Qwen3-VL"
+    )
     freeze: list[str] = Field(
         [], description="patterns of weight names that training leaves alone, e.g. backbone.embed_tokens.*"
     )
@@ -185,10 +173,66 @@ class ModelConfig(Section):
     def _one_origin(self) -> ModelConfig:
         if (self.path is None) == (self.config is None):
             raise ValueError("give exactly one of `path` (a pretrained model) and `config` (random weights)")
-        if self.adapter is not None and self.path is None and self.init_from is None:
-            raise ValueError("an `adapter` leaves random weights as they are; give a `path`, or remove it")
+        drawn = self.path is None and self.init_from is None
+        if self.adapter is not None and drawn and not self.adapter.modules_to_save:
+            raise ValueError(
+                "an `adapter` leaves random weights as they are; give a `path`, or name what trains whole in "
+                "adapter.modules_to_save, or remove it"
+            )
         if self.adapter is not None and not self.adapter.merge and self.towers != "tied":
             raise ValueError("an `adapter` of each of two towers can't stand alone; leave `adapter.merge` true")
+        return self
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of items that there is a tower for."""
+        if self.vision is not None:
+            return ("text", "image", "parts")
+        return ("text", *self.media, *(("parts",) if self.fields else ()))
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Kinds that have a tower beside the text tower, in the order of the towers."""
+        built_in = {"image": self.image, "audio": self.audio}
+        return (*(kind for kind, tower in built_in.items() if tower is not None), *self.own)
+
+    @model_validator(mode="after")
+    def _media_towers(self) -> ModelConfig:
+        if not self.media and not self.fields:
+            return self
+        adapters = [self.adapter, self.image.adapter if self.image else None]
+        alone = any(adapter is not None and not adapter.merge for adapter in adapters)
+        taken = next((kind for kind in self.own if kind in ("text", "image", "audio", "parts")), None)
+        of_training = self.head is not None and self.head.use == "training"
+        for wrong, told in (
+            (self.towers == "separate", "towers: an item's kind says its tower; leave it out"),
+            (self.layers, "layers: the other towers have one vector; remove it"),
+            (of_training, "head.use: the others have no such head; set it to kept"),
+            (alone, "adapter.merge: an adapter of one of several towers can't stand alone; leave it true"),
+            (self.packing == "on", "packing: it is for a text tower alone; set it to off"),
+            (taken, f"own.{taken}: a kind that is taken; choose another name"),
+            (self.fields and self.pooling == "tokens", "pooling: parts have one vector each; choose another"),
+            (self.fields and self.pool_prompt is False, "pool_prompt: parts are pooled whole; leave it true"),
+        ):
+            if wrong:
+                raise ValueError(f"beside a tower for {' and '.join(self.kinds[1:])}, {told}")
+        return self
+
+    @model_validator(mode="after")
+    def _vision_part(self) -> ModelConfig:
+        if self.vision is not None:
+            for wrong, told in (
+                (
+                    self.media or self.fields,
+                    "image, audio, own and fields: the model reads images itself; remove one of the two",
+                ),
+                ((self.vision.config is None) != (self.config is None), "vision.config and config go together"),
+                (self.packing == "on", "packing: its positions are of images too; set it to off"),
+                (self.token_dropout, "token_dropout: an image's places can't be hidden; set it to 0"),
+                (self.query_length, "query_length: mask tokens are for texts; remove it"),
+            ):
+                if wrong:
+                    raise ValueError(f"beside `vision`, {told}")
         return self
 
     @model_validator(mode="after")

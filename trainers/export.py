@@ -21,19 +21,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_services.schema import RunError, UsageError
+from trainers.cards import card_of
 from trainers.encoders.adapters import ADAPTER_FILE, base_of, load_adapted, merged, write_adapter
 from trainers.encoders.backbone import class_options, saved_shapes
 from trainers.encoders.choices import readout_shapes
-from trainers.encoders.model_folder import read_readout
+from trainers.encoders.model_folder import READOUT_FILE, read_readout
 from trainers.encoders.sentence_transformer import ACTIVATIONS, POOLING, POOLING_FLAGS
-from trainers.encoders.spec import ModelSpec
+from trainers.encoders.spec import TOWERS_FILE, ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trainers.config import ModelConfig
-    from trainers.encoders.text import TextEncoder
+    from trainers.encoders.tower import Tower
 
+WEIGHTS = "model.safetensors"
 BACKBONE, READOUT = "backbone.", "readout."  # before the names of their weights in TextEncoder.state_dict()
 _LATENT_CODE = Path(__file__).parent / "encoders" / "latent_attention.py"
 
@@ -67,19 +69,22 @@ def whole_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(making, ignore_errors=True)
 
 
-def load_exported(folder: Path, attention: str = "auto") -> TextEncoder:
+def load_exported(folder: Path, attention: str = "auto") -> Tower:
     """The encoder of a folder that `export_sentence_transformer` wrote, in evaluation mode, on the CPU."""
     from trainers.encoders.backbone import load_backbone
-    from trainers.encoders.text import TextEncoder
+    from trainers.encoders.modality import loader_of
+    from trainers.encoders.text import text_encoder
 
     spec = ModelSpec.load(folder)
+    if spec.reads not in ("text", "vision"):
+        return loader_of(spec)(folder, attention)
     if (folder / ADAPTER_FILE).exists():
         backbone = load_adapted(folder, attention, spec.trust_remote_code)
     elif (folder / "model.safetensors").exists():
         backbone = load_backbone(folder, attention, spec.trust_remote_code)
     else:
         raise UsageError(f"{folder} has no model.safetensors, so it is no exported model")
-    encoder = TextEncoder(backbone, spec)
+    encoder = text_encoder(backbone, spec, folder)
     encoder.readout.load_state_dict(read_readout(folder))
     return encoder.eval()
 
@@ -87,33 +92,45 @@ def load_exported(folder: Path, attention: str = "auto") -> TextEncoder:
 def _write(
     weights: Mapping[str, Tensor], spec: ModelSpec, model_folder: Path, out: Path, model: ModelConfig | None
 ) -> None:
+    import torch
+
     for file in model_folder.iterdir():
-        if file.is_file() and ".safetensors" not in file.name:
+        if file.is_file() and ".safetensors" not in file.name and file.name != TOWERS_FILE:
             shutil.copy(file, out)
     spec.save(out)
+    if not (out / "config.json").exists():  # a tower that is none of transformers': its own file loads it
+        _save({name: t.detach().to("cpu", torch.float32).contiguous() for name, t in weights.items()}, out / WEIGHTS)
+        (out / "README.md").write_text(card_of(spec, ""))
+        return
     config = json.loads((out / "config.json").read_text())
     _write_json(out / "config.json", config | {"dtype": "float32"})
     base = _write_backbone(weights, spec, model_folder, out, model)
-    _write_modules(spec, _chosen(weights, READOUT, readout_shapes(spec)), out)
-    _write_json(
-        out / "config_sentence_transformers.json",
-        {
-            "model_type": "MultiVectorEncoder" if spec.pooling == "tokens" else "SentenceTransformer",
-            "prompts": spec.prompts,
-            "default_prompt_name": None,
-            "similarity_fn_name": _similarity(spec),
-        },
-    )
-    (out / "README.md").write_text(_card(spec, base))
+    readout = _chosen(weights, READOUT, readout_shapes(spec))
+    if spec.reads != "text" and readout:
+        _save(readout, out / READOUT_FILE)
+    if spec.in_sentence_transformers:
+        _write_modules(spec, readout, out)
+        _write_json(out / "config_sentence_transformers.json", _model_settings(spec))
+    (out / "README.md").write_text(card_of(spec, base))
     if base:
         (out / "config.json").unlink()  # where there is one, transformers looks for the base's weights beside it
+
+
+def _model_settings(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "model_type": "MultiVectorEncoder" if spec.pooling == "tokens" else "SentenceTransformer",
+        "prompts": spec.prompts,
+        "default_prompt_name": None,
+        "similarity_fn_name": _similarity(spec),
+    }
 
 
 def _write_backbone(
     weights: Mapping[str, Tensor], spec: ModelSpec, model_folder: Path, out: Path, model: ModelConfig | None
 ) -> str:
     """The backbone's weights, or its adapter alone: then the base that this one names, else nothing."""
-    adapter = model.adapter if model else None
+    of_tower = model.image if model and spec.reads == "image" else model
+    adapter = of_tower.adapter if of_tower else None
     own = {name.removeprefix(BACKBONE): t for name, t in weights.items() if name.startswith(BACKBONE)}
     if model is not None and adapter is not None and not adapter.merge:
         base = base_of(model, model_folder)
@@ -170,6 +187,13 @@ def _write_modules(spec: ModelSpec, readout: Mapping[str, Tensor], out: Path) ->
 
 
 def _transformer(spec: ModelSpec, out: Path) -> dict[str, Any]:
+    if spec.reads != "text":
+        output = "pooler_output" if spec.own_pooling else "last_hidden_state"
+        return {
+            "model_args": class_options(out),
+            "modality_config": {spec.reads: {"method": "forward", "method_output_name": output}},
+            "module_output_name": "sentence_embedding" if spec.own_pooling else "token_embeddings",
+        }
     settings = {
         "max_seq_length": spec.max_tokens,
         "do_lower_case": False,
@@ -192,7 +216,7 @@ def _modules(spec: ModelSpec, readout: Mapping[str, Tensor], out: Path) -> Itera
         own = {name.removeprefix("latent."): t for name, t in readout.items() if name.startswith("latent.")}
         sizes = {"hidden": spec.hidden, "count": spec.latent.count, "heads": spec.latent.heads}
         yield _Module(f"{_LATENT_CODE.stem}.LatentAttentionModule", sizes, own)
-    if not tokens:
+    if not tokens and not spec.own_pooling:
         yield _Module("sentence_transformers.models.Pooling", _pooling(spec))
     for i, layer in enumerate(spec.head):
         settings = {
@@ -229,56 +253,6 @@ def _pooling(spec: ModelSpec) -> dict[str, Any]:
     theirs = POOLING["mean" if spec.latent else spec.pooling]
     flags = {flag: mode == theirs for mode, flag in POOLING_FLAGS.items()}
     return {"word_embedding_dimension": spec.hidden, **flags, "include_prompt": spec.pool_prompt}
-
-
-def _card(spec: ModelSpec, base: str) -> str:
-    """How to load the folder, with what can't be said inside it. base: of an adapter alone, else empty."""
-    rests = f"It is an adapter of {base}, which adapter_config.json names and must go on naming.\n" if base else ""
-    trusted = ", trust_remote_code=True" if spec.trust_remote_code or spec.latent else ""
-    use = _TOKENS if spec.pooling == "tokens" else _VECTORS
-    return f"""# A text embedding model trained with gyre
-
-{use.replace("TRUSTED", trusted)}
-{spec.architecture}, {"bidirectional" if spec.bidirectional else "causal"} attention, {spec.pooling} pooling,
-{spec.dim} dimensions, {spec.max_tokens} tokens. Needs transformers 5.2 or later.
-{rests}"""
-
-
-_VECTORS = """```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("this folder"TRUSTED)
-queries = model.encode(["how to read a file"], prompt_name="query")
-documents = model.encode(["def read(path): ..."], prompt_name="document")
-similarity = model.similarity(queries, documents)
-```
-"""
-_TOKENS = """A vector for each token; two texts are compared by the sum over query tokens of the nearest document token.
-
-```python
-from sentence_transformers import MultiVectorEncoder  # version 6.2 or later
-
-model = MultiVectorEncoder("this folder"TRUSTED)
-queries = model.encode_query(["how to read a file"])
-documents = model.encode_document(["def read(path): ..."])
-similarity = model.similarity(queries, documents)
-```
-
-With gyre itself:
-
-```python
-from pathlib import Path
-
-from data_services.tokenizer import FolderTokenizer
-from trainers.encoders.text import LocalEncoder
-from trainers.export import load_exported
-
-folder = Path("this folder")
-encoder = load_exported(folder)
-tokenizer = FolderTokenizer(folder, encoder.spec.max_tokens, encoder.spec.prompts)
-queries = LocalEncoder(encoder, tokenizer).encode_tokens(["how to read a file"], "query")
-```
-"""
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:

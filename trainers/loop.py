@@ -25,7 +25,6 @@ class Job:
 
     save             writes and commits a checkpoint of the state before the step it is given
     after_step       is called with the number of steps taken, before a checkpoint of them; collective
-    flops_per_token  of a text of so many tokens, in training
     peak_flops       of one worker's device, a second
     """
 
@@ -38,7 +37,6 @@ class Job:
     group: Group
     sink: MetricsSink
     stop_requested: Callable[[], bool]
-    flops_per_token: Callable[[float], float]
     peak_flops: float
     after_step: Callable[[int], Any] = lambda taken: None
 
@@ -83,18 +81,16 @@ class Clock:
 
 def report(job: Job, batch: Batch, metrics: Mapping[str, float], clock: Clock) -> bool:
     """Sums the workers' counters, hands the step's metrics to the sink on rank 0; True where a stop was asked for."""
-    texts = len(batch.queries) + len(batch.documents)
     stop = job.group.rank == 0 and job.stop_requested()
     computed = batch.tokens if job.step.packed else batch.padded_tokens
-    counts = [texts, batch.tokens, computed, stop]
+    counts = [job.step.flops(batch), batch.tokens, computed, stop]
     sums = torch.tensor(counts, dtype=torch.float64, device=job.step.engine.device)
-    texts, tokens, padded, stop = job.group.all_reduce(sums, "sum").tolist()
+    flops, tokens, padded, stop = job.group.all_reduce(sums, "sum").tolist()
     seconds = clock.computed()
     slowest = sums.new_tensor([seconds, clock.wait_s, float(peak_memory_bytes())])
     seconds, wait_s, memory = job.group.all_reduce(slowest, "max").tolist()
     if job.group.rank == 0:
         whole = seconds + wait_s
-        flops = tokens * job.flops_per_token(tokens / texts)
         job.sink(
             batch.step,
             dict(metrics)

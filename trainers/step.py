@@ -16,20 +16,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data_services.schema import Batch
 from trainers.chunks import Chunk, chunks_of, in_batch_order, keys_of
 from trainers.collectives import Group
+from trainers.encoders.towers import Towers
 from trainers.objectives.embedded import Counts, Embedded, Objective
 from trainers.objectives.keys import Keys
 from trainers.objectives.masked_lm import HeadLoss, share_of_head
 from trainers.objectives.sections.numbers import Number, value_at
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from trainers.ema import MomentumEncoder
     from trainers.engine import Engine
     from trainers.negative_queue import Queues, Side
@@ -98,6 +98,18 @@ class ContrastiveStep:
     def packed(self) -> bool:
         """Whether no padding is computed."""
         return self.engine.module.tower.packed
+
+    def flops(self, batch: Batch) -> float:
+        """Floating-point operations of this worker's items, see `Tower.flops_per_token`."""
+        lengths = np.concatenate([batch.queries.lengths, batch.documents.lengths])
+        tower = self.engine.module.tower
+        if batch.chunk_towers is None:
+            return float(lengths.sum() * tower.flops_per_token(lengths.mean()))
+        total = 0.0
+        for number in set(batch.chunk_towers.tolist()):
+            at = np.concatenate([c for c, its in zip(batch.chunks, batch.chunk_towers, strict=True) if its == number])
+            total += float(lengths[at].sum() * tower.flops_per_token(lengths[at].mean(), number)) if len(at) else 0.0
+        return total
 
     def _encode(self, step: int, index: int, chunk: Chunk) -> Outputs:
         torch.manual_seed(key(self.seed, step, self.group.rank, index))
@@ -253,7 +265,8 @@ def choose_caching(engine: Engine, choice: str, texts: float, length: int, allow
 
 
 def graph_bytes(engine: Engine, length: int) -> float:
-    """Bytes that the graph of one text of `length` tokens keeps for its backward, weights aside; measured on two."""
+    """Bytes that the graph of one text of `length` tokens keeps for its backward, weights aside; measured on two. Of
+    several towers the most that an item of one keeps."""
     engine.train()
     weights = {p.untyped_storage().data_ptr() for p in engine.module.parameters()}
     kept: dict[int, int] = {}
@@ -265,7 +278,11 @@ def graph_bytes(engine: Engine, length: int) -> float:
         return tensor
 
     ids = torch.zeros(2, length, dtype=torch.int64, device=engine.device)
-    text = Chunk(ids, torch.ones_like(ids), ids[:, 0], ids[:, 0] == 0, ids[:, 0])
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        engine.forward(**text.inputs)
-    return sum(kept.values()) / 2
+    most, tower = 0.0, engine.module.tower
+    for number in range(len(tower.names)) if isinstance(tower, Towers) else [None]:
+        kept.clear()
+        chunk = Chunk(ids, torch.ones_like(ids), ids[:, 0], ids[:, 0] == 0, ids[:, 0], tower=number)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            vectors, *_ = engine.forward(**chunk.inputs)
+        most = max(most, sum(kept.values()) / len(vectors))
+    return most

@@ -1,12 +1,14 @@
-"""Texts to embed: a range of rows at a time, each with its id."""
+"""Texts, or other items, to embed: a range of rows at a time, each with its id."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from data_services.items import Item, items_of
 from data_services.schema import Column
 from data_services.store import StoredSource
 
@@ -24,8 +26,8 @@ class Texts(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, list[str]]:
-        """(ids [m] int64, `schema.text_id`; texts) of rows start … stop-1."""
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, Sequence[Item]]:
+        """(ids [m] int64, `schema.item_id`; items) of rows start … stop-1."""
         ...
 
 
@@ -63,7 +65,7 @@ class SourceTexts:
     def __len__(self) -> int:
         return len(self._index.ids)
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, list[str]]:
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, Sequence[Item]]:
         import pyarrow.compute as pc
 
         part = slice(start, stop)
@@ -72,7 +74,8 @@ class SourceTexts:
         if self.field == "document":
             lengths = pc.list_value_length(texts).to_numpy().astype(np.int64)
             texts = pc.list_flatten(texts).take(np.cumsum(lengths) - lengths + self._index.places[part])
-        return self._index.ids[part], texts.to_pylist()
+        kinds = self.source.kinds
+        return self._index.ids[part], items_of(texts, kinds.document if self.field == "document" else kinds.query)
 
     def names(self, start: int, stop: int) -> list[str]:
         return self.source.read(self._index.rows[start:stop]).column(Column.ID).to_pylist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from data_services.embedding.corpus import (
 )
 from data_services.embedding.quantise import Dtype, is_ranged, quantise, ranges_of
 from data_services.embedding.texts import Field, Named, Texts
-from data_services.schema import Encoder, RunError, Section, UsageError
+from data_services.schema import Encoder, Item, RunError, Section, UsageError
 
 _SAMPLED_ROWS, _SAMPLE_RUNS = 8192, 64
 _SMALLEST_SHARD, _LARGEST_SHARD = 1024, 1 << 15
@@ -95,7 +95,7 @@ class Writer:
         if path.exists() or not is_ranged(self._job.config.dtype):
             return
         runs = 1 if len(texts) <= _SAMPLED_ROWS else _SAMPLE_RUNS
-        length, sampled = min(len(texts), _SAMPLED_ROWS) // runs, list[str]()
+        length, sampled = min(len(texts), _SAMPLED_ROWS) // runs, list[Item]()
         for first in np.linspace(0, len(texts) - length, runs).astype(np.int64).tolist():
             sampled += texts.read(first, first + length)[1]
         write_whole(path, ranges_of(self._vectors(sampled)).tolist())
@@ -112,7 +112,7 @@ class Writer:
     def _metric(self) -> str:
         return "cosine" if getattr(self._encoder, "unit_vectors", True) else "dot"
 
-    def _vectors(self, texts: list[str]) -> np.ndarray:
+    def _vectors(self, texts: Sequence[Item]) -> np.ndarray:
         """[n, D] float32 in the dimensions that are kept."""
         vectors = np.asarray(self._encoder.encode(texts, self._job.config.field), np.float32)
         if vectors.ndim != 2 or len(vectors) != len(texts):

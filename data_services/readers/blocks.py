@@ -9,18 +9,28 @@ from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 
+from data_services.fields import Fields
 from data_services.files import File
-from data_services.records import Fields, Malformed, Row
+from data_services.records import Malformed, Row
 
 BLOCK_ROWS = 4_096
+MEDIA_BLOCK_ROWS = 32  # of images and sounds
 BLOCK_BYTES = 4 << 20
 
 
 class Want(NamedTuple):
-    """What of a source is read: its fields, and no row larger than `max_bytes`."""
+    """What of a source is read: its fields, and no row larger than `max_bytes`.
+
+    root  folder that paths of images and sounds are relative to; None: the folder of the file that has them
+    """
 
     fields: Fields
     max_bytes: int
+    root: str | None = None
+
+    @property
+    def block_rows(self) -> int:
+        return MEDIA_BLOCK_ROWS if self.fields.media else BLOCK_ROWS
 
 
 class Block(NamedTuple):
@@ -55,18 +65,18 @@ class Part(Protocol):
     def blocks(self, want: Want) -> Iterator[Block]: ...
 
 
-def blocks_of_rows(name: str, rows: Iterable[Row | Malformed]) -> Iterator[Block]:
+def blocks_of_rows(name: str, rows: Iterable[Row | Malformed], block_rows: int = BLOCK_ROWS) -> Iterator[Block]:
     """Blocks of what can only be read row by row."""
     iterator = iter(rows)
-    while some := list(islice(iterator, BLOCK_ROWS)):
+    while some := list(islice(iterator, block_rows)):
         present = frozenset(str(field) for row in some if isinstance(row, Row) for field in row.fields)
         yield Block(name, len(some), None, partial(iter, some), present)
 
 
-def blocks_of_table(name: str, table: pa.Table, before: int) -> Iterator[Block]:
+def blocks_of_table(name: str, table: pa.Table, before: int, block_rows: int = BLOCK_ROWS) -> Iterator[Block]:
     """Blocks of a table whose rows are numbered from before + 1."""
-    for start in range(0, len(table), BLOCK_ROWS):
-        part = table.slice(start, BLOCK_ROWS)
+    for start in range(0, len(table), block_rows):
+        part = table.slice(start, block_rows)
 
         def rows(part: pa.Table = part, first: int = before + start + 1) -> Iterator[Row]:
             return (Row(first + i, fields) for i, fields in enumerate(part.to_pylist()))

@@ -12,9 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from data_services.fields import Fields, check_fields
 from data_services.files import File, reading
 from data_services.readers.blocks import BLOCK_ROWS, Block, Want
-from data_services.records import Fields, Malformed, Row, check_fields
+from data_services.records import Malformed, Row
 from data_services.schema import Column, UsageError
 
 _Line = tuple[int, list[str] | str]  # (line, cells or what is wrong with them)

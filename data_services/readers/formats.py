@@ -5,13 +5,19 @@ The cut depends on the files alone, never on how many workers convert them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import posixpath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from data_services.fields import Fields
 from data_services.files import File
+from data_services.items import Kind
+from data_services.media.kinds import kind_of
 from data_services.readers import archive, delimited, lines, tables
+from data_services.readers.beside import with_files
 from data_services.readers.blocks import Block, Want
+from data_services.records import Row
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET, ARROW, DELIMITED, ARCHIVE = (".parquet",), (".arrow", ".feather", ".ipc"), (".csv", ".tsv"), (".tar",)
@@ -56,7 +62,7 @@ class FilePart:
 
     def blocks(self, want: Want) -> Iterator[Block]:
         for piece in self.pieces:
-            yield from piece.blocks(want)
+            yield from with_files(piece.blocks(want), want, posixpath.dirname(piece.file.uri))
 
 
 def fields_of(file: File, max_bytes: int) -> list[str]:
@@ -70,10 +76,43 @@ def fields_of(file: File, max_bytes: int) -> list[str]:
     if file.suffix in DELIMITED:
         return delimited.header_of(file, max_bytes)
     if file.suffix in ARCHIVE:
-        return archive.sampled(file, max_bytes)
+        return list(archive.sampled(file, max_bytes))
     if file.suffix == ".json":
         lines.check_lines(file)
     return lines.sampled(file, max_bytes)
+
+
+def media_of(file: File, fields: Iterable[str], max_bytes: int) -> dict[str, Kind]:
+    """Which of the fields hold images or sounds, by their first bytes, where the format can hold bytes."""
+    wanted = set(fields)
+    if not file.size or file.suffix not in (*PARQUET, *ARROW, *ARCHIVE):
+        return {}
+    if file.suffix in ARCHIVE:
+        first = archive.sampled(file, max_bytes)
+    else:
+        wanted &= tables.bytes_fields(file, arrow=file.suffix in ARROW)
+        names = sorted(wanted)
+        probe = Want(Fields(names[0], names[-1], tuple(names)), max_bytes, None) if names else None
+        first = _first_row(file, probe) if probe else {}
+    found: dict[str, Kind] = {}
+    for name in wanted:
+        kind = kind_of(_first_bytes(first.get(name)) or b"")
+        if kind == "image" or kind == "audio":
+            found[name] = kind
+    return found
+
+
+def _first_row(file: File, want: Want) -> Mapping[str, Any]:
+    rows = (row for block in Piece(file).blocks(want) for row in block.rows() if isinstance(row, Row))
+    return next(rows, Row(0, {})).fields
+
+
+def _first_bytes(value: Any) -> bytes | None:
+    if isinstance(value, list):
+        return next((data for its in value if (data := _first_bytes(its)) is not None), None)
+    if isinstance(value, Mapping):
+        value = value.get("bytes")
+    return value if isinstance(value, bytes) else None
 
 
 def parts_of(files: Sequence[File], part_bytes: int | None = None) -> list[FilePart]:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from data_services.fields import check_fields
 from data_services.files import File, Found, reading
-from data_services.readers.blocks import BLOCK_ROWS, Block, Want, blocks_of_table
-from data_services.records import check_fields
+from data_services.items import Kind
+from data_services.readers.blocks import Block, Want, blocks_of_table
 from data_services.schema import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -31,8 +32,17 @@ class HubPart:
     def blocks(self, want: Want) -> Iterator[Block]:
         check_fields(self.dataset.column_names, want.fields, self.path)
         narrow = self.dataset.select_columns(want.fields.named).with_format("arrow")
-        for start in range(0, len(narrow), BLOCK_ROWS):
-            yield from blocks_of_table(self.path, narrow[start : start + BLOCK_ROWS], start)
+        for start in range(0, len(narrow), want.block_rows):
+            yield from blocks_of_table(self.path, narrow[start : start + want.block_rows], start)
+
+
+def media_of(dataset: datasets.Dataset) -> dict[str, Kind]:
+    """The fields that `datasets` knows as images or sounds, alone or in lists."""
+    import datasets
+
+    kinds: dict[type, Kind] = {datasets.Image: "image", datasets.Audio: "audio"}
+    found = {name: getattr(feature, "feature", feature) for name, feature in dataset.features.items()}
+    return {name: kinds[type(feature)] for name, feature in found.items() if type(feature) in kinds}
 
 
 def load(path: str, split: str) -> datasets.Dataset:

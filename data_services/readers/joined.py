@@ -16,10 +16,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_services.fields import Fields
 from data_services.files import File, reading
-from data_services.readers.blocks import BLOCK_ROWS, Block, Want
+from data_services.readers.blocks import BLOCK_ROWS, Block, Want, blocks_of_rows
 from data_services.readers.formats import FilePart, fields_of
-from data_services.records import Fields, Malformed, Row
+from data_services.records import Malformed, Row
 from data_services.schema import UsageError
 
 # What `BeirPart` calls the fields of its rows.
@@ -57,9 +58,8 @@ class BeirPart:
 
     def blocks(self, want: Want) -> Iterator[Block]:
         judged, malformed = judgements(self.qrels)
-        for start in range(0, len(malformed), BLOCK_ROWS) if self.number == 0 else ():
-            some = malformed[start : start + BLOCK_ROWS]
-            yield Block(self.qrels.name, len(some), None, partial(iter, some), frozenset())
+        if self.number == 0:
+            yield from blocks_of_rows(self.qrels.name, malformed)
         names = list(judged)
         own = names[len(names) * self.number // self.of : len(names) * (self.number + 1) // self.of]
         if not own:

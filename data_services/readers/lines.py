@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.json
 
+from data_services.fields import Fields
 from data_services.files import File, reading
 from data_services.readers.blocks import BLOCK_BYTES, Block, Want
-from data_services.records import Fields, Malformed, Row, as_row
+from data_services.records import Malformed, Row, as_row
 from data_services.schema import Column, UsageError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
+from data_services.fields import check_fields
 from data_services.files import File, reading
-from data_services.readers.blocks import BLOCK_ROWS, Block, Want, blocks_of_table
-from data_services.records import check_fields
+from data_services.readers.blocks import Block, Want, blocks_of_table
 
 _ARROW_FILE = b"ARROW1"
 
@@ -22,7 +22,7 @@ def parquet_blocks(file: File, want: Want, start: int = 0, stop: int | None = No
         check_fields(parquet.schema_arrow.names, want.fields, file.uri)
         groups = range(start, parquet.num_row_groups if stop is None else stop)
         number = sum(parquet.metadata.row_group(group).num_rows for group in range(start))
-        for batch in parquet.iter_batches(BLOCK_ROWS, row_groups=list(groups), columns=want.fields.named):
+        for batch in parquet.iter_batches(want.block_rows, row_groups=list(groups), columns=want.fields.named):
             yield from blocks_of_table(file.name, pa.Table.from_batches([batch]), number)
             number += len(batch)
 
@@ -46,13 +46,28 @@ def arrow_blocks(file: File, want: Want) -> Iterator[Block]:
         for batch in _batches(opened):
             check_fields(batch.schema.names, want.fields, file.uri)
             table = pa.Table.from_batches([batch]).select(want.fields.named)
-            yield from blocks_of_table(file.name, table, number)
+            yield from blocks_of_table(file.name, table, number, want.block_rows)
             number += len(batch)
 
 
 def arrow_fields(file: File) -> list[str]:
     with reading(file), file.open() as opened:
         return list(_open(opened).schema.names)
+
+
+def bytes_fields(file: File, arrow: bool) -> set[str]:
+    """The fields that hold bytes, as such or beside a path (`datasets` keeps images as {bytes, path})."""
+    with reading(file), file.open() as opened:
+        schema = _open(opened).schema if arrow else pq.ParquetFile(opened).schema_arrow
+    return {field.name for field in schema if _has_bytes(field.type)}
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _has_bytes(kind.value_type)
+    if pa.types.is_struct(kind):
+        return "bytes" in kind.names and _has_bytes(kind.field("bytes").type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def _open(opened: pa.NativeFile) -> pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader:

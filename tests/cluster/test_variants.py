@@ -67,10 +67,9 @@ def trained(recipe, home):
 
     ready = prepare(load_recipe(recipe), home, None)
     task = Task(ready.recipe, ready.run, ready.plan.steps, ready.lineage())
-    by_field = ready.recipe.model.towers == "separate"
-    stream = LocalStream(ready.reader, 1, 0, ready.recipe.engine.budget_tokens, by_field)
+    stream = LocalStream(ready.reader, 1, 0, ready.recipe.engine.budget_tokens)
     assert train_on_worker(task, stream) == ready.plan.steps
-    scored = score_split(ready.recipe, ready.run, "heldout", ready.pools["heldout"])
+    scored = score_split(ready.recipe, ready.run, "heldout", ready.pools["heldout"], ready.sources[0])
     return steps_in(ready.run.metrics), scored.rows, searched(ready.run.run_id, home)
 
 

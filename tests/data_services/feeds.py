@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from data_services.columns import SCHEMA
+from data_services.items import TEXT, Kinds
 from data_services.order import Plan, RowGroups, SourceShape
 from data_services.schema import UNKNOWN, Batch, Column, Ragged, RunError, Undecodable, text_id
-from data_services.store import SCHEMA
 from data_services.stream import BatchReader, LocalStream
 
 BUDGET = 64
@@ -49,6 +50,7 @@ class FakeSource:
     columns: frozenset[str] = frozenset()
     broken: int = -1  # a row that can't be read
     deadly: tuple[int, Path] | None = None  # a row whose first reading kills the process, and where that is noted
+    kinds: Kinds = TEXT
 
     def read(self, rows: np.ndarray) -> pa.Table:
         if self.broken in rows:

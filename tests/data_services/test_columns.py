@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_services.columns import clean, record_table, row_hashes, with_ids
+from data_services.fields import Fields
 from data_services.files import find
 from data_services.readers import lines
 from data_services.readers.blocks import Want
-from data_services.records import Fields, Malformed, Record, Row, record
+from data_services.records import Malformed, Record, Row, record
 
 FIELDS = Fields(
     "q",

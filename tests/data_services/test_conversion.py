@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from data_services import parallel
 from data_services.convert import part_folder
+from data_services.fields import Fields
 from data_services.files import find
 from data_services.readers import formats, lines
 from data_services.readers.blocks import Want
 from data_services.readers.formats import parts_of
-from data_services.records import Fields, Malformed
+from data_services.records import Malformed
 from data_services.schema import Column, RunError, UsageError
 from data_services.sources import SourceConfig, open_source
 

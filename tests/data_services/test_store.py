@@ -14,9 +14,10 @@ from data_services import convert
 from data_services import store as storage
 from data_services.columns import SCHEMA
 from data_services.convert import group_rows
+from data_services.fields import Fields
 from data_services.origins import RowsPart
 from data_services.readers.blocks import Want
-from data_services.records import Fields, Malformed, Row
+from data_services.records import Malformed, Row
 from data_services.schema import UNKNOWN, Column, RunError, UsageError, text_id
 from data_services.store import Reading, StoredSource, store
 
@@ -103,6 +104,7 @@ def test_columns_that_a_source_has_besides_are_kept_and_named(tmp_path):
         Column.LABEL: -(2**63) + 1,
         Column.TASK: 2**63 - 1,
         Column.LANGUAGE: None,
+        Column.CLUSTER: 7,
     }
     rows = [Row(1, {"q": "q", "p": ["p", "P"], "n": [], "id": "1", **more})]
     fields = FIELDS._replace(**{name: name for name in more})

@@ -149,7 +149,7 @@ def test_pairs_are_scored_once_and_a_killed_scoring_goes_on(tmp_path):
 
 @pytest.mark.parametrize("wrong", [lambda q, d: [1.0], lambda q, d: [np.nan] * len(q)])
 def test_scores_that_cannot_be_are_told(tmp_path, wrong):
-    with pytest.raises(RunError, match="scores for 256 pairs, or one that isn't finite"):
+    with pytest.raises(RunError, match="scores for 600 pairs, or one that isn't finite"):
         teach_pairs([opened(tmp_path, PAIRS)], tmp_path / "teacher", wrong, nothing)
 
 

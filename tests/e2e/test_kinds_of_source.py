@@ -66,7 +66,7 @@ KINDS = ["JSONL triplets", "a BEIR folder with mined negatives", "unlabelled tex
 def test_a_recipe_trains_on(gloo, pairs, sources, tmp_path, kind):
     negatives = 0 if "views" in sources[kind] else 2
     data = {"sources": [sources[kind]], "negatives": negatives}
-    check_trains(gloo, pairs, {"data": data, "evaluation": {"pool": str(pairs)}}, tmp_path)
+    check_trains(gloo, pairs, {"data": data, "evaluation": {"pool": {"path": str(pairs)}}}, tmp_path)
 
 
 def test_one_run_on_a_cluster_takes_all_of_them_and_mines_again_beside_training(shell, pairs, sources, tmp_path):

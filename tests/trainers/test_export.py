@@ -13,9 +13,10 @@ from data_services.schema import RunError, UsageError
 from data_services.tokenizer import FolderTokenizer
 from tests.trainers.encoders.tiny import TEXTS, TINY, of, scrambled, tiny, train_tokenizer
 from trainers.config import FromConfig, ModelConfig
+from trainers.encoders.local import LocalEncoder
 from trainers.encoders.model_folder import prepare_model_folder
 from trainers.encoders.spec import ModelSpec
-from trainers.encoders.text import LocalEncoder, TextEncoder, build_encoder
+from trainers.encoders.text import TextEncoder, build_encoder
 from trainers.export import export_sentence_transformer, load_exported
 
 # shorter and longer than max_tokens, nothing but a word of the prompt, and no text at all

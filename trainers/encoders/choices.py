@@ -53,6 +53,8 @@ def spec_of(
         query_length=query_length,
         mask_id=None if query_length is None else _mask_id(tokenizer),
         skipped=_skipped(config, of_tokens, tokenizer),
+        reads="text" if config.vision is None else "vision",
+        template=config.vision.template if config.vision else None,
     )
 
 

@@ -11,14 +11,14 @@ from torch import nn
 from data_services.schema import UsageError
 
 
-def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
+def freeze(module: nn.Module, patterns: Sequence[str], key: str = "model.freeze") -> None:
     """Take the weights whose names match one of the patterns out of training, as `frozen_names` finds them."""
     weights = dict(module.named_parameters())
-    for name in frozen_names(weights, patterns):
+    for name in frozen_names(weights, patterns, key):
         weights[name].requires_grad_(False)
 
 
-def frozen_names(names: Collection[str], patterns: Sequence[str]) -> set[str]:
+def frozen_names(names: Collection[str], patterns: Sequence[str], key: str = "model.freeze") -> set[str]:
     """The names that match one of the patterns: `*` stands for anything, dots included, `?` for one character.
 
     UsageError where a pattern matches none, with the nearest names, or all of them match.
@@ -28,8 +28,8 @@ def frozen_names(names: Collection[str], patterns: Sequence[str]) -> set[str]:
         matched = {name for name in names if fnmatchcase(name, pattern)}
         if not matched:
             nearest = ", ".join(difflib.get_close_matches(pattern, names, n=3, cutoff=0))
-            raise UsageError(f"model.freeze: {pattern} matches no weight; the nearest names are {nearest}")
+            raise UsageError(f"{key}: {pattern} matches no weight; the nearest names are {nearest}")
         frozen |= matched
     if patterns and len(frozen) == len(names):
-        raise UsageError(f"model.freeze: {', '.join(patterns)} leaves no weight to train; remove a pattern")
+        raise UsageError(f"{key}: {', '.join(patterns)} leaves no weight to train; remove a pattern")
     return frozen

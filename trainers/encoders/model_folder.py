@@ -21,6 +21,7 @@ from data_services.schema import UsageError
 from trainers.config import ModelConfig
 from trainers.encoders.backbone import pretrained_backbone, random_backbone
 from trainers.encoders.choices import check, max_tokens, readout_shapes, spec_of
+from trainers.encoders.clip import is_dual, text_part
 from trainers.encoders.sentence_transformer import Settings, read_settings, read_weights
 from trainers.encoders.spec import ModelSpec
 
@@ -59,11 +60,16 @@ def _prepare(config: ModelConfig, folder: Path, train_tokenizer: TrainTokenizer 
     spec = spec_of(config, settings, model, tokenizer)
     check(config, spec, model, tokenizer)
     as_it_is = config.init_from is None and not config.trust_remote_code  # remote code lies beside the weights
+    as_it_is &= settings is None or settings.projection is None  # a part of a model has weights of its own
     if as_it_is and (source is None or _copy_weights(source, folder)):
         model.config.save_pretrained(folder)
     else:
         model.save_pretrained(folder)
     _save_readout(config, spec, settings, folder)
+    if config.vision is not None:
+        from trainers.encoders.vision_language import prepare_vision
+
+        prepare_vision(config, model, source, folder)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.model_max_length = spec.max_tokens
     tokenizer.save_pretrained(folder)
@@ -75,7 +81,10 @@ def _save_readout(config: ModelConfig, spec: ModelSpec, settings: Settings | Non
     """The weights with which the readout begins, where the recipe names a model that has some."""
     from safetensors.torch import save_file
 
-    weights = read_weights(settings) if settings else {}
+    weights = {}
+    if settings is not None:
+        own = settings.projection
+        weights = read_weights(settings) if own is None else {"head.0.weight": own.detach().clone()}
     if config.init_from is not None:
         weights |= read_readout(Path(config.init_from))
     wanted = readout_shapes(spec)
@@ -112,12 +121,18 @@ def _origin(
             train_tokenizer(config.config.vocabulary, folder)
             tokenizer = _tokenizer(folder, config.trust_remote_code)
         longest = max_tokens(config, None, None)
+        if config.vision is not None:
+            from trainers.encoders.vision_language import random_vision_language
+
+            return random_vision_language(config, tokenizer, longest), tokenizer, None, None
         return random_backbone(config.config, tokenizer, longest), tokenizer, None, None
     assert config.path is not None, "ModelConfig has exactly one of path and config"
     root = resolve(config.path, config.trust_remote_code)
     settings = read_settings(root)
     source = root / settings.transformer if settings else root
     model = pretrained_backbone(source, config.trust_remote_code)
+    if is_dual(model):
+        model, settings = text_part(model, source)
     return model, _tokenizer(source, config.trust_remote_code), settings, source
 
 

@@ -61,6 +61,7 @@ class Settings:
     folder       the root
     transformer  folder of the backbone and tokenizer, below the root ("" is the root itself)
     skipped      words without a vector in documents
+    projection   of a CLIP, whose folder says all this otherwise; None of a Sentence Transformers folder
     """
 
     folder: Path
@@ -75,6 +76,7 @@ class Settings:
     mean_layers: int
     query_length: int | None
     skipped: list[str]
+    projection: Tensor | None = None
 
 
 @dataclass(frozen=True)

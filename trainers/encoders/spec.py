@@ -11,6 +11,7 @@ from data_services.schema import UsageError
 from trainers.config import Activation, PoolingMode
 
 SPEC_FILE = "gyre_model.json"
+TOWERS_FILE = "gyre_towers.json"  # beside it where the folder is of several towers, see `towers.Layout`
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class ModelSpec:
     query_length       with pooling "tokens": mask tokens fill shorter queries up to it
     mask_id            the token that does; None where there is no query_length
     skipped            with pooling "tokens": by word, the tokens that have no vector in a document
+    reads              kind of the items: "text", "image", …; "vision": texts, images and items of both
+    code               of a user's own modality, its import path
+    template           of "vision", order of the parts of an item; None: as the source names them
+    own_pooling        the backbone's own pooled vector stands in the place of its token vectors
     """
 
     architecture: str
@@ -73,6 +78,35 @@ class ModelSpec:
     query_length: int | None = None
     mask_id: int | None = None
     skipped: dict[str, int] = field(default_factory=dict)
+    reads: str = "text"
+    own_pooling: bool = False
+    code: str | None = None
+    template: str | None = None
+
+    @classmethod
+    def of_media(cls, reads: str, hidden: int, dim: int, tokens: int, normalize: bool = True) -> ModelSpec:
+        """Of a tower of items that are no texts: the mean of its states [L, hidden] by a linear map to `dim`.
+
+        tokens  L of an item, at most
+        """
+        return cls(
+            architecture=reads,
+            pooling="mean",
+            bidirectional=True,
+            max_tokens=tokens,
+            prompts={"query": "", "document": ""},
+            pool_prompt=True,
+            dim=dim,
+            normalize=normalize,
+            head=(Dense(hidden, dim, bias=False),),
+            reads=reads,
+        )
+
+    @property
+    def in_sentence_transformers(self) -> bool:
+        """Whether that format can say what the tower does: of images one vector each, of other kinds nothing, and a
+        vision–language model it would show images in another template."""
+        return self.reads == "text" or (self.reads == "image" and self.pooling != "tokens")
 
     @property
     def hidden(self) -> int:

@@ -1,101 +1,148 @@
-"""Two towers: queries and documents have encoders of their own, of one architecture (`model.towers: separate`).
+"""Several towers whose vectors are compared with each other: of queries and documents, or of texts and images.
 
-Chunks are cut by field (`data_services.collate.share_batch`), so a chunk runs through one tower, and the n-th chunk
-through the same one on every worker: at ZeRO-3 each call gathers weights, and all workers must gather the same.
+    model.towers: separate      `query` and `document`, of one architecture, by the field of an item
+    model.image, model.audio    `text`, `image`, `audio`, by the kind of an item
 
-The model folder is the query tower's; the document tower has one of its own in it where `model.document_path` gives
-it weights, else it starts as a copy. The export is a Sentence Transformers folder with two whole ones in it:
+Chunks are cut by tower (`data_services.collate.share_batch`), so a chunk runs through one, and the n-th chunk through
+the same one on every worker: at ZeRO-3 each call gathers weights, and all workers must gather the same.
 
-    modules.json, router_config.json    `encode_query` goes to one, `encode_document` to the other
-    query/, document/                   each loads by itself
+A folder of several towers, model folder or export, has a folder of each, which loads by itself (in a model folder the
+first tower's is the root), and beside them:
+
+    gyre_towers.json                    the towers in order, where each lies, and what chooses between them
+    modules.json, router_config.json    of an export: Sentence Transformers sees one model
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data_services.schema import UsageError
+from trainers.encoders import fields
 from trainers.encoders.backbone import saved_shapes
+from trainers.encoders.modality import modality_of
 from trainers.encoders.model_folder import prepare_model_folder
-from trainers.encoders.spec import ModelSpec
-from trainers.encoders.text import LocalEncoder, TextEncoder, build_encoder
+from trainers.encoders.spec import TOWERS_FILE, ModelSpec
+from trainers.encoders.text import TextEncoder, build_encoder
+from trainers.encoders.tower import Tower
 from trainers.export import export_sentence_transformer, load_exported, whole_folder
 
 if TYPE_CHECKING:
     from trainers.config import ModelConfig
 
 QUERY, DOCUMENT = "query", "document"
+TEXT = "text"
 _ROUTER = "router_config.json"
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a folder says of its towers.
+
+    towers  by name, in the order by which batches number them: the folder of each, below this one
+    by      what the names are: of an item's field ("query", "document") or of its kind ("text", "image", …)
+    """
+
+    towers: dict[str, str]
+    by: Literal["field", "kind"]
+
+    def save(self, folder: Path) -> None:
+        _write_json(folder / TOWERS_FILE, asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> Layout | None:
+        """None: the folder is of one tower."""
+        if (folder / TOWERS_FILE).exists():
+            return cls(**json.loads((folder / TOWERS_FILE).read_text()))
+        if all((folder / part).exists() for part in (_ROUTER, QUERY, DOCUMENT)):  # exported before there was the file
+            return cls({QUERY: QUERY, DOCUMENT: DOCUMENT}, "field")
+        return None
+
+
 class Towers(nn.Module):
-    """A query encoder and a document encoder whose vectors are compared with each other; called as one of them is."""
+    """Encoders of one width, called as one of them is, with the number of the tower."""
 
-    def __init__(self, query: TextEncoder, document: TextEncoder) -> None:
+    def __init__(self, towers: Mapping[str, Tower]) -> None:
         super().__init__()
-        self.query, self.document = query, document
+        self.names = tuple(towers)
+        for name, tower in towers.items():
+            self.add_module(name, tower)
+        if isinstance(parts := towers.get(fields.READS), fields.FieldsTower):
+            parts.towers = {name: tower for name, tower in towers.items() if tower is not parts}
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, prompt_tokens: Tensor | None, queries: Tensor
-    ) -> Tensor:
-        """What the texts' own tower makes of them, see `TextEncoder.forward`.
+    def forward(self, tower: int, **inputs: Any) -> Tensor:
+        """What its tower makes of a chunk, see `TextEncoder.forward`."""
+        return self.of(tower)(**inputs)
 
-        queries  [n] bool, all of them or none: a chunk runs through one tower
-        """
-        return self._of(queries)(input_ids, attention_mask, prompt_tokens, queries)
+    def embed(self, tower: int, **inputs: Any) -> Tensor:
+        """See `TextEncoder.embed`."""
+        return self.of(tower).embed(**inputs)
 
-    def token_counts(
-        self, input_ids: Tensor, attention_mask: Tensor, prompt_tokens: Tensor | None, queries: Tensor
-    ) -> Tensor:
+    def token_counts(self, tower: int, **inputs: Any) -> Tensor:
         """[n] int64, see `TextEncoder.token_counts`."""
-        return self._of(queries).token_counts(input_ids, attention_mask, prompt_tokens, queries)
+        return self.of(tower).token_counts(**inputs)
 
-    def _of(self, queries: Tensor) -> TextEncoder:
-        found = queries.unique().tolist()
-        if len(found) != 1:
-            raise ValueError("queries [n]: a chunk of two towers holds queries or documents, this one has both")
-        return self.query if found[0] else self.document
+    def of(self, tower: int) -> Tower:
+        return self[self.names[tower]]
+
+    def __getitem__(self, name: str) -> Tower:
+        return cast(Tower, getattr(self, name))
 
     @property
     def spec(self) -> ModelSpec:
-        return self.query.spec
+        return self.of(0).spec
 
     @property
     def dim(self) -> int:
-        return self.query.dim
+        return self.of(0).dim
 
     @property
     def training_dim(self) -> int:
-        return self.query.training_dim
+        return self.of(0).training_dim
 
     @property
     def gives_tokens(self) -> bool:
-        return self.query.gives_tokens
+        return self.of(0).gives_tokens
 
     @property
     def packed(self) -> bool:
-        return self.query.packed
+        return self.of(0).packed
 
     @property
     def parameter_count(self) -> int:
-        return self.query.parameter_count + self.document.parameter_count
+        return sum(self[name].parameter_count for name in self.names)
 
-    def flops_per_token(self, length: int) -> float:
-        """As `TextEncoder.flops_per_token`: a token runs through one tower, and both are of one size."""
-        return self.query.flops_per_token(length)
+    def flops_per_token(self, length: float, tower: int = 0) -> float:
+        """As `TextEncoder.flops_per_token`, of a token of that tower."""
+        return self.of(tower).flops_per_token(length)
 
 
-def prepare_document_tower(config: ModelConfig, folder: Path) -> None:
-    """Adds the document tower's folder to the model folder, where `model.document_path` names its weights.
+def prepare_towers(config: ModelConfig, folder: Path) -> None:
+    """Adds to a model folder, which is that of the first tower, those of the others that a recipe has.
+
+    UsageError names the key that can't be honoured.
+    """
+    others = config.kinds[1:]
+    if others and config.vision is None:
+        for kind in others:
+            (folder / kind).mkdir()
+            modality_of(kind, config).prepare(config, folder / kind, ModelSpec.load(folder))
+        Layout({TEXT: "."} | {kind: kind for kind in others}, "kind").save(folder)
+    elif config.towers == "separate":
+        _prepare_document_tower(config, folder)
+        Layout({QUERY: ".", DOCUMENT: DOCUMENT if (folder / DOCUMENT).exists() else "."}, "field").save(folder)
+
+
+def _prepare_document_tower(config: ModelConfig, folder: Path) -> None:
+    """The document tower's folder, where `model.document_path` names its weights.
 
     UsageError where they are of another architecture, tokenizer, pooling, length or prompt than the query tower's.
     """
@@ -133,99 +180,88 @@ def _shared(folder: Path) -> dict[str, Any]:
 def build_towers(
     config: ModelConfig, folder: Path, build: Callable[[ModelConfig, Path], TextEncoder] = build_encoder
 ) -> Towers:
-    """Both encoders from a model folder; equal where `model.document_path` gives the second none of its own.
+    """The encoders of a model folder that `prepare_towers` made. Query and document towers are equal where
+    `model.document_path` gives the second none of its own.
 
-    Random weights come from the current torch generator, which is left as for a single encoder.
+    Random weights come from the current torch generator, which is left by the two as by a single encoder.
     """
-    query, other = build(config, folder), _own_folder(folder, DOCUMENT)
-    if other != folder:
-        return Towers(query, build(config, other))
-    with torch.random.fork_rng(devices=[]):
-        document = build(config, folder)
-    document.load_state_dict(query.state_dict())
-    return Towers(query, document)
-
-
-def _own_folder(folder: Path, field: str) -> Path:
-    """The model folder of one tower, of two whose model folder is `folder`."""
-    return folder / DOCUMENT if field == DOCUMENT and (folder / DOCUMENT).exists() else folder
-
-
-class LocalTowers:
-    """Both encoders on this process's device, `LocalEncoder` each; a field's texts go to its own."""
-
-    def __init__(self, query: LocalEncoder, document: LocalEncoder) -> None:
-        self.query, self.document = query, document
-        self.gives_tokens, self.unit_vectors = query.gives_tokens, query.unit_vectors
-
-    def encode(self, texts: Sequence[str], field: str) -> np.ndarray:
-        """Vectors [n, D] float32 of texts of one field, see `LocalEncoder.encode`."""
-        return self._of(field).encode(texts, field)
-
-    def encode_tokens(self, texts: Sequence[str], field: str) -> list[np.ndarray]:
-        """The token vectors [m, D] float32 of each text, see `LocalEncoder.encode_tokens`."""
-        return self._of(field).encode_tokens(texts, field)
-
-    def _of(self, field: str) -> LocalEncoder:
-        return self.query if field.endswith(QUERY) else self.document
+    layout = Layout.load(folder)
+    assert layout is not None, "prepare_towers says which towers there are"
+    if layout.by == "kind":
+        others = {kind: modality_of(kind, config).build(config, folder / kind) for kind in config.kinds[1:]}
+        return Towers({TEXT: build(config, folder)} | others)
+    query, other = build(config, folder), folder / layout.towers[DOCUMENT]
+    if other.samefile(folder):
+        with torch.random.fork_rng(devices=[]):
+            document = build(config, folder)
+        document.load_state_dict(query.state_dict())
+    else:
+        document = build(config, other)
+    return Towers({QUERY: query, DOCUMENT: document})
 
 
 def export_towers(
-    weights: Mapping[str, Tensor],
-    spec: ModelSpec,
-    model_folder: Path,
-    out: Path,
-    export: Callable[[Mapping[str, Tensor], ModelSpec, Path, Path], Path] = export_sentence_transformer,
+    weights: Mapping[str, Tensor], model_folder: Path, out: Path, model: ModelConfig | None = None
 ) -> Path:
     """Write `out`, whole or not at all, replacing what is there; returns it.
 
     weights  by the names of `Towers.state_dict()`
-    export   writes one tower's folder, called with (weights, spec, model_folder, out)
+    model    the recipe's section, needed where it has an adapter
 
     `SentenceTransformer(out)` encodes queries by `encode_query` and documents by `encode_document`; with pooling
-    "tokens" `MultiVectorEncoder(out)` does.
+    "tokens" `MultiVectorEncoder(out)` does. Of towers by kind it encodes texts and images alike; where there is another
+    kind, gyre loads the folder (`cluster.models.exported_encoder`), and each of the others by itself.
     """
+    layout = Layout.load(model_folder)
+    assert layout is not None, "prepare_towers says which towers there are"
     with whole_folder(out) as making:
-        for field in (QUERY, DOCUMENT):
-            prefix = f"{field}."
-            own = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
-            export(own, spec, _own_folder(model_folder, field), making / field)
-        _write_router(making)
+        for name, place in layout.towers.items():
+            own = {key.removeprefix(f"{name}."): t for key, t in weights.items() if key.startswith(f"{name}.")}
+            spec = ModelSpec.load(model_folder / place)
+            export_sentence_transformer(own, spec, model_folder / place, making / name, model)
+        Layout({name: name for name in layout.towers}, layout.by).save(making)
+        if all((making / name / "modules.json").exists() for name in layout.towers):
+            _write_router(making, layout)
+        else:  # a kind that Sentence Transformers doesn't know
+            tokens = ModelSpec.load(model_folder).pooling == "tokens"
+            (making / "README.md").write_text(_BY_GYRE.replace("CALL", "encode_tokens" if tokens else "encode"))
     return out
-
-
-def has_towers(folder: Path) -> bool:
-    """Whether `export_towers` wrote it."""
-    return all((folder / part).exists() for part in (_ROUTER, QUERY, DOCUMENT))
 
 
 def load_towers(folder: Path, attention: str = "auto") -> Towers:
     """The encoders of a folder that `export_towers` wrote, in evaluation mode, on the CPU."""
-    if not has_towers(folder):
-        raise UsageError(f"{folder} has no {_ROUTER} beside {QUERY}/ and {DOCUMENT}/, so it is no export of two towers")
-    return Towers(*(load_exported(folder / field, attention) for field in (QUERY, DOCUMENT))).eval()
+    layout = Layout.load(folder)
+    if layout is None:
+        raise UsageError(f"{folder} has no {TOWERS_FILE}, so it is no export of several towers")
+    return Towers({name: load_exported(folder / place, attention) for name, place in layout.towers.items()}).eval()
 
 
-def _write_router(folder: Path) -> None:
-    """The files by which Sentence Transformers sees the two folders as one model."""
+def _write_router(folder: Path, layout: Layout) -> None:
+    """The files by which Sentence Transformers sees the folders as one model."""
     types: dict[str, str] = {}
     structure: dict[str, list[str]] = {}
-    for field in (QUERY, DOCUMENT):
-        modules = json.loads((folder / field / "modules.json").read_text())
-        places = [f"{field}/{module['path']}".rstrip("/") for module in modules]
+    for name in layout.towers:
+        modules = json.loads((folder / name / "modules.json").read_text())
+        places = [f"{name}/{module['path']}".rstrip("/") for module in modules]
         types |= {place: module["type"] for place, module in zip(places, modules, strict=True)}
-        structure[field] = places
-    parameters = {"default_route": DOCUMENT, "allow_empty_key": True}
+        structure[name] = places
+    parameters: dict[str, Any] = {"default_route": [*layout.towers][-1], "allow_empty_key": True}
+    if layout.by == "kind":
+        parameters["default_route"] = next(iter(layout.towers))
+        parameters["route_mappings"] = {str((None, name)): name for name in layout.towers}
     _write_json(folder / _ROUTER, {"types": types, "structure": structure, "parameters": parameters})
     router = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Router"}
     _write_json(folder / "modules.json", [router])
-    for file in (folder / QUERY / "config_sentence_transformers.json", *(folder / QUERY).glob("*.py")):
+    first = folder / next(iter(layout.towers))
+    for file in (first / "config_sentence_transformers.json", *first.glob("*.py")):
         shutil.copy(file, folder)
     kind = json.loads((folder / "config_sentence_transformers.json").read_text())["model_type"]
-    (folder / "README.md").write_text(_CARD.replace("SentenceTransformer", kind))
+    card = _BY_FIELD if layout.by == "field" else _BY_KIND
+    listed = " and ".join(f"`{name}/`" for name in layout.towers)
+    (folder / "README.md").write_text(card.replace("SentenceTransformer", kind).replace("FOLDERS", listed))
 
 
-_CARD = """# A text embedding model of two towers trained with gyre
+_BY_FIELD = """# A text embedding model of two towers trained with gyre
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -236,7 +272,34 @@ documents = model.encode_document(["def read(path): ..."])
 similarity = model.similarity(queries, documents)
 ```
 
-Each of `query/` and `document/` is a model by itself; its README says more.
+Each of FOLDERS is a model by itself; its README says more.
+"""
+_BY_KIND = """# An embedding model of several towers trained with gyre
+
+```python
+from PIL import Image
+from sentence_transformers import SentenceTransformer  # version 6 or later
+
+model = SentenceTransformer("this folder")
+texts = model.encode(["a cat on a chair"])
+images = model.encode([Image.open("cat.png").convert("RGB")])
+similarity = model.similarity(texts, images)
+```
+
+Each of FOLDERS is a model by itself; its README says more.
+"""
+_BY_GYRE = """# An embedding model of several towers trained with gyre
+
+```python
+from pathlib import Path
+
+from cluster.models import exported_encoder
+from data_services.schema import Media
+
+model = exported_encoder(Path("this folder"))
+texts = model.CALL(["a low tone"], "query")
+others = model.CALL([Media("audio", Path("tone.wav").read_bytes())], "document")  # or another kind
+```
 """
 
 

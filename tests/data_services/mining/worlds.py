@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_services.fields import Fields
 from data_services.mine import MiningTexts
 from data_services.mining.filters import FilterConfig
 from data_services.mining.scorers import VectorMiner
@@ -16,7 +17,7 @@ from data_services.mining.texts import plain_id
 from data_services.mining.vectors import Vectors
 from data_services.origins import RowsPart
 from data_services.readers.blocks import Want
-from data_services.records import Fields, Row
+from data_services.records import Row
 from data_services.store import Reading, StoredSource, store
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from data_services.tokenizer import FolderTokenizer
 from tests.trainers.encoders.tiny import TEXTS, of, padded, tiny
 from trainers.encoders.late_interaction import fill_queries, kept_first, without_skipped
-from trainers.encoders.text import LocalEncoder
+from trainers.encoders.local import LocalEncoder
 
 
 def test_kept_tokens_come_first_in_their_order_with_gradients():

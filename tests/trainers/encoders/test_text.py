@@ -9,8 +9,9 @@ import torch
 from data_services.tokenizer import FolderTokenizer
 from tests.trainers.encoders.tiny import TEXTS, TINY, of, padded, tiny, train_tokenizer
 from trainers.config import ModelConfig
+from trainers.encoders.local import LocalEncoder
 from trainers.encoders.model_folder import prepare_model_folder
-from trainers.encoders.text import LocalEncoder, build_encoder
+from trainers.encoders.text import build_encoder
 
 
 def test_vectors_are_unit_and_do_not_depend_on_padding_or_neighbours(qwen):

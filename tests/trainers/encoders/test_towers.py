@@ -1,12 +1,15 @@
 """Two towers: which one a chunk runs through, where they start, that a step trains both, and the way out and back."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from data_services.collate import share_batch
-from data_services.schema import UsageError
+from data_services.inputs import Routed
+from data_services.schema import Inputs, UsageError
 from data_services.tokenizer import FolderTokenizer
 from tests.trainers.encoders.tiny import TEXTS, TINY, padded, scrambled, train_tokenizer, train_tokenizer_with_mask
 from tests.trainers.test_step import BETA, DIM, Tower, batch_of
@@ -14,17 +17,10 @@ from tests.twins import dense_contrastive
 from trainers.chunks import chunks_of, keys_of
 from trainers.collectives import Group
 from trainers.config import EngineConfig, ModelConfig, MomentumConfig, OptimizerConfig
+from trainers.encoders.local import LocalEncoder
 from trainers.encoders.model_folder import prepare_model_folder
-from trainers.encoders.text import LocalEncoder, build_encoder
-from trainers.encoders.towers import (
-    LocalTowers,
-    Towers,
-    build_towers,
-    export_towers,
-    has_towers,
-    load_towers,
-    prepare_document_tower,
-)
+from trainers.encoders.text import build_encoder
+from trainers.encoders.towers import Layout, Towers, build_towers, export_towers, load_towers, prepare_towers
 from trainers.export import export_sentence_transformer
 from trainers.model import Trained
 from trainers.objectives.compose import Sum
@@ -42,6 +38,7 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("towers") / "model"
     config = ModelConfig(config=TINY, **RECIPE)
     prepare_model_folder(config, place, train_tokenizer)
+    prepare_towers(config, place)
     towers = build_towers(config, place).eval()
     scrambled(towers.document)
     return config, place, towers
@@ -51,10 +48,10 @@ def test_a_chunk_runs_through_the_tower_of_its_texts(folder):
     _, _, towers = folder
     ids, mask = padded([5, 9])
     prompts = torch.zeros(2, dtype=torch.int64)
-    for tower, queries in ((towers.query, torch.tensor([True, True])), (towers.document, torch.tensor([False, False]))):
-        assert torch.equal(towers(ids, mask, prompts, queries), tower(ids, mask, prompts, queries))
-    with pytest.raises(ValueError, match="holds queries or documents, this one has both"):
-        towers(ids, mask, prompts, torch.tensor([True, False]))
+    inputs = {"input_ids": ids, "attention_mask": mask, "prompt_tokens": prompts, "queries": prompts == 0}
+    for number, tower in enumerate((towers.query, towers.document)):
+        assert torch.equal(towers(number, **inputs), tower(**inputs))
+    assert not torch.allclose(towers(0, **inputs), towers(1, **inputs))
 
 
 def test_both_start_equal_and_take_no_more_from_the_generator_than_one(folder):
@@ -76,19 +73,20 @@ def test_both_start_equal_and_take_no_more_from_the_generator_than_one(folder):
 
 def two_towers():
     torch.manual_seed(1)
-    towers = Towers(Tower(), Tower())
+    towers = Towers({"query": Tower(), "document": Tower()})
     for p in towers.document.parameters():
         nn.init.normal_(p, std=0.5)
     return Trained(towers, {})
 
 
 def global_batch():
-    return batch_of(0, queries=3, negatives=9)
+    batch = batch_of(0, queries=3, negatives=9)
+    return replace(batch, queries=Inputs.of_tower(batch.queries, 0), documents=Inputs.of_tower(batch.documents, 1))
 
 
 def shares_of(workers):
     """Cut by field; the second of two workers has a chunk without texts among its queries' and its documents'."""
-    shares = share_batch(global_batch(), workers, 12, by_field=True)
+    shares = share_batch(global_batch(), workers, 12)
     assert workers == 1 or [len(chunk) for chunk in shares[1].chunks] == [1, 0, 1, 1, 1, 1, 1, 0]
     return shares
 
@@ -182,12 +180,12 @@ def test_the_momentum_encoder_averages_both_towers_and_workers_call_them_in_the_
 def exported(folder, tmp_path_factory):
     _, place, towers = folder
     out = tmp_path_factory.mktemp("out") / "export"
-    return export_towers(towers.state_dict(), towers.spec, place, out)
+    return export_towers(towers.state_dict(), place, out)
 
 
 def local(towers, place):
     tokenizer = FolderTokenizer(place, towers.spec.max_tokens, towers.spec.prompts)
-    return LocalTowers(LocalEncoder(towers.query, tokenizer), LocalEncoder(towers.document, tokenizer))
+    return LocalEncoder(towers, Routed({"query": tokenizer, "document": tokenizer}, "field"))
 
 
 def test_sentence_transformers_encodes_queries_and_documents_as_the_trainer_does(folder, exported):
@@ -209,9 +207,10 @@ def test_two_towers_of_token_vectors_export_as_one_late_interaction_model(tmp_pa
 
     config = ModelConfig(config=TINY, towers="separate", pooling="tokens", token_dim=8, query_length=12)
     prepare_model_folder(config, tmp_path / "m", train_tokenizer_with_mask)
+    prepare_towers(config, tmp_path / "m")
     towers = build_towers(config, tmp_path / "m").eval()
     scrambled(towers.document)
-    out = export_towers(towers.state_dict(), towers.spec, tmp_path / "m", tmp_path / "out")
+    out = export_towers(towers.state_dict(), tmp_path / "m", tmp_path / "out")
     theirs, ours = MultiVectorEncoder(str(out), device="cpu"), local(towers, tmp_path / "m")
     for field, vectors in (("query", theirs.encode_query(TEXTS)), ("document", theirs.encode_document(TEXTS))):
         for got, want in zip(vectors, ours.encode_tokens(TEXTS, field), strict=True):
@@ -222,10 +221,12 @@ def test_two_towers_of_token_vectors_export_as_one_late_interaction_model(tmp_pa
 def test_an_export_comes_back_with_every_weight(folder, exported):
     _, _, towers = folder
     back = load_towers(exported)
-    assert has_towers(exported)
+    (exported / "gyre_towers.json").rename(exported / "aside")
+    assert Layout.load(exported) == Layout({"query": "query", "document": "document"}, "field")  # of an earlier version
+    (exported / "aside").rename(exported / "gyre_towers.json")
     for name, weight in towers.state_dict().items():
         assert torch.equal(back.state_dict()[name], weight), name
-    with pytest.raises(UsageError, match="so it is no export of two towers"):
+    with pytest.raises(UsageError, match="so it is no export of several towers"):
         load_towers(exported / "query")
 
 
@@ -234,7 +235,7 @@ def test_the_document_tower_starts_from_its_own_path(folder, exported, tmp_path)
     paths = {"path": str(exported / "query"), "document_path": str(exported / "document")}
     config = ModelConfig(towers="separate", **paths)
     spec = prepare_model_folder(config, tmp_path / "m")
-    prepare_document_tower(config, tmp_path / "m")
+    prepare_towers(config, tmp_path / "m")
     made = build_towers(config, tmp_path / "m").eval()
     assert spec.prompts["query"] == "find: "
     for name, weight in towers.state_dict().items():
@@ -247,12 +248,12 @@ def test_a_document_tower_that_does_not_fit_is_refused_by_name(exported, tmp_pat
         ModelConfig(path="a", document_path="b")
     missing = ModelConfig(path=str(exported / "query"), document_path="no/such", towers="separate")
     with pytest.raises(UsageError, match=r"model.document_path: 'no/such' is neither a folder"):
-        prepare_document_tower(missing, tmp_path / "m")
+        prepare_towers(missing, tmp_path / "m")
     wide = TINY.model_copy(update={"intermediate": 64})
     spec = prepare_model_folder(ModelConfig(config=wide, **RECIPE), tmp_path / "wide", train_tokenizer)
     weights = build_encoder(ModelConfig(config=wide, **RECIPE), tmp_path / "wide").state_dict()
     export_sentence_transformer(weights, spec, tmp_path / "wide", tmp_path / "other")
     other = ModelConfig(path=str(exported / "query"), document_path=str(tmp_path / "other"), towers="separate")
     with pytest.raises(UsageError, match="differs from the query tower in its weights"):
-        prepare_document_tower(other, tmp_path / "m")
+        prepare_towers(other, tmp_path / "m")
     assert not (tmp_path / "m" / "document").exists()

@@ -1,0 +1,1 @@
+"""Corpora that need no download: one file each. `catalogue` lists them by name."""

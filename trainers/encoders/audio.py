@@ -1,0 +1,103 @@
+"""The tower of sounds: convolutions over a log-mel spectrogram, each of which halves the frames, and their mean.
+
+    gyre_audio.json        `AudioConfig`
+    gyre_model.json        ModelSpec
+    model.safetensors      of an export, by the names of `AudioEncoder.state_dict()`
+
+Shapes: n sounds, F frames end to end, M bands, H channels, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data_services.schema import UsageError
+from trainers.config import ModelConfig
+from trainers.encoders.arrays import lengths_of
+from trainers.encoders.spec import ModelSpec
+from trainers.encoders.tower import MediaTower
+from trainers.tower_config import AudioConfig
+
+SETTINGS, WEIGHTS = "gyre_audio.json", "model.safetensors"
+
+
+class Convolutions(nn.Module):
+    """Spectrograms [n, M, F], lengths [n] in frames -> states [n, F', H] and which of them are there [n, F'] bool."""
+
+    def __init__(self, config: AudioConfig) -> None:
+        super().__init__()
+        widths = [config.mels, *[config.hidden] * config.layers]
+        self.layers = nn.ModuleList(
+            nn.Conv1d(wide, narrow, config.kernel, stride=2, padding=config.kernel // 2)
+            for wide, narrow in pairwise(widths)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(config.hidden) for _ in range(config.layers))
+
+    def forward(self, spectrograms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, there = spectrograms, self._there(spectrograms, lengths)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            # What is beyond a sound's end is silence to every layer: its vector doesn't depend on its neighbours.
+            hidden = layer(hidden * there[:, None].to(hidden.dtype))
+            lengths = (lengths + 1) // 2
+            there = self._there(hidden, lengths)
+            hidden = F.gelu(norm(hidden.transpose(1, 2))).transpose(1, 2)
+        return hidden.transpose(1, 2), there
+
+    @staticmethod
+    def _there(hidden: Tensor, lengths: Tensor) -> Tensor:
+        return torch.arange(hidden.shape[2], device=hidden.device) < lengths[:, None]
+
+
+class AudioEncoder(MediaTower):
+    """The tower of sounds. Of a chunk it reads `arrays["frames"]` [F, M] float32, and how many are each sound's."""
+
+    def __init__(self, config: AudioConfig, spec: ModelSpec) -> None:
+        super().__init__(Convolutions(config), spec)
+        self.config = config
+
+    def read(self, arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        weight, frames = next(self.backbone.parameters()), arrays.get("frames")
+        if frames is None or not len(frames):
+            silence = torch.zeros(1, self.config.mels, 1, dtype=weight.dtype, device=weight.device)
+            return self.backbone(silence, torch.ones(1, dtype=torch.int64, device=weight.device))
+        lengths = arrays[lengths_of("frames")]
+        padded = nn.utils.rnn.pad_sequence(list(frames.split(lengths.tolist())), batch_first=True)
+        return self.backbone(padded.transpose(1, 2).to(weight.dtype), lengths)
+
+    def flops_per_token(self, length: float) -> float:
+        """As of other towers: a token is a frame of the last layer, for which each layer before computes twice as many
+        as the one after it."""
+        layers = self.backbone.layers
+        return float(sum(6 * layer.weight.numel() * 2 ** (len(layers) - 1 - i) for i, layer in enumerate(layers)))
+
+
+def prepare(config: ModelConfig, folder: Path, texts: ModelSpec) -> None:
+    """See `Modality.prepare`."""
+    audio = config.audio
+    assert audio is not None, "asked for by a recipe that has one"
+    if texts.pooling == "tokens":
+        raise UsageError("model.audio: a sound has one vector, but model.pooling is tokens; choose another")
+    frames = int(audio.max_seconds * audio.rate / audio.hop)
+    spec = ModelSpec.of_media("audio", audio.hidden, texts.dim, max(1, -(-frames >> audio.layers)), texts.normalize)
+    (folder / SETTINGS).write_text(audio.model_dump_json(indent=2) + "\n")
+    spec.save(folder)
+
+
+def build(config: ModelConfig, folder: Path) -> AudioEncoder:
+    """See `Modality.build`."""
+    return AudioEncoder(AudioConfig.model_validate_json((folder / SETTINGS).read_text()), ModelSpec.load(folder))
+
+
+def load(folder: Path, attention: str = "auto") -> AudioEncoder:
+    """See `Modality.load`."""
+    from safetensors.torch import load_file
+
+    encoder = AudioEncoder(AudioConfig.model_validate_json((folder / SETTINGS).read_text()), ModelSpec.load(folder))
+    encoder.load_state_dict(load_file(folder / WEIGHTS))
+    return encoder.eval()
