@@ -98,9 +98,9 @@ def _of_source(path: str, split: str | None, k: int) -> Suite:
     from evaluation.metrics import metric_names
 
     if path.startswith(BUILTIN):
-        from data_services.builtin import CORPORA
+        from data_services.corpora.catalogue import corpora
 
-        known = [*(f"{BUILTIN}{name}" for name in CORPORA), *shipped()]
+        known = [*(f"{BUILTIN}{name}" for name in corpora()), *shipped()]
         if path not in known:
             near = difflib.get_close_matches(path, known, n=1, cutoff=0.0)[0]
             raise UsageError(f"no built-in suite or source {path}: did you mean {near}? There are {', '.join(known)}")
