@@ -41,7 +41,7 @@ class Retrieval(Task):
         for query, text, grades in zip(self.query_ids, self.queries, self.grades, strict=True):
             if not any(grade > 0 for grade in grades.values()):
                 raise UsageError(
-                    f"task {self.name}: query {query!r} ({str(text)[:60]!r}) has no relevant document: judge one for it, "
+                    f"task {self.name}: query {query!r} ({str(text)[:60]!r}) has no relevant document: judge one, "
                     "or set unanswered: leave_out"
                 )
             if any(grade != int(grade) for grade in grades.values()):
