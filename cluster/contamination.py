@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
 from cluster.paths import RunPaths
+from data_services.items import Item
 from data_services.schema import UsageError
 from evaluation.stored import Overlap
 
@@ -37,13 +38,19 @@ def contamination(run: RunPaths | None, tasks: Sequence[Task], root: Path, on_pr
     from data_services.overlap import TextIndex, look_through
 
     on_progress({"kind": "note", "text": "looking for the suite's texts in the training data"})
-    index = TextIndex(text for task in tasks for texts in task.sides().values() for text in texts)
+    sides = {task.name: {side: _texts(items) for side, items in task.sides().items()} for task in tasks}
+    index = TextIndex(text for of_task in sides.values() for texts in of_task.values() for text in texts)
     look_through(index, sources)
     found = {}
     for task in tasks:
-        counts = {side: index.counts(texts) for side, texts in task.sides().items()}
+        counts = {side: index.counts(texts) for side, texts in sides[task.name].items()}
         found[task.name] = {side: Overlap(texts=n, exact=exact, near=near) for side, (n, exact, near) in counts.items()}
     return Held(found, data_fingerprint(sources))
+
+
+def _texts(items: Sequence[Item]) -> list[str]:
+    """Images and sounds aren't looked for."""
+    return [item for item in items if isinstance(item, str)]
 
 
 def training_sources(run: RunPaths, root: Path, on_progress: Progress) -> tuple[StoredSource, ...] | None:

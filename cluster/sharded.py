@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cluster.models import fingerprint
-from data_services.schema import Encoder
+from data_services.schema import Encoder, Item
 from evaluation.vectors import Vectors
 
 if TYPE_CHECKING:
@@ -46,8 +46,11 @@ class ShardedVectors(Vectors):
         super().__init__(encoder)
         self._folder, self._root, self._workers, self._tell, self._large = folder, root, workers, on_progress, large
 
-    def nearest(self, queries: Sequence[str], documents: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        if self.tokens or len(documents) < self._large:
+    def nearest(self, queries: Sequence[Item], documents: Sequence[Item], k: int) -> tuple[np.ndarray, np.ndarray]:
+        asked = [query for query in queries if isinstance(query, str)]
+        texts = [document for document in documents if isinstance(document, str)]
+        others = len(asked) < len(queries) or len(texts) < len(documents)  # images and sounds
+        if self.tokens or others or len(documents) < self._large:
             return super().nearest(queries, documents, k)
         from cluster.embedding import workers_on
 
@@ -55,8 +58,8 @@ class ShardedVectors(Vectors):
         with ExitStack() as stack:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=self._root, prefix=".texts-")))
             workers = stack.enter_context(workers_on(1 if self._here else self._workers, self._root))
-            of_queries = self._encoded(place, queries, "query", workers)
-            of_documents = self._encoded(place, documents, "document", workers)
+            of_queries = self._encoded(place, asked, "query", workers)
+            of_documents = self._encoded(place, texts, "document", workers)
             search = self._search(of_queries, of_documents, stack)
             blocks = [
                 search(start, min(start + _QUERIES_AT_ONCE, len(queries)), k)

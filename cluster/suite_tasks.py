@@ -116,7 +116,7 @@ def _retrieval(section: RetrievalSection, home: Path) -> Task:
         list(documents.values()),
         [{at[document]: grade for document, grade in grades[query].items()} for query in ids],
         section.bm25,
-        languages=[spoken[queries[query]] for query in ids] if spoken else (),
+        languages=[spoken[text] for query in ids if isinstance(text := queries[query], str)] if spoken else (),
     )
 
 

@@ -112,7 +112,9 @@ def score_step(run: RunPaths, step: int, model: Path | None = None) -> None:
     recipe, folder = Recipe.model_validate_json(run.recipe.read_text()), step_folder(run, step)
     assert recipe.evaluation.validation is not None, "checked with the recipe"
     pool = retrieval_pool(open_source(pools_of(recipe)[recipe.evaluation.validation], run.root.parent))
-    scores = evaluate_encoder(exported_encoder(model or folder / MODEL), *pool, recipe.evaluation.k)
+    scores = evaluate_encoder(
+        exported_encoder(model or folder / MODEL), *pool, recipe.evaluation.k, recipe.evaluation.recall_at
+    )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SCORES, scores.metrics)
 

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_services.files import File
+from data_services.items import TEXT, Item, item_id
 from data_services.origins import origin_of
 from data_services.readers.blocks import Block, Want
 from data_services.readers.formats import FilePart
 from data_services.readers.joined import BeirPart, document_fields, judgements
 from data_services.records import Malformed
 from data_services.schema import Column, UsageError, text_id
-from data_services.sources import SourceConfig, open_source
+from data_services.sources import SourceConfig, open_source, retrieval_pool
+from data_services.store import StoredSource
 
 
 class Judged(NamedTuple):
@@ -23,8 +25,8 @@ class Judged(NamedTuple):
     A document is relevant above 0; what isn't named was not judged, and counts as not relevant.
     """
 
-    queries: dict[str, str]
-    documents: dict[str, str]
+    queries: Mapping[str, Item]
+    documents: Mapping[str, Item]
     grades: dict[str, dict[str, float]]
 
 
@@ -116,7 +118,10 @@ def _whole_text(row: Mapping[str, Any]) -> str:
 
 
 def _pairs(source: SourceConfig, home: Path) -> Judged:
-    table = open_source(source, home).table().select([Column.ID, Column.QUERY, Column.POSITIVES])
+    stored = open_source(source, home)
+    if stored.kinds != TEXT:
+        return _items(stored)
+    table = stored.table().select([Column.ID, Column.QUERY, Column.POSITIVES])
     queries, documents = _Named(), _Named()
     grades: dict[str, dict[str, float]] = {}
     for row in table.to_pylist():
@@ -124,6 +129,15 @@ def _pairs(source: SourceConfig, home: Path) -> Judged:
         alone = len(row[Column.POSITIVES]) == 1
         judged |= {documents.id_of(p, row[Column.ID] if alone else None): 1.0 for p in row[Column.POSITIVES]}
     return Judged(queries.texts, documents.texts, grades)
+
+
+def _items(stored: StoredSource) -> Judged:
+    """Images, sounds and parts go by their ids."""
+    pool = retrieval_pool(stored)
+    queries, documents = ({f"{item_id(item) % 2**64:016x}": item for item in side} for side in pool[:2])
+    names = list(documents)
+    grades = {query: {names[d]: 1.0 for d in some} for query, some in zip(queries, pool.relevant, strict=True)}
+    return Judged(queries, documents, grades)
 
 
 class _Named:

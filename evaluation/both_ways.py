@@ -17,8 +17,8 @@ from evaluation.retrieval import (
     bm25,
     evaluate_encoder,
     evaluate_retrieval,
-    rank,
 )
+from evaluation.search import rank
 
 BACK, BY_PROMPTS = " back", " by prompts"  # behind a model's name in a table
 PIXELS = "nearest pixels"

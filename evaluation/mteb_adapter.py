@@ -63,9 +63,9 @@ class MtebModel:
 
     @property
     def mteb_model_meta(self) -> ModelMeta:
-        from mteb.models.model_meta import ModelMeta
+        from mteb.models.model_meta import ModelMeta, ScoringFunction
 
-        similarity = "cosine" if getattr(self._encoder, "unit_vectors", True) else "dot"
+        similarity = ScoringFunction("cosine" if getattr(self._encoder, "unit_vectors", True) else "dot")
         told = {"name": self._name, "revision": self._revision, "similarity_fn_name": similarity}
         return ModelMeta.create_empty(overwrites=told)
 
@@ -96,11 +96,20 @@ def score(model: MtebModel, tasks: Sequence[AbsTask], folder: Path) -> dict[str,
     for task in tasks:
         name = task.metadata.name
         try:
-            (found,) = mteb.evaluate(
-                model, task, cache=cache, overwrite_strategy="always", show_progress_bar=False, co2_tracker=False
-            ).task_results  # type: ignore[arg-type]
-        except OSError as error:  # the hub's errors, and those of the network, are
-            raise RunError(f"mteb's task {name} can't load its data: {str(error).splitlines()[0]}") from error
+            task.load_data()
+        except (OSError, ValueError) as error:  # what the hub, the network and `datasets` raise
+            raise RunError(
+                f"mteb's task {name} can't load its data: {(str(error) or repr(error)).splitlines()[0]}"
+            ) from error
+        (found,) = mteb.evaluate(
+            model,  # type: ignore[arg-type]
+            task,
+            cache=cache,
+            overwrite_strategy="always",
+            show_progress_bar=False,
+            co2_tracker=False,
+        ).task_results
+        task.unload_data()
         scores = [subset for subsets in found.scores.values() for subset in subsets]
         results[name] = TaskResult(
             kind=f"mteb {task.metadata.type}",

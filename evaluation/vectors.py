@@ -12,7 +12,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from data_services.embedding.quantise import quantise, ranges_of, restore
-from data_services.schema import Encoder, Item, RunError, Section, UsageError
+from data_services.items import Item, item_id
+from data_services.schema import Encoder, RunError, Section, UsageError
 from evaluation.search import rank, rank_tokens, refuse_nan
 
 Side = Literal["query", "document"]
@@ -63,34 +64,35 @@ class Vectors:
         self._encoder = encoder
         self.unit: bool = getattr(encoder, "unit_vectors", True)
         self.tokens: bool = getattr(encoder, "gives_tokens", False)
-        self._rows: dict[str, dict[str, int]] = {}
+        self._rows: dict[str, dict[str | int, int]] = {}
         self._kept: dict[str, np.ndarray] = {}
 
-    def of(self, texts: Sequence[str], side: Side) -> np.ndarray:
+    def of(self, texts: Sequence[Item], side: Side) -> np.ndarray:
         """[n, D] float32, of length 1 where `unit`. RunError for NaN, or another length or number than it should."""
         if self.tokens:
             raise UsageError("this model has a vector for each token of a text: it can be scored by retrieval alone")
         rows = self._rows.setdefault(side, {})
-        new = [text for text in dict.fromkeys(texts) if text not in rows]
+        keys = [text if isinstance(text, str) else item_id(text) for text in texts]
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in rows}
         if new:
-            vectors = encode(self._encoder, new, side)
-            rows |= {text: len(rows) + i for i, text in enumerate(new)}
+            vectors = encode(self._encoder, list(new.values()), side)
+            rows |= {key: len(rows) + i for i, key in enumerate(new)}
             earlier = [self._kept[side]] if side in self._kept else []
             self._kept[side] = np.concatenate([*earlier, vectors]) if earlier else vectors
-        return self._kept[side][[rows[text] for text in texts]]
+        return self._kept[side][[rows[key] for key in keys]]
 
-    def stored(self, texts: Sequence[str], side: Side) -> np.ndarray:
+    def stored(self, texts: Sequence[Item], side: Side) -> np.ndarray:
         """As `of`, of texts that an index holds."""
         return self.of(texts, side)
 
-    def nearest(self, queries: Sequence[str], documents: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+    def nearest(self, queries: Sequence[Item], documents: Sequence[Item], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k most similar documents of each query: positions [q, k] and scores, as of `search.rank`."""
         if self.tokens:
             return rank_tokens(self._tokens_of(queries, "query"), self._tokens_of(documents, "document"), k)
         return rank(self.of(queries, "query"), self.stored(documents, "document"), k)
 
     def ordered(
-        self, queries: Sequence[str], documents: Sequence[str], candidates: Sequence[Sequence[int]]
+        self, queries: Sequence[Item], documents: Sequence[Item], candidates: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
         """Each query's candidates (positions among the documents), most similar first, equal ones as they stand."""
         if self.tokens:
@@ -104,7 +106,7 @@ class Vectors:
             found = [rank(vectors[i : i + 1], stored[list(some)], len(some))[0][0] for i, some in enumerate(candidates)]
         return [np.array(some)[order] for some, order in zip(candidates, found, strict=True)]
 
-    def _tokens_of(self, texts: Sequence[str], side: Side) -> list[np.ndarray]:
+    def _tokens_of(self, texts: Sequence[Item], side: Side) -> list[np.ndarray]:
         """The token vectors [m, D] of each text."""
         return self._encoder.encode_tokens(texts, side)  # type: ignore[attr-defined]
 
@@ -118,7 +120,7 @@ class VariantVectors(Vectors):
         if self.tokens:
             raise UsageError(f"variant {variant.name!r} needs one vector a text, this model has one for each token")
 
-    def of(self, texts: Sequence[str], side: Side) -> np.ndarray:
+    def of(self, texts: Sequence[Item], side: Side) -> np.ndarray:
         """[n, d] float32."""
         vectors, dim = self._model.of(texts, side), self._variant.dim
         if dim is None:
@@ -127,14 +129,14 @@ class VariantVectors(Vectors):
             raise UsageError(f"variant {self._variant.name!r}: the model has {vectors.shape[1]} dimensions")
         return unit_length(vectors[:, :dim]) if self.unit else vectors[:, :dim]
 
-    def stored(self, texts: Sequence[str], side: Side) -> np.ndarray:
+    def stored(self, texts: Sequence[Item], side: Side) -> np.ndarray:
         vectors, dtype = self.of(texts, side), self._variant.quantise
         if dtype is None:
             return vectors
         ranges = ranges_of(vectors) if dtype == "int8" else None
         return restore(quantise(vectors, dtype, ranges), dtype, vectors.shape[1], ranges)
 
-    def nearest(self, queries: Sequence[str], documents: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+    def nearest(self, queries: Sequence[Item], documents: Sequence[Item], k: int) -> tuple[np.ndarray, np.ndarray]:
         if self._variant.quantise != "binary":
             return super().nearest(queries, documents, k)
         vectors, stored = self.of(queries, "query"), _signs(self.of(documents, "document"))

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from data_services.items import Item
 from data_services.schema import UsageError
 from evaluation.stored import PerQuery
 from evaluation.vectors import Vectors
@@ -40,8 +41,8 @@ class Task:
     def main(self) -> str:
         return self.metrics[0]
 
-    def sides(self) -> dict[str, Sequence[str]]:
-        """The texts that are scored, by what they are: queries, documents, texts."""
+    def sides(self) -> Mapping[str, Sequence[Item]]:
+        """The texts, or images and sounds, that are scored, by what they are: queries, documents, texts."""
         raise NotImplementedError
 
     @property

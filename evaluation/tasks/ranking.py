@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from data_services.items import Item, item_id
 from data_services.schema import UsageError, text_id
 from evaluation.geometry import drawn, figures
 from evaluation.metrics import Grades, depth_needed, per_query
@@ -28,9 +29,9 @@ class Retrieval(Task):
     """q queries against n documents; `grades` of each query by document position, above 0 relevant."""
 
     query_ids: Sequence[str]
-    queries: Sequence[str]
+    queries: Sequence[Item]
     document_ids: Sequence[str]
-    documents: Sequence[str]
+    documents: Sequence[Item]
     grades: Sequence[Grades]
     lexical: BM25Config
     kind: ClassVar[str] = "retrieval"
@@ -40,25 +41,26 @@ class Retrieval(Task):
         for query, text, grades in zip(self.query_ids, self.queries, self.grades, strict=True):
             if not any(grade > 0 for grade in grades.values()):
                 raise UsageError(
-                    f"task {self.name}: query {query!r} ({text[:60]!r}) has no relevant document: judge one for it, "
+                    f"task {self.name}: query {query!r} ({str(text)[:60]!r}) has no relevant document: judge one, "
                     "or set unanswered: leave_out"
                 )
             if any(grade != int(grade) for grade in grades.values()):
                 raise UsageError(f"task {self.name}: query {query!r} has a grade that is no whole number")
 
-    def sides(self) -> dict[str, Sequence[str]]:
+    def sides(self) -> Mapping[str, Sequence[Item]]:
         return {"queries": self.queries, "documents": self.documents}
 
     @property
     def asked_texts(self) -> Sequence[str]:
-        return self.queries
+        texts = [query for query in self.queries if isinstance(query, str)]
+        return texts if len(texts) == len(self.queries) else ()
 
     def geometry(self, vectors: Vectors) -> dict[str, float]:
         """`geometry.figures` of the queries and documents, as the model gives them or scaled to length 1."""
         pairs = [(q, d) for q, grades in enumerate(self.grades) for d, grade in grades.items() if grade > 0]
         some = [pairs[i] for i in drawn(len(pairs))]
 
-        def of(texts: Sequence[str], rows: Sequence[int], side: Side) -> np.ndarray:
+        def of(texts: Sequence[Item], rows: Sequence[int], side: Side) -> np.ndarray:
             return unit_length(vectors.of([texts[row] for row in rows], side))
 
         return figures(
@@ -69,13 +71,16 @@ class Retrieval(Task):
 
     def content(self) -> Any:
         graded = [sorted((self.document_ids[d], grade) for d, grade in grades.items()) for grades in self.grades]
-        texts = [[self.query_ids, self.queries], [self.document_ids, self.documents]]
-        return [*(list(map(list, side)) for side in texts), graded]
+        sides = (self.query_ids, self.queries), (self.document_ids, self.documents)
+        told = [[list(names), [x if isinstance(x, str) else item_id(x) for x in items]] for names, items in sides]
+        return [*told, graded]
 
     def score(self, vectors: Vectors) -> TaskScores:
         return self._scores(vectors.nearest(self.queries, self.documents, self._depth)[0])
 
     def baselines(self) -> dict[str, TaskScores]:
+        if not all(isinstance(item, str) for item in (*self.queries, *self.documents)):
+            return {}
         return {"bm25": self._scores(bm25(self.queries, self.documents, self._depth, self.lexical)[0])}
 
     @property

@@ -25,7 +25,7 @@ def recipes(tmp_path_factory):
     """The same run unwatched, watched, and with patience."""
     folder = tmp_path_factory.mktemp("watching")
     raw = merged(mini_recipe(write_pairs(folder / "pairs")), HERE | {"checkpoint": {"every_steps": 2}})
-    raw["data"]["steps"] = STEPS
+    raw["data"]["steps"], raw["optimizer"]["warmup_steps"] = STEPS, 1
     watched = {"every_steps": EVERY, "best_by": METRIC}
     made = {}
     for name, keys in (("plain", {}), ("watched", watched), ("patient", watched | {"patience": 1})):

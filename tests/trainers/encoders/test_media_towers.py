@@ -10,7 +10,7 @@ import torch
 from cluster.models import exported_encoder
 from cluster.prepare import tokenizer_of
 from data_services.schema import Media, Undecodable, UsageError
-from tests.test_docs import named_block
+from tests.test_docs_snippets import named_block
 from tests.trainers.encoders.sounds import tone
 from tests.trainers.encoders.test_image import PICTURES, SIZES, png
 from tests.trainers.encoders.tiny import TEXTS, TINY, scrambled, train_tokenizer
