@@ -180,7 +180,7 @@ def test_a_state_is_as_long_as_the_segments_however_many_rows_there_are():
 def test_a_state_of_another_format_is_refused_with_a_sentence():
     state = Plan(0, 8, [shape("a", 90)], steps=9).state()
     del state["format"]
-    with pytest.raises(UsageError, match="format 1 and this version of gyre writes 2"):
+    with pytest.raises(UsageError, match="format 1 and this version of gyre writes 3"):
         Plan.from_state(state)
 
 

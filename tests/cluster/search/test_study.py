@@ -129,17 +129,19 @@ def test_what_is_left_behind_is_a_recipe_a_report_and_runs_in_the_store(ray_here
 def test_a_search_that_is_stopped_or_out_of_budget_goes_on_where_it_was(ray_here, recipe, root):
     space = {"objective.temperature": TEMPERATURE, "seed": {"kind": "choice", "values": [0, surface.STUCK]}}
     start = [{"seed": seed, "objective.temperature": 0.1} for seed in (0, surface.STUCK)]
-    settings = {"space": space, "trials": 2, "start": start, "stop_early": False}
+    settings = {"space": space, "trials": 2, "start": start, "stop_early": False, "concurrent": 1}
     with pytest.raises(RunError, match=r"came to a check; search\.budget\.seconds \(0\.5\) was spent"):
         search(recipe(**settings, budget={"seconds": 0.5}), work=WORK)
     (study,) = (StudyPaths(p) for p in root.glob("mini-search-*"))
 
-    def when_the_first_is_done(event):
-        if event["kind"] == "trial" and event["record"].outcome.state == "completed":
-            os.kill(os.getpid(), signal.SIGTERM)
+    def stop_in_the_second():
+        while not (study.trial(1).run.root / "begun.jsonl").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
 
+    threading.Thread(target=stop_in_the_second, daemon=True).start()
     with pytest.raises(Stopped, match="SIGTERM: go on with: gyre search RECIPE --resume mini-search-"):
-        search(recipe(**settings), resume=study.search_id, work=WORK, on_progress=when_the_first_is_done)
+        search(recipe(**settings), resume=study.search_id, work=WORK)
     (first, *_) = study.trials()
     assert first.outcome.state == "completed"
     found = search(recipe(**settings), resume=study.search_id, work=WORK)
