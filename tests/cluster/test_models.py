@@ -123,7 +123,7 @@ def test_a_corpus_without_text_and_an_empty_query_are_refused(runs, tmp_path):
     (tmp_path / "empty").mkdir()
     for text, corpus, told in [
         ("x", str(tmp_path / "empty"), "has no text file"),
-        ("x", "no-such-folder", "give a folder of text files"),
+        ("x", "no-such-folder", "give a folder of files"),
         (" ", "no-such-folder", "the query is empty"),
     ]:
         with pytest.raises(UsageError, match=told):

@@ -74,6 +74,7 @@ def begun(study, number):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.mark.proof
 def test_a_search_killed_three_times_does_nothing_twice(start, root):
     def study():
         return StudyPaths(next(root.glob("mini-search-*")))

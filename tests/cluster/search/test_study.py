@@ -77,6 +77,7 @@ def test_trials_of_every_fate_and_the_search_goes_on(ray_here, recipe):
     assert all(t.worker_seconds > 0 for t in found.trials)
 
 
+@pytest.mark.proof
 def test_a_trial_that_hangs_is_ended_and_a_search_without_any_result_has_failed(ray_here, recipe, root):
     space = {"seed": {"kind": "choice", "values": [surface.HANGS, surface.HANGS + 100]}}
     settings = {"space": space, "trials": 1, "start": [{"seed": surface.HANGS}], "stalled_s": 4, "retries": 0}
@@ -126,6 +127,7 @@ def test_what_is_left_behind_is_a_recipe_a_report_and_runs_in_the_store(ray_here
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
+@pytest.mark.proof
 def test_a_search_that_is_stopped_or_out_of_budget_goes_on_where_it_was(ray_here, recipe, root):
     space = {"objective.temperature": TEMPERATURE, "seed": {"kind": "choice", "values": [0, surface.STUCK]}}
     start = [{"seed": seed, "objective.temperature": 0.1} for seed in (0, surface.STUCK)]
@@ -168,6 +170,7 @@ def test_a_spent_budget_ends_the_search_once(budget, spent):
     assert ending.reason.startswith("search.budget.")
 
 
+@pytest.mark.proof
 def test_trials_of_different_size_and_one_that_waits_for_the_cluster(ray_here, recipe):
     holder = ray_here.remote(num_cpus=3)(Holder).remote()
     ray_here.get(holder.there.remote())
@@ -191,6 +194,7 @@ class Holder:
         return True
 
 
+@pytest.mark.proof
 def test_trials_on_a_warm_crew_are_ordinary_trainings_bit_for_bit(ray_here, recipe, gloo, tmp_path):
     from cluster.prepare import prepare
     from cluster.search.space import Space
