@@ -27,7 +27,8 @@ test: install
 	@echo "lint and tests, two at a time, each told when it has ended: about 15 minutes on two cores"
 	$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync=target test-cluster lint test-rooms
 
-PYTEST := $(BIN)/python -m pytest -m "not proof and not gpu"
+# A test that fails is tried once more and named in the summary: real clusters on a busy machine.
+PYTEST := $(BIN)/python -m pytest -m "not proof and not gpu" --reruns 1 -rR
 CLUSTER_TESTS := tests/cluster tests/e2e
 
 test-cluster: install

@@ -122,7 +122,7 @@ def write_suite(folder: Path, count: int, dims: list[int]) -> None:
 
 def ours(folder: str, model: str, dims: list[int]) -> dict[str, Any]:
     began = time.perf_counter()
-    from cluster.evaluating import EvaluationJob, evaluate
+    from cluster.evidence.evaluating import EvaluationJob, evaluate
 
     job = EvaluationJob(model, str(Path(folder) / "suite.yaml"), baselines=("none",))
     with tempfile.TemporaryDirectory() as home:

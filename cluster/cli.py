@@ -14,11 +14,11 @@ from typing import Annotated
 
 import typer
 
-from cluster.corpus_commands import embed, mine
-from cluster.data_commands import data_app
-from cluster.options import Json, Model, Overrides, Recipe, check_json, open_console, write_json
-from cluster.registry_commands import compare, list_models, promote, rollback
-from cluster.serve_command import serve
+from cluster.commands.corpus import embed, mine
+from cluster.commands.data import data_app
+from cluster.commands.options import Json, Model, Overrides, Recipe, check_json, open_console, write_json
+from cluster.commands.registry import compare, list_models, promote, rollback
+from cluster.commands.serve import serve
 
 DONE, FAILED, WRONG, REFUSED = 0, 1, 2, 3
 
@@ -125,8 +125,8 @@ def evaluate(
     json_file: Json = None,
 ) -> None:
     """Score a model on a suite, beside BM25 and other models."""
-    from cluster import evaluating
     from cluster.console import Progress, show_evaluation
+    from cluster.evidence import evaluating
 
     check_json(json_file)
     console = open_console()

@@ -189,7 +189,7 @@ def show_trained(console: Console, result: Mapping[str, Any], root: Path) -> Non
 
 def show_evaluation(console: Console, found: StoredEvaluation) -> None:
     """A table for each task with what it says of its texts, then where the evaluation is stored."""
-    from cluster.evaluating import rows_of
+    from cluster.evidence.evaluating import rows_of
 
     result = found.result
     for name, task in result.tasks.items():

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from cluster.evidence.watching import scores_of
 from cluster.paths import RunPaths
 from cluster.prepare import Prepared
-from cluster.watching import scores_of
 from cluster.worker import Task, train_on_worker
 from data_services.schema import RunError, UsageError
 from trainers.checkpoint import latest

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
+from cluster.evidence.scoring import score_everywhere
+from cluster.evidence.watching import keep_best
 from cluster.fit import Progress, Stopped, stopped_by_signal, training
 from cluster.model_card import CardFacts, write_card
 from cluster.paths import find_run, run_home
 from cluster.prepare import Prepared, check_resumable, check_sources, data_fingerprint, prepare
 from cluster.revision import code_revision
-from cluster.scoring import score_everywhere
-from cluster.watching import keep_best
 from data_services.schema import RunError
 from trainers.checkpoint import latest, write_json
 
@@ -129,17 +129,15 @@ def imported_meanwhile(*modules: str) -> Iterator[Callable[[], None]]:
     ended = threading.Event()
 
     def run() -> None:
-        for module in modules:
-            try:
+        # What can't be imported is met again, and told, where it is used; at the interpreter's end nothing can.
+        with suppress(Exception):
+            for module in modules:
                 if not ended.is_set():
                     importlib.import_module(module)
-            except Exception:
-                if not ended.is_set():  # else the interpreter is about to end, and what is imported can't begin
-                    raise
 
     thread = threading.Thread(target=run, name="imports")
-    thread.start()
-    try:
+    try:  # a signal may come while the thread starts
+        thread.start()
         yield thread.join
     finally:
         ended.set()

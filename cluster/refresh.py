@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cluster.beside import main_beside, run_beside
 from cluster.config import Recipe
+from cluster.evidence.beside import main_beside, run_beside
 from cluster.paths import RunPaths
 from data_services.refresh import FAILED, MINED, step_folder
 from data_services.store import StoredSource

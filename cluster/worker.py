@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
+from cluster.evidence.watching import Watcher
 from cluster.paths import RunPaths
 from cluster.refresh import Refresher
-from cluster.watching import Watcher
 from data_services.imports import import_object
 from data_services.schema import BatchStream
 

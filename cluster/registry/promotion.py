@@ -156,7 +156,7 @@ def _evaluated(
     name: str, versions: tuple[int, int | None], suite: str, root: Path | None, tell: Tell
 ) -> tuple[StoredEvaluation, StoredEvaluation | None]:
     """The version and the champion on the suite: stored evaluations where there are some, else made now."""
-    from cluster.comparison import evaluation_of
+    from cluster.evidence.comparison import evaluation_of
 
     version, champion = versions
     found = evaluation_of(f"models:/{name}/{version}", suite, root, tell)

@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.evaluating import EvaluationJob, evaluate, rows_of
+from cluster.evidence.evaluating import EvaluationJob, evaluate, rows_of
+from cluster.evidence.sharded import ShardedVectors
 from cluster.models import open_encoder
-from cluster.sharded import ShardedVectors
 from data_services import builtin
 from data_services.schema import UsageError
 from evaluation.stored import find, read

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.commands.show_data import Counts
 from cluster.mining import MiningJob, mine
-from cluster.show_data import Counts
 from data_services.mining.filters import FilterConfig
 from data_services.schema import Column, UsageError
 from data_services.sources import SourceConfig, open_source

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cluster.evaluating import EvaluationJob, evaluate
+from cluster.evidence.evaluating import EvaluationJob, evaluate
 from cluster.models import open_encoder
 from data_services.schema import RunError, UsageError
 from evaluation import mteb_adapter

@@ -54,7 +54,7 @@ def written(pairs, folder, model, **more):
 
 def trained(recipe, home):
     """A whole run in this process: (what was made ready, scores of the held-out split)."""
-    from cluster.scoring import score_split
+    from cluster.evidence.scoring import score_split
     from cluster.worker import Task, train_on_worker
     from data_services.stream import LocalStream
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
+from cluster.evidence.suites import open_suite
 from cluster.models import fingerprint
 from cluster.registry import GateFailed, list_models, model_folder, promote, rollback
 from cluster.registry.champion import history_of
-from cluster.suites import open_suite
 from cluster.tracking import client
 from data_services.schema import UsageError
 from evaluation.gates import GateConfig

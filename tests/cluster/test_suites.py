@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.suites import open_suite, parse_suite, read_suite, shipped
+from cluster.evidence.suites import open_suite, parse_suite, read_suite, shipped
 from data_services.schema import UsageError
 from evaluation.vectors import Vectors
 from tests.evaluation.worlds import random_table

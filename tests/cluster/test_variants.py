@@ -59,8 +59,8 @@ def pairs(tmp_path_factory):
 def trained(recipe, home):
     """A whole run in this process: (metrics by step, scores of the held-out split, what it finds in a corpus)."""
     from cluster.config import load_recipe
+    from cluster.evidence.scoring import score_split
     from cluster.prepare import prepare
-    from cluster.scoring import score_split
     from cluster.worker import Task, train_on_worker
     from data_services.stream import LocalStream
     from tests.e2e.commands import steps_in

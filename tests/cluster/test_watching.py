@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from cluster.config import load_recipe
+from cluster.evidence.watching import MODEL, SCORES, best_of, is_stalled, keep_best, scores_of, step_folder
 from cluster.fit import is_trained
 from cluster.paths import RunPaths
 from cluster.prepare import prepare
-from cluster.watching import MODEL, SCORES, best_of, is_stalled, keep_best, scores_of, step_folder
 from data_services.schema import UsageError
 from tests.cluster.test_refresh import train
 from tests.cluster.test_variants import HERE, merged

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.options import Json, check_json, open_console, write_json
+from cluster.commands.options import Json, check_json, open_console, write_json
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A registered model.")]
 Side = "A stored evaluation (its id or folder), or a MODEL."
@@ -23,8 +23,8 @@ def compare(
     json_file: Json = None,
 ) -> None:
     """Hold B against A: per task the difference, its 95 % interval, p, and the queries that changed most."""
-    from cluster import comparison
     from cluster.console import Progress, show_comparison
+    from cluster.evidence import comparison
 
     check_json(json_file)
     console = open_console()

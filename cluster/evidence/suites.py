@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.evidence.suite_tasks import open_task
 from cluster.recipe_file import read_yaml
 from cluster.sections import parse_section
-from cluster.suite_tasks import open_task
 from data_services.schema import UsageError
 from evaluation.suite import KINDS, RetrievalSection, Suite, TaskSection, nearest
 from evaluation.vectors import Variant
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from evaluation.tasks.base import Task
 
 BUILTIN = "builtin:"
-_SHIPPED = Path(__file__).resolve().parent.parent / "evaluation" / "suites"
+_SHIPPED = Path(__file__).resolve().parents[2] / "evaluation" / "suites"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cluster.options import (
+from cluster.commands.options import (
     Json,
     Model,
     Out,
@@ -43,8 +43,8 @@ def stats(
 ) -> None:
     """Counts, lengths, duplicates, classes and examples of a source."""
     from cluster import data
+    from cluster.commands.show_data import Counts, show_stats
     from cluster.sections import source_section
-    from cluster.show_data import Counts, show_stats
 
     check_json(json_file)
     console = open_console()
@@ -74,8 +74,8 @@ def dedupe(
 ) -> None:
     """Write a source without its exact and near duplicates, and without rows of an evaluation source."""
     from cluster import data
+    from cluster.commands.show_data import Counts, show_written
     from cluster.sections import source_section
-    from cluster.show_data import Counts, show_written
 
     check_json(json_file)
     console = open_console()
@@ -107,8 +107,8 @@ def split(
 ) -> None:
     """Deal a source's rows to sides by a hash, so that a row never changes side."""
     from cluster import data
+    from cluster.commands.show_data import show_written
     from cluster.sections import source_section
-    from cluster.show_data import show_written
     from data_services.splitting import parse_shares
 
     check_json(json_file)
@@ -136,8 +136,8 @@ def cluster(
 ) -> None:
     """Give each row of a source its cluster, by k-means over a model's vectors: for data.neighbours."""
     from cluster import data
+    from cluster.commands.show_data import Counts, show_clustered
     from cluster.sections import source_section
-    from cluster.show_data import Counts, show_clustered
 
     check_json(json_file)
     console = open_console()
@@ -178,9 +178,9 @@ def inspect(
     json_file: Json = None,
 ) -> None:
     """Show the layout, the fields and the first records of a source; converts nothing."""
+    from cluster.commands.show_sources import show_inspection
     from cluster.paths import home
     from cluster.sections import source_section
-    from cluster.show_sources import show_inspection
     from data_services.inspection import inspect_source
 
     check_json(json_file)
@@ -192,10 +192,10 @@ def inspect(
 @data_app.command(epilog="Example: gyre data convert 's3://bucket/pairs/*.jsonl.zst' format=flagembedding")
 def convert(source: Source, keys: SourceKeys = None, json_file: Json = None) -> None:
     """Convert a source to Parquet, as training would at its start; a killed conversion goes on."""
+    from cluster.commands.show_sources import show_conversion
     from cluster.console import Progress
     from cluster.paths import home
     from cluster.sections import source_section
-    from cluster.show_sources import show_conversion
     from data_services.inspection import convert as convert_source
 
     check_json(json_file)
@@ -209,10 +209,10 @@ def convert(source: Source, keys: SourceKeys = None, json_file: Json = None) -> 
 @data_app.command(epilog="Example: gyre data validate pairs.jsonl quarantine_share=0.01 --json validation.json")
 def validate(source: Source, keys: SourceKeys = None, json_file: Json = None) -> None:
     """Read every row and list what is malformed, by reason; exit 1 where it is more than quarantine_share."""
+    from cluster.commands.show_sources import show_validation
     from cluster.console import Progress
     from cluster.paths import home
     from cluster.sections import source_section
-    from cluster.show_sources import show_validation
     from data_services.inspection import validate as validate_source
 
     check_json(json_file)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.options import Json, Model, check_json, open_console, write_json
+from cluster.commands.options import Json, Model, check_json, open_console, write_json
 
 
 def serve(

@@ -4,8 +4,8 @@
     RUN/watched/step-S/scores.json  {metric: value}, written last
     RUN/watched/step-S/failed.txt   why there are none
 
-Rank 0 scores one step after another in a process of its own (`cluster/beside.py`). What is left when training ends is
-scored then, with the last weights, and the best of all by `evaluation.best_by` is what is exported.
+Rank 0 scores one step after another in a process of its own (`cluster/evidence/beside.py`). What is left when
+training ends is scored then, with the last weights, and the best of all by `evaluation.best_by` is what is exported.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.beside import main_beside, run_beside
 from cluster.config import Recipe
+from cluster.evidence.beside import main_beside, run_beside
 from cluster.paths import RunPaths
 from evaluation.retrieval import EvaluationConfig
 
@@ -68,7 +68,7 @@ class Watcher:
             step = self._due.get()
             folder = step_folder(self._run, step)
             if not (folder / SCORES).exists():
-                run_beside("cluster.watching", self._run, step, folder / FAILED)
+                run_beside("cluster.evidence.watching", self._run, step, folder / FAILED)
             keep_best_model(self._run, self._config.best_by)
 
 

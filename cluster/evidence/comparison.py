@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.baselines import NONE
-from cluster.evaluating import EvaluationJob, Progress, evaluate
+from cluster.evidence.baselines import NONE
+from cluster.evidence.evaluating import EvaluationJob, Progress, evaluate
+from cluster.evidence.suites import open_suite
 from cluster.models import fingerprint, resolve
 from cluster.paths import home
-from cluster.suites import open_suite
 from data_services.schema import UsageError
 from evaluation import mteb_adapter, stored
 from evaluation.compare import Comparison

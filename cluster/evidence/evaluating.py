@@ -10,12 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from cluster.baselines import baseline_models, run_of
-from cluster.contamination import Held, contamination
+from cluster.evidence.baselines import baseline_models, run_of
+from cluster.evidence.contamination import Held, contamination
+from cluster.evidence.sharded import ShardedVectors
+from cluster.evidence.suites import OpenSuite, open_suite
 from cluster.models import fingerprint, open_encoder, resolve
 from cluster.paths import home
-from cluster.sharded import ShardedVectors
-from cluster.suites import OpenSuite, open_suite
 from data_services.schema import Encoder, Tokenize, UsageError
 from evaluation import mteb_adapter
 from evaluation.bias import associations

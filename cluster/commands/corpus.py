@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cluster.options import Json, Model, Out, SourceKeys, check_json, open_console, write_json
+from cluster.commands.options import Json, Model, Out, SourceKeys, check_json, open_console, write_json
 
 
 def embed(
@@ -93,10 +93,10 @@ def mine(
     json_file: Json = None,
 ) -> None:
     """Mine hard negatives: search, leave out what may answer the query, write the source with them."""
+    from cluster.commands.show_data import Counts, show_mined
     from cluster.mining import MiningJob
     from cluster.mining import mine as mine_source
     from cluster.sections import parse_section, source_section
-    from cluster.show_data import Counts, show_mined
     from data_services.mining.filters import FilterConfig
     from data_services.mining.search import SearchConfig
 
