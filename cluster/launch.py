@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
+from cluster.doctor import environment
 from cluster.evidence.scoring import score_everywhere
 from cluster.evidence.watching import keep_best
 from cluster.fit import Progress, Stopped, stopped_by_signal, training
@@ -41,6 +42,7 @@ class TrainResult:
 
     metrics, validation  {"bm25" | "untrained" | "trained": {metric: value}} on the held-out and validation split
     over_bm25            {split: nDCG of trained less BM25, its 95 % interval `low`, `high`, and `p`}, paired bootstrap
+    geometry, probes     {split: {"untrained" | "trained": {figure: value}}}, see `evaluation.look.Look`
     """
 
     run_id: str
@@ -53,6 +55,8 @@ class TrainResult:
     metrics: dict[str, dict[str, float]]
     validation: dict[str, dict[str, float]]
     over_bm25: dict[str, dict[str, float]]
+    geometry: dict[str, dict[str, dict[str, float]]]
+    probes: dict[str, dict[str, dict[str, float]]]
     throughput: dict[str, float]
     seconds: dict[str, float]
     world_size: int
@@ -92,6 +96,7 @@ def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | 
             lambda n, of: tell({"kind": "parts", "finished": n, "parts": of}),
             lambda what, done, of: tell({"kind": "step", "unit": what, "step": done, "steps": of}),
         )
+        write_json(ready.run.environment, environment())
         with training(ready, tell) as follow:
             tracker = open_tracker(ready, root)
             tell({"kind": "phase", "text": f"run {ready.run.run_id}: {ready.plan.steps} steps"})
@@ -171,8 +176,15 @@ def conclude(ready: Prepared, tracker: Tracker, tell: Progress, began: float, fi
         tracker.log_result({f"watched.{name}": value for name, value in watched.items()}, step)
     scored = score_everywhere(ready)
     scores = {split: found.rows for split, found in scored.items()}
-    for split, rows in scores.items():
-        tracker.log_result({f"{split}.{model}.{name}": v for model, row in rows.items() for name, v in row.items()})
+    for split, found in scored.items():
+        kinds = {"": found.rows, "geometry.": found.geometry, "probe.": found.probes}
+        values = {
+            f"{split}.{kind}{model}.{name}": value
+            for kind, rows in kinds.items()
+            for model, row in rows.items()
+            for name, value in row.items()
+        }
+        tracker.log_result(values)
     evaluation = recipe.evaluation
     validation, heldout = (scores.get(split or "", {}) for split in (evaluation.validation, evaluation.heldout))
     if heldout:
@@ -209,6 +221,8 @@ def conclude(ready: Prepared, tracker: Tracker, tell: Progress, began: float, fi
         metrics=heldout,
         validation=validation,
         over_bm25={split: found.over_bm25 for split, found in scored.items()},
+        geometry={split: found.geometry for split, found in scored.items()},
+        probes={split: found.probes for split, found in scored.items()},
         throughput=throughput(run.metrics),
         seconds={"to_first_step": first_step - began, "total": time.time() - began},
         world_size=recipe.cluster.workers,
