@@ -114,6 +114,16 @@ def test_a_gate_on_the_model_looks_at_its_files(root, add):
     ]
 
 
+def test_a_version_whose_files_were_changed_is_not_promoted(root, add, gyre):
+    add(0.35)
+    add(0.36)
+    folder, _ = model_folder("models:/small/2")
+    (folder / "config.json").write_text("{}")
+    code, _, err = gyre("promote", "small", "2")
+    assert (code, "aren't those that were registered" in err) == (1, True), err
+    assert list_models("small")[1].aliases == ("champion",)
+
+
 @pytest.fixture
 def suite(root, tmp_path):
     """team.yaml: one retrieval task, over nine pairs."""
