@@ -8,7 +8,7 @@ queries; `mlflow.sentence_transformers.load_model(uri)` is `SentenceTransformer(
 weights: a model may be larger than this machine's memory.
 
 Two towers, and models with a vector for each token, have a pyfunc flavour alone, with `loader.py` beside them as
-code/gyre_loader.py; it takes the same prompt_name. What Sentence Transformers can't load (sounds, kinds of a user's own,
+code/gyre_loader.py; it takes the same prompt_name. What Sentence Transformers can't load (sounds, a user's own kinds,
 vision–language models) stays a folder, which gyre loads.
 """
 

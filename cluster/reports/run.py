@@ -75,7 +75,8 @@ def _summary(found: RunEvidence) -> str:
     if result:
         figures["pairs a second"] = f"{result['throughput']['pairs_per_s']:,.0f}"
         figures["time in all"] = duration(result["seconds"]["total"])
-    lines = [paragraph(result["gate"].capitalize() + ".")] if result and result["gate"] else []
+    gate = result["gate"] if result else ""
+    lines = [paragraph(f"{gate[0].upper()}{gate[1:]}.")] if gate else []
     return section("What came out", tiles(figures), *lines) if figures else ""
 
 

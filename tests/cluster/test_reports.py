@@ -82,7 +82,7 @@ def check_page(html):
     assert parser.open == []
     assert "script" not in parser.seen
     assert not re.search(r'(src="(?!data:image/png;base64,)|href=|url\(|@import)', html)
-    assert "nan" not in re.findall(r"\b(?:nan|NaN|None|inf)\b", html)
+    assert not re.search(r">(nan|None|inf)<", html)
 
 
 def test_a_finished_run_shows_all_that_it_wrote(ended, gyre):
@@ -111,7 +111,7 @@ def test_a_finished_run_shows_all_that_it_wrote(ended, gyre):
         "Every gate passed",
         "my own",  # a metric of a loss that the page doesn't know
         "padding",
-        "queue age" if "queue age" in html else "mean age of a queue row",
+        "mean age of a queue row",
         "step 0",
         "step 8",
         "modality gap",
