@@ -42,7 +42,6 @@ class TrainResult:
 
     metrics, validation  {"bm25" | "untrained" | "trained": {metric: value}} on the held-out and validation split
     over_bm25            {split: nDCG of trained less BM25, its 95 % interval `low`, `high`, and `p`}, paired bootstrap
-    geometry, probes     {split: {"untrained" | "trained": {figure: value}}}, see `evaluation.look.Look`
     """
 
     run_id: str
@@ -55,8 +54,6 @@ class TrainResult:
     metrics: dict[str, dict[str, float]]
     validation: dict[str, dict[str, float]]
     over_bm25: dict[str, dict[str, float]]
-    geometry: dict[str, dict[str, dict[str, float]]]
-    probes: dict[str, dict[str, dict[str, float]]]
     throughput: dict[str, float]
     seconds: dict[str, float]
     world_size: int
@@ -176,15 +173,8 @@ def conclude(ready: Prepared, tracker: Tracker, tell: Progress, began: float, fi
         tracker.log_result({f"watched.{name}": value for name, value in watched.items()}, step)
     scored = score_everywhere(ready)
     scores = {split: found.rows for split, found in scored.items()}
-    for split, found in scored.items():
-        kinds = {"": found.rows, "geometry.": found.geometry, "probe.": found.probes}
-        values = {
-            f"{split}.{kind}{model}.{name}": value
-            for kind, rows in kinds.items()
-            for model, row in rows.items()
-            for name, value in row.items()
-        }
-        tracker.log_result(values)
+    for split, rows in scores.items():
+        tracker.log_result({f"{split}.{model}.{name}": v for model, row in rows.items() for name, v in row.items()})
     evaluation = recipe.evaluation
     validation, heldout = (scores.get(split or "", {}) for split in (evaluation.validation, evaluation.heldout))
     if heldout:
@@ -221,8 +211,6 @@ def conclude(ready: Prepared, tracker: Tracker, tell: Progress, began: float, fi
         metrics=heldout,
         validation=validation,
         over_bm25={split: found.over_bm25 for split, found in scored.items()},
-        geometry={split: found.geometry for split, found in scored.items()},
-        probes={split: found.probes for split, found in scored.items()},
         throughput=throughput(run.metrics),
         seconds={"to_first_step": first_step - began, "total": time.time() - began},
         world_size=recipe.cluster.workers,

@@ -126,7 +126,6 @@ def prepare(
     pools = {split: open_source(pool, root, report) for split, pool in pools_of(recipe).items()}
     check_kinds(recipe, (*sources, *pools.values()))
     check_scoring(recipe, pools)
-    check_probe(recipe, root, report)
     by_itself = {Column.MODALITY} if any(source.kinds != TEXT for source in sources) else set()
     if told := recipe.lacking(columns_available(source.columns for source in sources) | by_itself):
         raise UsageError(told)
@@ -180,13 +179,6 @@ def pools_of(recipe: Recipe) -> dict[str, SourceConfig]:
     return {split: SourceConfig(split=split, **pool.model_dump()) for split in splits}
 
 
-def probe_source(recipe: Recipe, split: str | None) -> SourceConfig:
-    """Documents with the label that `evaluation.probe` names: of a split that is scored, or (None) to learn from."""
-    first, probe = recipe.data.sources[0], recipe.evaluation.probe
-    source = first.texts_alone(first.path, first.split) if split is None else pools_of(recipe)[split]
-    return source.model_copy(update={"label": probe})
-
-
 def check_sources(recipe: Recipe, root: Path) -> None:
     """Raises UsageError for a source or split that isn't there; before a cluster is started for it."""
     from data_services.origins import origin_of
@@ -223,15 +215,6 @@ def check_scoring(recipe: Recipe, pools: Mapping[str, StoredSource]) -> None:
     if recipe.evaluation.prompts and nameless:
         told = f"the queries of {nameless.name} are no texts to name classes by; leave it out"
         raise UsageError(f"evaluation.prompts: {told}")
-
-
-def check_probe(recipe: Recipe, root: Path, report: Report | None) -> None:
-    """Raises UsageError where the label that a probe tells apart isn't there."""
-    from data_services.sources import labelled_documents, open_source
-
-    if recipe.evaluation.probe is not None:
-        for split in (None, *pools_of(recipe)):
-            labelled_documents(open_source(probe_source(recipe, split), root, report))
 
 
 _KEY_OF = {"image": "image", "audio": "audio", "parts": "fields"}  # of a kind's tower in `model:`

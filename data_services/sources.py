@@ -34,7 +34,7 @@ from data_services.items import items_of
 from data_services.layouts import LayoutName
 from data_services.media.checks import MEDIA_KINDS
 from data_services.origins import origin_of
-from data_services.schema import UNKNOWN, Column, Item, Section, UsageError
+from data_services.schema import Column, Item, Section, UsageError
 from data_services.store import Report, StoredSource, store
 from data_services.views.config import Views, check_views
 
@@ -299,25 +299,6 @@ def retrieval_pool(source: StoredSource) -> RetrievalPool:
             documents.setdefault(its, document)
             relevant.setdefault(query, set()).add(positions.setdefault(its, len(positions)))
     return RetrievalPool(list(queries.values()), list(documents.values()), list(relevant.values()))
-
-
-def labelled_documents(source: StoredSource) -> list[tuple[Item, str]]:
-    """Its documents, unique by id, each with the label of its record (a class id as text); those without are left out.
-
-    UsageError where no record has one.
-    """
-    table = source.table()
-    counts = pc.list_value_length(table[Column.POSITIVES]).to_pylist()
-    labels = [label for label, count in zip(table[Column.LABEL].to_pylist(), counts, strict=True) for _ in range(count)]
-    items = items_of(pc.list_flatten(table[Column.POSITIVES]), source.kinds.document)
-    ids = pc.list_flatten(table[Column.POSITIVE_IDS]).to_pylist()
-    found: dict[int, tuple[Item, str]] = {}
-    for its, item, label in zip(ids, items, labels, strict=True):
-        if label not in (None, UNKNOWN):
-            found.setdefault(its, (item, str(label)))
-    if not found:
-        raise UsageError(f"source {source.name}: no record has a label to probe by")
-    return list(found.values())
 
 
 class Corpus(NamedTuple):

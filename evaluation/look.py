@@ -6,7 +6,7 @@ Legend: q queries, n documents, D dimension, k ranked documents.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ BINS = 80  # of the cosines, -1 … 1
 EXAMPLES, HITS = 5, 4
 _BLOCK = 512  # queries whose similarities are held at once
 
-Relevant = Sequence[Set[int]]
+Relevant = Sequence[Collection[int]]
 
 
 class Histogram(Section):
@@ -62,7 +62,6 @@ class Look(Section):
     metric: str = Field(description="by which `best` and `worst` are chosen")
     similarities: dict[str, Histogram] = Field({}, description="empty where a text has a vector for each token")
     geometry: dict[str, dict[str, float]] = Field({}, description="see evaluation/geometry.py; empty as above")
-    probes: dict[str, dict[str, float]] = Field({}, description="of `evaluation.probe`: a linear probe and kNN")
     best: list[Example] = []
     worst: list[Example] = []
 

@@ -70,12 +70,6 @@ class EvaluationConfig(Section):
         description="rows also for zero-shot classification of the documents, whose classes are the queries: the mean "
         "vector of these prompts, with {} in the place of the query",
     )
-    probe: str | None = Field(
-        None,
-        min_length=1,
-        description="field of a label of each pair: a linear probe and nearest neighbours learn it on the first "
-        "source's documents, and are tried on each split's",
-    )
     bm25: BM25Config = _BM25
     bm25_tuned: BM25Config | None = Field(None, description="a second baseline row, with parameters of your own")
 

@@ -8,30 +8,23 @@ from typing import TYPE_CHECKING
 from cluster.config import Recipe
 from cluster.paths import RunPaths
 from cluster.prepare import Prepared
-from data_services.schema import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     import numpy as np
 
     from data_services.items import Item, Kinds
     from data_services.sources import RetrievalPool
     from data_services.store import StoredSource
     from evaluation.retrieval import EvaluationConfig, Scores
-    from evaluation.vectors import Vectors
 
 
 @dataclass(frozen=True)
 class Scored:
     """rows: {"bm25" | "bm25_tuned" | "untrained" | "trained": {metric: value}}, of pairs of two kinds also those of
-    `evaluation.both_ways`; over_bm25: see TrainResult, empty where there is no BM25; geometry, probes: of `Look`."""
+    `evaluation.both_ways`; over_bm25: see TrainResult, empty where there is no BM25."""
 
     rows: dict[str, dict[str, float]]
     over_bm25: dict[str, float]
-    geometry: dict[str, dict[str, float]]
-    probes: dict[str, dict[str, float]]
 
 
 def score_everywhere(ready: Prepared) -> dict[str, Scored]:
@@ -70,42 +63,13 @@ def score_split(recipe: Recipe, run: RunPaths, split: str, pool: StoredSource, t
     save_per_query(run, split, queries, {name: s.per_query for name, s in scores.items()})
     metric = f"ndcg@{recipe.evaluation.k}"
     seen = look({name: (encoder, scores[name]) for name, encoder in models.items()}, *task, metric)
-    probes = probed(recipe, split, {name: encoder.vectors for name, encoder in models.items()}, run.root.parent)
-    write_json(run.look(split), seen.model_copy(update={"probes": probes}).model_dump(mode="json"))
+    write_json(run.look(split), seen.model_dump(mode="json"))
     rows = {name: s.metrics for name, s in scores.items()}
     over_bm25 = {}
     if "bm25" in scores:
         difference = paired_bootstrap(scores["trained"].per_query[metric], scores["bm25"].per_query[metric])
         over_bm25 = asdict(difference)
-    return Scored(rows, over_bm25, seen.geometry, probes)
-
-
-def probed(recipe: Recipe, split: str, models: Mapping[str, Vectors], root: Path) -> dict[str, dict[str, float]]:
-    """{model: {"accuracy" | "f1" | "knn_accuracy" | "knn_f1": value}} of telling apart the labels of a split's
-    documents by their vectors, learned on the training split's; empty where `evaluation.probe` names no label.
-
-    Documents whose label training lacks are left out. UsageError where fewer than two labels are left.
-    """
-    from cluster.prepare import probe_source
-    from data_services.sources import labelled_documents, open_source
-    from evaluation.geometry import drawn
-    from evaluation.tasks.labels import Classification
-
-    if recipe.evaluation.probe is None:
-        return {}
-    learned, tried = (labelled_documents(open_source(probe_source(recipe, s), root)) for s in (None, split))
-    some = [learned[i] for i in drawn(len(learned))]
-    known = {label for _, label in some}
-    kept = [(document, label) for document, label in tried if label in known]
-    if len({label for _, label in kept}) < 2:
-        raise UsageError(
-            f"evaluation.probe: the {split} split has fewer than two of the labels {recipe.evaluation.probe!r} that "
-            "training has, so there is nothing to tell apart; leave it out"
-        )
-    documents, labels = zip(*kept, strict=True)
-    train, train_labels = zip(*some, strict=True)
-    task = Classification("probe", Classification.METRICS, documents, labels, "document", train, train_labels, 5)
-    return {name: task.score(vectors).metrics for name, vectors in models.items() if not vectors.tokens}
+    return Scored(rows, over_bm25)
 
 
 def baselines(

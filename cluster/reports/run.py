@@ -97,9 +97,8 @@ def _scores(found: RunEvidence, split: str) -> str:
             interval_chart(intervals, f"difference in {label(f'ndcg@{found.recipe.evaluation.k}')}", caption=caption),
             table(["trained model", "metric", "difference", "95 % interval", "p"], lines),
         ]
-    if probes := found.looks[split].probes if split in found.looks else {}:
-        told = f"Classifiers of {found.recipe.evaluation.probe!r}, on the documents' vectors."
-        blocks += [paragraph(told), _by_model("probe", probes)]
+    if probes := (found.result or {}).get("probes", {}).get(split):
+        blocks += [paragraph("A linear probe and nearest neighbours on these vectors:"), _by_model("probe", probes)]
     return section(f"Scores on {split}", *blocks)
 
 

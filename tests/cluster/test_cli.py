@@ -158,8 +158,6 @@ def test_train_hands_over_the_recipe_and_says_what_to_type_next(gyre, monkeypatc
         metrics=rows,
         validation=rows,
         over_bm25={},
-        geometry={},
-        probes={},
         throughput={},
         seconds={},
         world_size=1,

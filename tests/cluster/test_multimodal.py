@@ -34,8 +34,7 @@ def data(tmp_path_factory):
     pictures = [png(picture(i, 20 + i % 9, 24)).data for i in range(PAIRS)]
     captions = [f"picture number {i} of {['red', 'blue', 'green'][i % 3]} squares" for i in range(PAIRS)]
     for split, rows in (("train", slice(0, 32)), ("validation", slice(32, 40)), ("heldout", slice(40, PAIRS))):
-        colours = [caption.split()[-2] for caption in captions[rows]]
-        columns = {"query": captions[rows], "positive": pa.array(pictures[rows], pa.binary()), "colour": colours}
+        columns = {"query": captions[rows], "positive": pa.array(pictures[rows], pa.binary())}
         (folder / "photos").mkdir(exist_ok=True)
         pq.write_table(pa.table(columns), folder / "photos" / f"{split}.parquet")
     texts = [{"query": f"what is {i}?", "positive": f"it is the number {i}"} for i in range(32)]
@@ -47,7 +46,7 @@ def written(pairs, folder, model, **more):
     sources = [{"path": str(pairs / "photos"), "task": "=photos"}]
     recipe = {"name": "tiny", "data": {"sources": sources, "batch": 8, "steps": 3}, "model": model}
     recipe |= {"objective": {"temperature": {"start": 0.07}}, "engine": {"precision": "fp32", "budget_tokens": 64}}
-    recipe |= {"evaluation": {"recall_at": [5], "both_ways": True, "prompts": ["{}", "a {}"], "probe": "colour"}} | more
+    recipe |= {"evaluation": {"recall_at": [5], "both_ways": True, "prompts": ["{}", "a {}"]}} | more
     path = folder / "recipe.json"
     path.write_text(json.dumps(recipe))
     return path
@@ -93,24 +92,16 @@ def test_a_run_keeps_what_its_page_shows_pictures_included(dual):
     from cluster.reports.evidence import read_run
     from cluster.reports.run import run_page
 
-    ready, scored, _ = dual
-    assert set(scored.probes["trained"]) == {"accuracy", "f1", "knn_accuracy", "knn_f1"}
-    assert {"modality_gap", "uniformity_queries", "uniformity_documents"} <= set(scored.geometry["trained"])
+    ready, _, _ = dual
     found = read_run(ready.run)
     look = found.looks["heldout"]
-    assert (look.probes, look.geometry) == (scored.probes, scored.geometry)
+    assert {"modality_gap", "uniformity_queries", "uniformity_documents"} <= set(look.geometry["trained"])
     assert sum(look.similarities["trained"].positives) == 8
     assert sum(look.similarities["trained"].negatives) == 8 * 7
     shown = [*look.best, *look.worst]
     assert len(shown) == 8
     assert all(example.answer.picture and hit.item.picture for example in shown for hit in example.hits)
     assert run_page(found).count("data:image/png;base64,") >= 8
-
-
-def test_a_probe_of_a_label_that_is_not_there_is_told_before_training(data, tmp_path):
-    (tmp_path / "home").mkdir()
-    with pytest.raises(UsageError, match="color"):
-        prepare(load_recipe(written(data, tmp_path, DUAL, evaluation={"probe": "color"})), tmp_path / "home", None)
 
 
 def test_a_picture_looks_for_pictures_and_texts_and_a_source_of_them_is_embedded(dual, data, tmp_path):
