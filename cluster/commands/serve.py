@@ -28,7 +28,7 @@ def serve(
     """Serve a model over HTTP in OpenAI's embeddings protocol; a promotion is followed while it runs."""
     check_json(json_file)
     from cluster.console import show_lines
-    from cluster.models import resolve
+    from cluster.models.reference import resolve
     from cluster.serving.deployment import ServeConfig, serving, wait_for_ever
     from cluster.serving.protocol import Limits
 
