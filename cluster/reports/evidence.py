@@ -60,7 +60,7 @@ class Steps:
 class RunEvidence:
     """A run's files. result: None of a run that hasn't ended; environment, startup: empty where it has none.
 
-    differences  {split: {model: {metric: trained less it}}}, over the same queries
+    differences  {split: {model: the trained model less it}} by `metric`, over the same queries
     """
 
     paths: RunPaths
@@ -68,10 +68,15 @@ class RunEvidence:
     steps: Steps
     result: dict[str, Any] | None
     looks: dict[str, Look]
-    differences: dict[str, dict[str, dict[str, Difference]]]
+    differences: dict[str, dict[str, Difference]]
     watched: dict[int, dict[str, float]]
     environment: dict[str, Any]
     startup: dict[str, Any]
+
+    @property
+    def metric(self) -> str:
+        """The one that stands for a split."""
+        return f"ndcg@{self.recipe.evaluation.k}"
 
     @property
     def splits(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -115,19 +120,17 @@ def read_steps(metrics: Path) -> Steps:
     return Steps(np.array([line["step"] for line in lines], np.int64), values)
 
 
-def differences(per_query: Path, metric: str) -> dict[str, dict[str, Difference]]:
-    """{model: {metric: the trained model less it}} of a split, by paired bootstrap over its queries."""
+def differences(per_query: Path, metric: str) -> dict[str, Difference]:
+    """{model: the trained model less it} of a split, by paired bootstrap over its queries."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(per_query)
-    trained = f"trained {metric}"
-    if trained not in table.column_names or table.num_rows < 2:
+    columns = [name for name in table.column_names if name.endswith(f" {metric}")]
+    scores = {name.removesuffix(f" {metric}"): table[name].to_numpy() for name in columns}
+    trained = scores.pop("trained", None)
+    if trained is None or len(trained) < 2:
         return {}
-    others = [name.removesuffix(f" {metric}") for name in table.column_names if name.endswith(f" {metric}")]
-    scores = {other: table[f"{other} {metric}"].to_numpy() for other in others}
-    return {
-        other: {metric: paired_bootstrap(scores["trained"], scores[other])} for other in others if other != "trained"
-    }
+    return {other: paired_bootstrap(trained, its) for other, its in scores.items()}
 
 
 def _there(path_of: Any, splits: Sequence[str]) -> list[str]:

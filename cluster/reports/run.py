@@ -64,14 +64,13 @@ def _standing(found: RunEvidence) -> str:
 def _summary(found: RunEvidence) -> str:
     steps, result = found.steps, found.result
     figures: dict[str, str] = {}
-    metric = f"ndcg@{found.recipe.evaluation.k}"
     for split, rows in found.splits.items():
         if "trained" in rows:
-            figures[f"{label(metric)}, {split}"] = f"{rows['trained'][metric]:.4f}"
+            figures[f"{label(found.metric)}, {split}"] = f"{rows['trained'][found.metric]:.4f}"
     if result and (over := result["over_bm25"].get(found.recipe.evaluation.heldout or "")):
         figures["over BM25"] = f"{over['difference']:+.4f}"
     if len(steps.numbers):
-        figures |= {"steps": f"{len(steps.numbers):,}", "last loss": number(steps.curve("loss")[-1][1])}
+        figures |= {"steps": f"{len(steps.numbers):,}", "last loss": number(float(steps.values["loss"][-1]))}
     if result:
         figures["pairs a second"] = f"{result['throughput']['pairs_per_s']:,.0f}"
         figures["time in all"] = duration(result["seconds"]["total"])
@@ -82,21 +81,16 @@ def _summary(found: RunEvidence) -> str:
 
 def _scores(found: RunEvidence, split: str) -> str:
     rows = found.splits[split]
-    against = {other: its for other, its in found.differences.get(split, {}).items() if other in rows}
-    intervals, lines = {}, []
-    for other, by_metric in against.items():
-        for metric, difference in by_metric.items():
-            name = f"over {label(other)}"
-            intervals[name] = (difference.low, difference.difference, difference.high)
-            interval = f"{difference.low:+.4f} … {difference.high:+.4f}"
-            lines.append([name, label(metric), f"{difference.difference:+.4f}", interval, f"{difference.p:.2g}"])
+    over = {f"over {label(other)}": its for other, its in found.differences.get(split, {}).items()}
     blocks = [table(*results_cells(rows))]
-    if lines:
+    if over:
         caption = "Trained less the other, over the same queries: 95 % intervals of a paired bootstrap."
-        blocks += [
-            interval_chart(intervals, f"difference in {label(f'ndcg@{found.recipe.evaluation.k}')}", caption=caption),
-            table(["trained model", "metric", "difference", "95 % interval", "p"], lines),
+        what = f"difference in {label(found.metric)}"
+        lines = [
+            [name, f"{d.difference:+.4f}", f"{d.low:+.4f} … {d.high:+.4f}", f"{d.p:.2g}"] for name, d in over.items()
         ]
+        drawn = {name: (d.low, d.difference, d.high) for name, d in over.items()}
+        blocks += [interval_chart(drawn, what, caption=caption), table(["trained", what, "95 % interval", "p"], lines)]
     if probes := (found.result or {}).get("probes", {}).get(split):
         blocks += [paragraph("A linear probe and nearest neighbours on these vectors:"), _by_model("probe", probes)]
     return section(f"Scores on {split}", *blocks)
