@@ -45,9 +45,12 @@ class Scale:
 
 
 def number(value: float) -> str:
-    """As short as it can be read: four digits, no exponent for common sizes."""
+    """As short as it can be read: four digits, no exponent for common sizes, k, M, G and T for large ones."""
     if value == 0 or 1e-4 <= abs(value) < 1e5:
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if unit <= abs(value) < 1e15:
+            return f"{value / unit:.4g} {name}"
     return f"{value:.2g}"
 
 

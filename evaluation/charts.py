@@ -23,6 +23,8 @@ from evaluation.axes import (
     svg,
 )
 
+DOTTED = 12  # points of a line that are shown each
+
 
 def line_chart(
     series: Mapping[str, Sequence[Point]], x_label: str, y_label: str, *, caption: str = "", log_x: bool = False
@@ -41,10 +43,10 @@ def line_chart(
         if len(line) > 1:
             marks.append(f'<polyline points="{path}" {style}>{title}</polyline>')
         colour = f"var(--s{place})" if few else "var(--soft)"
-        px, py = line[-1]
-        marks.append(
-            f'<circle cx="{x(px):.1f}" cy="{y(py):.1f}" r="3" class="dot" style="fill: {colour}">{title}</circle>'
-        )
+        for px, py in line if few and len(line) <= DOTTED else line[-1:]:
+            marks.append(
+                f'<circle cx="{x(px):.1f}" cy="{y(py):.1f}" r="3" class="dot" style="fill: {colour}">{title}</circle>'
+            )
     names = legend_of(list(series)) if few and len(series) > 1 else ""
     drawing = svg(frame(x, y, x_label, y_label) + "".join(marks), HEIGHT, f"{y_label} over {x_label}")
     return figure(drawing + names, caption)

@@ -19,7 +19,7 @@ from evaluation.retrieval import Scores
 from evaluation.vectors import Remembered, unit_length
 
 BINS = 80  # of the cosines, -1 … 1
-EXAMPLES, HITS = 5, 4
+EXAMPLES, HITS = 5, 3
 _BLOCK = 512  # queries whose similarities are held at once
 
 Relevant = Sequence[Collection[int]]

@@ -57,11 +57,11 @@ svg text.strong { fill: var(--ink); }
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1rem; font-size: .875rem; }
 .example { border-top: 1px solid var(--line); padding: .75rem 0; }
 .example .items { display: grid; gap: .6rem; margin-top: .6rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(16rem, 100%), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(13.5rem, 100%), 1fr)); }
 .item { background: var(--card); border-radius: 6px; padding: .5rem .7rem; border-left: 3px solid var(--line);
   font-size: .875rem; min-width: 0; }
 .item.right { border-left-color: var(--s2); } .item.wrong { border-left-color: var(--s5); }
-.item pre { background: none; padding: 0; margin: .2rem 0 0; max-height: 11.5em; overflow: hidden; font-size: .8rem; }
+.item pre { background: none; padding: 0; margin: .2rem 0 0; max-height: 12em; overflow: hidden; font-size: .8rem; }
 .item img { display: block; margin: .3rem 0; max-width: 100%; background: #fff; border-radius: 4px; }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em; }
 @media print { :root { color-scheme: light; } body { max-width: none; padding: 0; font-size: 11pt; }

@@ -32,6 +32,7 @@ _NAMES = {
     "queue_rows": "rows in the queue",
     "queue_age_steps": "mean age of a queue row, steps",
     "queue_hardness": "queue's share of the denominator",
+    "queue_duplicates": "share of queue rows that another row equals",
     "queue_separability": "how well queue rows are told from fresh ones",
 }
 
@@ -87,7 +88,8 @@ def _scores(found: RunEvidence, split: str) -> str:
         caption = "Trained less the other, over the same queries: 95 % intervals of a paired bootstrap."
         what = f"difference in {label(found.metric)}"
         lines = [
-            [name, f"{d.difference:+.4f}", f"{d.low:+.4f} … {d.high:+.4f}", f"{d.p:.2g}"] for name, d in over.items()
+            [name, f"{d.difference:+.4f}", f"{d.low:+.4f}\u00a0…\u00a0{d.high:+.4f}", f"{d.p:.2g}"]
+            for name, d in over.items()
         ]
         drawn = {name: (d.low, d.difference, d.high) for name, d in over.items()}
         blocks += [interval_chart(drawn, what, caption=caption), table(["trained", what, "95 % interval", "p"], lines)]
@@ -145,7 +147,7 @@ def _space(found: RunEvidence) -> str:
         block
         for split, look in found.looks.items()
         if look.geometry
-        for block in (paragraph(f"Geometry on {split}:"), _by_model("model", look.geometry))
+        for block in (paragraph(f"Geometry on {split}:"), _by_model("figure", look.geometry))
     ]
     return section("The space", columns(*charts), *tables) if charts or tables else ""
 

@@ -127,6 +127,8 @@ def test_a_bar_is_as_long_as_its_value():
     assert lengths[0] == pytest.approx(2 * lengths[1])
 
 
-@pytest.mark.parametrize(("value", "text"), [(0, "0"), (0.123456, "0.1235"), (12345.6, "12,346"), (1e-7, "1e-07")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.123456, "0.1235"), (12345.6, "12,346"), (1e-7, "1e-07"), (1.5e9, "1.5 G")]
+)
 def test_numbers_are_short(value, text):
     assert number(value) == text
