@@ -101,7 +101,8 @@ def register_twice() -> list[dict[str, Any]]:
         _, status = os.waitpid(in_child(lambda dies=dies: registering(dies)), 0)
         model = client().get_registered_model(NAME)
         versions = [int(v.version) for v in client().search_model_versions(f"name='{NAME}'")]
-        told.append({"killed": os.WIFSIGNALED(status), "versions": versions, "aliases": dict(model.aliases)})
+        aliases = {alias: int(version) for alias, version in model.aliases.items()}
+        told.append({"killed": os.WIFSIGNALED(status), "versions": versions, "aliases": aliases})
     return told
 
 

@@ -64,7 +64,7 @@ def test_a_registration_killed_before_its_alias_is_whole_when_it_is_run_again(ro
     run_id = Tracker.start("exp", "run", {}, root).run_id
     killed, again = racers("register", run_id, str(folder))
     assert killed == {"killed": True, "versions": [1], "aliases": {}}
-    assert again == {"killed": False, "versions": [1], "aliases": {"candidate": "1", "champion": "1"}}
+    assert again == {"killed": False, "versions": [1], "aliases": {"candidate": 1, "champion": 1}}
 
 
 def test_an_override_is_recorded_and_only_where_a_gate_said_no(root, add):
