@@ -17,6 +17,7 @@ import typer
 from cluster.commands.corpus import embed, mine
 from cluster.commands.data import data_app
 from cluster.commands.options import Json, Model, Overrides, Recipe, check_json, open_console, write_json
+from cluster.commands.plan import plan
 from cluster.commands.registry import compare, list_models, promote, rollback
 from cluster.commands.serve import serve
 
@@ -151,6 +152,7 @@ app.command(epilog="Example: gyre compare models:/quickstart@champion models:/qu
 app.command("models", epilog="Example: gyre models quickstart")(list_models)
 app.command(epilog="Example: gyre promote quickstart 2 --gates team-gates.yaml --sign-off ann")(promote)
 app.command(epilog="Example: gyre rollback quickstart")(rollback)
+app.command(epilog="Example: gyre plan recipes/finetune_llm.yaml --nodes 4 --gpu-memory 80 --json plan.json")(plan)
 app.command(epilog="Example: gyre serve models:/quickstart@champion --port 8000")(serve)
 
 

@@ -1,0 +1,74 @@
+"""What is planned against what the real step does: every tensor that is held, what autograd keeps, bytes, messages."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.scaling_here import Setting, planned
+from cluster.planning.activations import graph_bytes
+from cluster.planning.memory import memory_of
+from cluster.planning.traffic import messages, wire_bytes
+
+BASE = Setting(workers=2, batch=64, rows=4096)
+QUICK = {
+    "ZeRO-0 in bf16": replace(BASE, zero_stage=0, precision="bf16"),
+    "ZeRO-1": replace(BASE, zero_stage=1),
+    "ZeRO-2 in bf16, with each chunk": replace(BASE, precision="bf16", per_chunk=True),
+    "ZeRO-3 in bf16, LoRA": replace(BASE, zero_stage=3, precision="bf16", adapter_rank=8),
+    "graphs kept, recomputed layers": replace(BASE, cached=False, checkpointed=True, layers=4),
+}
+EVERY = QUICK | {
+    "ZeRO-0": replace(BASE, zero_stage=0),
+    "ZeRO-2": BASE,
+    "ZeRO-3": replace(BASE, zero_stage=3),
+    "ZeRO-3 with each chunk": replace(BASE, zero_stage=3, per_chunk=True),
+    "graphs kept": replace(BASE, cached=False),
+    "a large batch": replace(BASE, batch=256, rows=1024),
+    "long texts": replace(BASE, tokens=128, batch=32),
+    "wide": replace(BASE, hidden=256, intermediate=1024, vocabulary=512),
+    "four workers": replace(BASE, workers=4),
+}
+
+
+def measured_on_a_rank(setting):
+    from benchmarks.scaling_runs import measured
+
+    return measured(setting, 0)
+
+
+def check(found, setting):
+    of = planned(setting)
+    predicted, memory = memory_of(of), found["memory"]
+    for part in ("weights", "masters", "moments", "average", "queue"):
+        assert getattr(predicted, part) == pytest.approx(memory[part], rel=0.05, abs=4096), part
+    assert graph_bytes(of, setting.tokens, setting.tokens) == pytest.approx(memory["graph_bytes"], rel=0.15)
+    assert predicted.peak - predicted.held == pytest.approx(memory["step"], rel=0.15)
+    assert sum(wire_bytes(of).values()) == pytest.approx(sum(found["wire_bytes"].values()), rel=0.05)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_memory_and_bytes_of_a_step_are_those_planned(gloo, name):
+    setting = QUICK[name]
+    for found in gloo(setting.workers, measured_on_a_rank, setting):
+        check(found, setting)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", EVERY)
+def test_memory_and_bytes_of_every_way_are_those_planned(gloo, name):
+    setting = EVERY[name]
+    for found in gloo(setting.workers, measured_on_a_rank, setting):
+        check(found, setting)
+
+
+def test_no_worker_gathers_for_the_others_and_messages_are_those_planned(gloo):
+    """Whatever the number of workers: as many messages, of the same kinds, from each; none to one worker alone."""
+    for workers in (2, 4):
+        setting = replace(BASE, workers=workers)
+        found = gloo(workers, measured_on_a_rank, setting)
+        kinds = [one["messages"] for one in found]
+        assert all(one == kinds[0] for one in kinds)
+        assert set(kinds[0]) == {"all_gather", "all_reduce", "reduce_scatter"}
+        assert sum(kinds[0].values()) + 2 == messages(planned(setting))  # the loop's report comes after the step
+        sent = [sum(one["wire_bytes"].values()) for one in found]
+        assert max(sent) == min(sent)
