@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.planning.choices import cheapest, choices
+from cluster.planning.choices import WHOLE_GRADIENT_BYTES, cheapest, choices
 from cluster.planning.hardware import FABRICS, GPUS
 from cluster.planning.memory import ROOM, exchange_bytes, queue_bytes
 from cluster.planning.shapes import PRESETS
@@ -33,6 +33,7 @@ LIFTS: dict[str, dict[str, Any]] = {
         "overlap": True,
     },
 }
+AS_IT_IS, *_, ALL_LIFTS = LIFTS
 GOAL = 0.9
 
 
@@ -89,9 +90,28 @@ def model_tables() -> dict[str, Any]:
     weak = {m: {lift: efficiencies(m, machine(**keys)) for lift, keys in LIFTS.items()} for m in MODELS}
     at_most = GPU_COUNTS[-1]
     fabrics = {m: {f: efficiencies(m, machine(f))[at_most]["efficiency"] for f in FABRICS} for m in MODELS}
-    batches = {m: {b: efficiencies(m, machine(), b)[at_most]["efficiency"] for b in (16, 32, 64, 128)} for m in MODELS}
+    batches = {
+        m: {
+            lift: {b: efficiencies(m, machine(**LIFTS[lift]), b)[at_most]["efficiency"] for b in (16, 32, 64, 128)}
+            for lift in (AS_IT_IS, ALL_LIFTS)
+        }
+        for m in MODELS
+    }
+    stages = {m: {stage: at_one_stage(m, stage) for stage in range(4)} for m in MODELS}
     sides = {m: [side for gpus in GPU_COUNTS for side in three_ways(workload(m, gpus))] for m in MODELS}
-    return {"weak": weak, "fabrics_at_1024": fabrics, "queries_of_a_gpu_at_1024": batches, "sides": sides}
+    at_1024 = {"fabrics_at_1024": fabrics, "pairs_of_a_gpu_at_1024": batches, "stages_at_1024": stages}
+    return {"weak": weak, **at_1024, "sides": sides}
+
+
+def at_one_stage(model: str, stage: int) -> float:
+    """Efficiency at 1,024 GPUs over 8 where both train at this ZeRO stage, whether it fits or not."""
+
+    def seconds(gpus: int) -> float:
+        of = replace(workload(model, gpus), zero_stage=stage)
+        per_chunk = stage >= 2 and FP32 * of.trained > WHOLE_GRADIENT_BYTES
+        return seconds_per_step(replace(of, per_chunk=per_chunk), machine()).total
+
+    return seconds(GPU_COUNTS[0]) / seconds(GPU_COUNTS[-1])
 
 
 def three_ways(of: Workload) -> Iterator[dict[str, Any]]:
@@ -140,11 +160,13 @@ def show_model(tables: dict[str, Any]) -> None:
         for lift, found in lifts.items():
             cells = [f"{gpus}: {at['efficiency']:.3f} (ZeRO-{at['zero_stage']})" for gpus, at in found.items()]
             print(f"  {lift:40} " + "  ".join(cells))
-        last = lifts["as it is"][GPU_COUNTS[-1]]["seconds"]
+        last = lifts[AS_IT_IS][GPU_COUNTS[-1]]["seconds"]
         spent = ", ".join(f"{part} {1e3 * s:.1f}" for part, s in last["communication"].items())
         print(f"  at 1,024, ms: encoding {1e3 * last['encoding']:.1f}, scoring {1e3 * last['scoring']:.1f}, {spent}")
         print(f"  other fabrics at 1,024: {_shares(tables['fabrics_at_1024'][model])}")
-        print(f"  other pairs a GPU at 1,024: {_shares(tables['queries_of_a_gpu_at_1024'][model])}")
+        for lift, found_at in tables["pairs_of_a_gpu_at_1024"][model].items():
+            print(f"  other pairs a GPU at 1,024, {lift}: {_shares(found_at)}")
+        print(f"  one ZeRO stage at 8 and at 1,024: {_shares(tables['stages_at_1024'][model])}")
         for side in tables["sides"][model]:
             if side["gpus"] in (8, GPU_COUNTS[-1]):
                 print(f"  {side['gpus']:5} {side['side']:20} {_side_line(side)}")
@@ -172,11 +194,10 @@ svg { font: 12px sans-serif; background: #fff;
 
 def write_plot(file: Path, tables: dict[str, Any]) -> None:
     """Efficiency over GPUs: both models as they are and with every lift, and the goal."""
-    first, *_, last = LIFTS
     lines: dict[str, list[tuple[float, float]]] = {}
     for model, lifts in tables["weak"].items():
         size = model.rsplit("-", 1)[-1].upper()
-        for lift, name in ((first, "as it is"), (last, "with the lifts")):
+        for lift, name in ((AS_IT_IS, "as it is"), (ALL_LIFTS, "with the lifts")):
             lines[f"{size}, {name}"] = [(gpus, at["efficiency"]) for gpus, at in lifts[lift].items()]
     lines["the goal"] = [(GPU_COUNTS[0], GOAL), (GPU_COUNTS[-1], GOAL)]
     figure = line_chart(lines, "GPUs", "throughput of a GPU over that at 8 GPUs", log_x=True)
