@@ -22,8 +22,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
-from data_services.schema import UsageError
-
 T = TypeVar("T")
 
 GB = 1e9
@@ -93,6 +91,8 @@ def fabric(name: str) -> Fabric:
 
 
 def _named(known: dict[str, T], name: str, option: str) -> T:
+    from data_services.schema import UsageError  # here: `gyre --help` names these, and must not wait for pydantic
+
     if name not in known:
         raise UsageError(f"{option} {name!r} isn't known: choose one of {', '.join(known)}")
     return known[name]

@@ -30,6 +30,9 @@ BUCKET_ELEMENTS = 200_000_000
 """As in trainers/engine.py."""
 LIVE_ELEMENTS = 1_000_000_000
 """ZeRO-3 gathers so many elements at a time (DeepSpeed's stage3_max_live_parameters, at its default)."""
+PERSISTENT_ELEMENTS, GATHERED_SHARE = 100_000, 0.05
+"""Weights of at most so many elements stay gathered (stage3_param_persistence_threshold, at its default), and of an
+adapter the smallest, up to a share of the model (trainers/engine.py)."""
 WEIGHTS_BYTES = 1 << 28
 """As in trainers/objectives/kernels.py."""
 RESERVE = 0.08
@@ -93,10 +96,17 @@ def _shards(of: Workload) -> int:
 
 
 def _weights(of: Workload) -> float:
-    whole = of.element_bytes * of.parameters
     if of.zero_stage < 3:
-        return whole
-    return whole / of.gpus + of.element_bytes * min(of.parameters, LIVE_ELEMENTS)
+        return of.element_bytes * of.parameters
+    gathered = stays_gathered(of)
+    live = gathered + min(of.parameters - gathered, LIVE_ELEMENTS)
+    return of.element_bytes * (of.parameters / of.gpus + live)
+
+
+def stays_gathered(of: Workload) -> float:
+    """Elements that ZeRO-3 gathers once a step."""
+    small = of.shape.elements_up_to(PERSISTENT_ELEMENTS)
+    return small + (0.0 if of.adapter_rank is None else min(of.trained, GATHERED_SHARE * of.parameters))
 
 
 def _masters(of: Workload) -> float:

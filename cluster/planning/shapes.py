@@ -70,6 +70,12 @@ class Shape:
         """Token table, layers, final norm."""
         return self.table_parameters + self.layers * self.layer_parameters + self.hidden
 
+    def elements_up_to(self, size: int) -> int:
+        """Elements of the matrices and norms that have at most `size` each."""
+        matrices = [inputs * outputs for inputs, outputs in self.matrices.values()]
+        small = self.layer_parameters - sum(matrices) + sum(n for n in matrices if n <= size)
+        return self.layers * small + self.hidden + (self.table_parameters if self.table_parameters <= size else 0)
+
     def adapter_parameters(self, rank: int) -> int:
         """A and B of low-rank updates of every matrix of every layer: rank (inputs + outputs) each (Hu et al. 2021)."""
         return self.layers * rank * sum(inputs + outputs for inputs, outputs in self.matrices.values())

@@ -18,16 +18,19 @@ None of them is all-to-one: every worker sends and receives as much as every oth
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.planning.memory import BUCKET_ELEMENTS
+from cluster.planning.memory import BUCKET_ELEMENTS, stays_gathered
 from cluster.planning.workload import FP32, KEY_BYTES, Workload
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 Part = Literal["exchange", "gradients", "weights", "average", "report"]
 
 DOUBLE = 8
+PREFETCHED_ELEMENTS = 50_000_000
+"""ZeRO-3 fetches so many elements ahead in one gather (DeepSpeed's stage3_prefetch_bucket_size, at its default)."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +81,19 @@ def gradients(of: Workload) -> list[Collective]:
 
 
 def weights(of: Workload) -> list[Collective]:
-    """After the step at ZeRO-1 and 2. At ZeRO-3 layer by layer, for each pass over the model: a chunk's forward, again
-    where it is encoded twice, its backward, and the momentum encoder's forward over the documents."""
+    """After the step at ZeRO-1 and 2. At ZeRO-3, as many at a time as are fetched ahead, for each pass over the model:
+    a chunk's forward, again where it is encoded twice, its backward, and the momentum encoder's forward over the
+    documents; and once what stays gathered."""
     if of.zero_stage in (1, 2):
         return [Collective("weights", "all_gather", of.element_bytes * of.trained)]
     if of.zero_stage == 0:
         return []
     passes = of.chunks * (3 if of.cached else 2) + (of.chunks if of.momentum else 0)
-    whole = of.element_bytes * of.parameters
-    return [Collective("weights", "all_gather", whole / (of.shape.layers + 1), passes * (of.shape.layers + 1))]
+    kept = stays_gathered(of)
+    fetched = of.parameters - kept
+    times = max(1, math.ceil(fetched / PREFETCHED_ELEMENTS))
+    once = Collective("weights", "all_gather", of.element_bytes * kept)
+    return [once, Collective("weights", "all_gather", of.element_bytes * fetched / times, passes * times)]
 
 
 def average(of: Workload) -> list[Collective]:

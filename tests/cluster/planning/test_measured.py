@@ -21,6 +21,7 @@ EVERY = QUICK | {
     "ZeRO-0": replace(BASE, zero_stage=0),
     "ZeRO-2": BASE,
     "ZeRO-3": replace(BASE, zero_stage=3),
+    "ZeRO-3, gathered for each pass": replace(BASE, zero_stage=3, hidden=320, intermediate=512, vocabulary=512),
     "ZeRO-3 with each chunk": replace(BASE, zero_stage=3, per_chunk=True),
     "graphs kept": replace(BASE, cached=False),
     "a large batch": replace(BASE, batch=256, rows=1024),
