@@ -211,13 +211,14 @@ def _all_reduces(rank: int, workers: int, folder: str) -> None:
 def _worker(rank: int, setting: dict[str, Any], steps: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=setting["workers"])
-    result = measured(Setting(**setting), steps)
+    result = timed(Setting(**setting), steps)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
 
 
-def measured(setting: Setting, steps: int) -> dict[str, Any]:
-    """What this worker's steps take; in the default process group."""
+def measured(setting: Setting) -> dict[str, Any]:
+    """What a step of this worker sends and takes, in the default process group: `wire_bytes` and `messages` by kind,
+    and in `memory` the bytes it holds (`held`), keeps for one text's backward, and makes at most in a step."""
     group = Group()
     with Wire(group.size) as wire:
         step = step_of(setting, group)
@@ -226,32 +227,35 @@ def measured(setting: Setting, steps: int) -> dict[str, Any]:
         wire.messages.clear()
         step(_share(setting, 1, group))
         counted = {"wire_bytes": dict(wire.bytes), "messages": dict(wire.messages)}
+    batch = _share(setting, 2, group)
     memory = {**held(step), "graph_bytes": graph_bytes(step.engine, setting.tokens)}
-    batches = [_share(setting, t, group) for t in range(2, 3 + WARM_UP + steps)]
-    memory["step"] = most_allocated(lambda: step(batches[0]))
-    return counted | {"memory": memory} | _timed(step, batches[1:])
+    memory["step"] = most_allocated(lambda: step(batch))
+    return counted | {"memory": memory, "chunks": len(batch.chunks)}
+
+
+def timed(setting: Setting, steps: int) -> dict[str, Any]:
+    """`measured`, and what steps after it take."""
+    counted, group = measured(setting), Group()
+    step = step_of(setting, group)
+    batches = [_share(setting, t, group) for t in range(WARM_UP + steps)]
+    for batch in batches[:WARM_UP]:
+        step(batch)
+    group.barrier()
+    began = time.perf_counter()
+    for batch in batches[WARM_UP:]:
+        step(batch)
+    group.barrier()
+    spent = {"seconds_per_step": (time.perf_counter() - began) / steps, "rss_bytes": _status("VmHWM")}
+    began = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        step(batches[-1])
+        spent["profiled_s"] = time.perf_counter() - began
+    waited = sum(event.time_range.elapsed_us() for event in profiled.events() if event.name.startswith("gloo:"))
+    return counted | spent | {"collective_s": waited / 1e6}
 
 
 def _share(setting: Setting, t: int, group: Group) -> Batch:
     return share_batch(batch_of(setting, t), group.size, setting.budget_tokens)[group.rank]
-
-
-def _timed(step: ContrastiveStep, batches: list[Batch]) -> dict[str, float]:
-    for batch in batches[:WARM_UP]:
-        step(batch)
-    step.group.barrier()
-    began = time.perf_counter()
-    for batch in batches[WARM_UP:]:
-        step(batch)
-    step.group.barrier()
-    seconds = (time.perf_counter() - began) / max(1, len(batches) - WARM_UP)
-    began = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        step(batches[-1])
-        profiled_s = time.perf_counter() - began
-    waited = sum(event.time_range.elapsed_us() for event in profiled.events() if event.name.startswith("gloo:"))
-    spent = {"seconds_per_step": seconds, "profiled_s": profiled_s, "collective_s": waited / 1e6}
-    return spent | {"rss_bytes": _status("VmHWM")}
 
 
 def held(step: ContrastiveStep) -> dict[str, int]:

@@ -4,10 +4,10 @@ P elements of the model, T of them trained, W workers, c bytes of an element tha
 Rajbhandari et al. 2020 (arXiv:1910.02054), figure 1; what else there is comes from how this engine sets DeepSpeed up
 (trainers/engine.py, trainers/reduction.py, trainers/ema.py):
 
-    weights     c P                  ZeRO-3: c P/W and what is gathered at a time
+    weights     c P                  ZeRO-3: c P/W, and beside it what is gathered at a time
     masters     4 T/W                fp32; ZeRO-0: 4 T, in fp32 the weights themselves
     moments     8 T/W                ZeRO-0: 8 T
-    gradients   4 T                  whole until the last chunk, and a bucket; from ZeRO-1 on the share 4 T/W
+    gradients   4 T                  whole until the last chunk; reduced beside a bucket and, from ZeRO-1 on, 4 T/W
                 4 T/W                with `engine.reduction: per_chunk`, and a bucket
     average     4 T/W + c T          the momentum encoder: its average, and what stands under the model in its forward;
                                      ZeRO-3: 4 T/W + c T/W
@@ -37,22 +37,24 @@ WEIGHTS_BYTES = 1 << 28
 """As in trainers/objectives/kernels.py."""
 RESERVE = 0.08
 """Share of a GPU's memory that is left alone: the CUDA context and NCCL's buffers, 2 to 3 GiB, and fragments."""
-ROOM = 17 / 16
-"""A queue's columns are a sixteenth longer than what they hold (trainers/row_store.py)."""
+ROOM = 65 / 64
+"""A queue reserves a sixty-fourth more places than its share (trainers/negative_queue.py)."""
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one GPU. `host` is what offload keeps in the memory of its node instead.
 
-    Gradients and activations are there together, and so are the exchange and what is kept of the forward pass: the
-    larger of the two sums counts.
+    Gradients and activations are there together, then gradients and what reduces them, and before both the exchange
+    and what is kept of the forward pass: the largest of the three sums counts.
     """
 
     weights: float
+    gathered: float
     masters: float
     moments: float
     gradients: float
+    reduction: float
     average: float
     queue: float
     exchange: float
@@ -67,7 +69,8 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        return self.held + max(self.gradients + self.activations, self.exchange + self.kept_for_loss)
+        walked_back, reduced = self.gradients + self.activations, self.gradients + self.reduction
+        return self.held + self.gathered + max(walked_back, reduced, self.exchange + self.kept_for_loss)
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self) | {"held": self.held, "peak": self.peak}
@@ -78,10 +81,12 @@ def memory_of(of: Workload) -> Memory:
     tokens = min(of.budget_tokens, of.local_tokens)
     graphs = activation_bytes(of)
     return Memory(
-        weights=_weights(of),
+        weights=of.element_bytes * of.parameters / (of.gpus if of.zero_stage == 3 else 1),
+        gathered=_gathered(of),
         masters=0.0 if of.offload else masters,
         moments=0.0 if of.offload else moments,
         gradients=_gradients(of),
+        reduction=_reduction(of),
         average=_average(of),
         queue=queue_bytes(of),
         exchange=exchange_bytes(of),
@@ -95,12 +100,11 @@ def _shards(of: Workload) -> int:
     return of.gpus if of.zero_stage else 1
 
 
-def _weights(of: Workload) -> float:
+def _gathered(of: Workload) -> float:
     if of.zero_stage < 3:
-        return of.element_bytes * of.parameters
-    gathered = stays_gathered(of)
-    live = gathered + min(of.parameters - gathered, LIVE_ELEMENTS)
-    return of.element_bytes * (of.parameters / of.gpus + live)
+        return 0.0
+    kept = stays_gathered(of)
+    return of.element_bytes * (kept + min(of.parameters - kept, LIVE_ELEMENTS))
 
 
 def stays_gathered(of: Workload) -> float:
@@ -116,9 +120,21 @@ def _masters(of: Workload) -> float:
 
 
 def _gradients(of: Workload) -> float:
-    share = FP32 * of.trained / of.gpus if of.zero_stage and not of.offload else 0.0
-    bucket = FP32 * min(of.trained, BUCKET_ELEMENTS)
-    return share + bucket + (0.0 if of.per_chunk else FP32 * of.trained)
+    """While chunks are walked back."""
+    return _share(of) + _bucket(of) if of.per_chunk else FP32 * of.trained
+
+
+def _reduction(of: Workload) -> float:
+    """Beside whole gradients when they are reduced."""
+    return 0.0 if of.per_chunk else _share(of) + _bucket(of)
+
+
+def _share(of: Workload) -> float:
+    return FP32 * of.trained / of.gpus if of.zero_stage and not of.offload else 0.0
+
+
+def _bucket(of: Workload) -> float:
+    return FP32 * min(of.trained, BUCKET_ELEMENTS)
 
 
 def _average(of: Workload) -> float:

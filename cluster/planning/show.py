@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 PARTS = {
     "weights": "weights",
+    "gathered": "weights gathered at a time",
     "masters": "fp32 masters",
     "moments": "moments of AdamW",
     "average": "momentum encoder",
     "queue": "queue rows",
     "gradients": "gradients",
+    "reduction": "their reduction: a bucket, the share",
     "activations": "activations of a chunk",
     "exchange": "exchange: queries, tiles",
     "kept_for_loss": "graphs kept for the loss",

@@ -11,7 +11,7 @@ make; tests count both. S bytes of a whole result, T trained elements, P all, c 
     gradients   all-reduce      4 T, bucket by bucket; at ZeRO-1 and 2 too, where each worker keeps its part alone.
                 reduce-scatter  4 T at ZeRO-3
     weights     all-gather      c T at ZeRO-1 and 2, after the step; at ZeRO-3 c P for every pass over the model
-    average     all-gather      c T at ZeRO-1 and 2, the momentum encoder's
+    average     all-gather      c T at ZeRO-1 and 2, the momentum encoder's; at ZeRO-3 of what stays gathered
 
 None of them is all-to-one: every worker sends and receives as much as every other.
 """
@@ -97,9 +97,10 @@ def weights(of: Workload) -> list[Collective]:
 
 
 def average(of: Workload) -> list[Collective]:
-    if not of.momentum or of.zero_stage not in (1, 2):
+    if not of.momentum or of.zero_stage == 0:
         return []
-    return [Collective("average", "all_gather", of.element_bytes * of.trained)]
+    whole = of.trained if of.zero_stage < 3 else min(of.trained, stays_gathered(of))
+    return [Collective("average", "all_gather", of.element_bytes * whole)]
 
 
 def report() -> list[Collective]:
