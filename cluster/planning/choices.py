@@ -30,14 +30,19 @@ class Choice:
     budget_tokens: int
     fits: bool
 
-    @property
-    def overrides(self) -> str:
-        """As `gyre train` takes them."""
-        of = self.workload
-        told = [f"engine.zero_stage={of.zero_stage}", f"engine.offload={'cpu' if of.offload else 'none'}"]
-        told.append(f"engine.budget_tokens={of.budget_tokens}")
-        if of.adapter_rank is not None:
-            told.append(f"model.adapter.rank={of.adapter_rank}")
+    def overrides(self, written: Workload) -> str:
+        """What `gyre train` is given to do this with the recipe that `written` is of."""
+        of, told = self.workload, []
+        if of.zero_stage != written.zero_stage:
+            told.append(f"engine.zero_stage={of.zero_stage}")
+        if of.offload != written.offload:
+            told.append(f"engine.offload={'cpu' if of.offload else 'none'}")
+        if of.budget_tokens != written.budget_tokens:
+            told.append(f"engine.budget_tokens={of.budget_tokens}")
+        if of.cached != written.cached:
+            told.append(f"engine.caching={'on' if of.cached else 'off'}")
+        if of.adapter_rank != written.adapter_rank:
+            told.append("model.adapter=null" if of.adapter_rank is None else f"model.adapter.rank={of.adapter_rank}")
         return " ".join(told)
 
     @property

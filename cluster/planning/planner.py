@@ -69,11 +69,24 @@ class Plan:
             "cluster": asdict(self.cluster),
             "memory_bytes": self.memory_bytes,
             "usable_bytes": self.usable_bytes,
-            "as_written": _as_dict(self.as_written),
-            "choices": [_as_dict(one) for one in self.found],
-            "cheapest": {kind: one and _as_dict(one) for kind, one in (("full", self.full), ("lora", self.lora))},
-            "advised": self.advised and _as_dict(self.advised),
+            "as_written": self._told(self.as_written),
+            "choices": [self._told(one) for one in self.found],
+            "cheapest": {kind: one and self._told(one) for kind, one in (("full", self.full), ("lora", self.lora))},
+            "advised": self.advised and self._told(self.advised),
             "assumptions": self.assumptions,
+        }
+
+    def _told(self, one: Choice) -> dict[str, Any]:
+        return {
+            "name": one.name,
+            "fits": one.fits,
+            "overrides": one.overrides(self.as_written.workload) if one.fits else None,
+            "largest_budget_tokens": one.budget_tokens,
+            "memory": one.memory.as_dict(),
+            "wire_bytes": one.wire,
+            "messages": one.messages,
+            "seconds": one.time.as_dict(),
+            "workload": asdict(one.workload),
         }
 
 
@@ -106,13 +119,6 @@ def check_fits(plan: Plan) -> None:
             f"{plan.usable_bytes / GIB:.1f} are there; add nodes, lower queue.rows or data.batch, or set "
             "model.gradient_checkpointing=true"
         )
-
-
-def _as_dict(one: Choice) -> dict[str, Any]:
-    of = asdict(one.workload)
-    told = {"workload": of, "memory": one.memory.as_dict(), "wire_bytes": one.wire, "messages": one.messages}
-    seconds = {"seconds": one.time.as_dict(), "largest_budget_tokens": one.budget_tokens, "fits": one.fits}
-    return {"name": one.name} | told | seconds | {"overrides": one.overrides if one.fits else None}
 
 
 def machine_of(cluster: Cluster) -> Machine:

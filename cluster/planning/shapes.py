@@ -118,7 +118,7 @@ def preset(name: str) -> Shape:
     known = PRESETS | _BASES
     if name.lower() not in known:
         raise UsageError(
-            f"the sizes of {name!r} aren't known here: give model.path a folder with its config.json, or --model one "
+            f"the sizes of {name!r} aren't known here: give model.path a folder with its config.json, or one "
             f"of {', '.join(PRESETS)}"
         )
     return known[name.lower()]

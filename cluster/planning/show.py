@@ -81,4 +81,4 @@ def _advice(plan: Plan, recipe: str) -> list[str]:
         return []
     if plan.as_written.fits and plan.as_written.time.total <= advised.time.total * 1.02:
         return ["", f"the recipe fits as it is: gyre train {shlex.quote(recipe)}"]
-    return ["", f"cheapest that fits: gyre train {shlex.quote(recipe)} {advised.overrides}"]
+    return ["", f"cheapest that fits: gyre train {shlex.quote(recipe)} {advised.overrides(plan.as_written.workload)}"]
