@@ -72,11 +72,12 @@ def exchange(of: Workload) -> list[Collective]:
 
 
 def gradients(of: Workload) -> list[Collective]:
-    """Whole gradients once a step, or with each chunk; and two flags, norm and overflow, from ZeRO-1 on."""
+    """Whole gradients once a step, or with each chunk; and from ZeRO-1 on a few single numbers, the norm and
+    whether it is finite."""
     kind: Kind = "reduce_scatter" if of.zero_stage == 3 else "all_reduce"
     passes, buckets = of.chunks if of.per_chunk else 1, -(-of.trained // BUCKET_ELEMENTS)
     made = Collective("gradients", kind, FP32 * of.trained / buckets, buckets * passes)
-    flags = [Collective("gradients", "all_reduce", FP32, 2)] if of.zero_stage else []
+    flags = [Collective("gradients", "all_reduce", FP32, 3 if of.element_bytes < FP32 else 2)] if of.zero_stage else []
     return [made, *flags]
 
 
@@ -85,7 +86,7 @@ def weights(of: Workload) -> list[Collective]:
     a chunk's forward, again where it is encoded twice, its backward, and the momentum encoder's forward over the
     documents; and once what stays gathered."""
     if of.zero_stage in (1, 2):
-        return [Collective("weights", "all_gather", of.element_bytes * of.trained)]
+        return [Collective("weights", "all_gather", of.element_bytes * part) for part in _groups(of)]
     if of.zero_stage == 0:
         return []
     passes = of.chunks * (3 if of.cached else 2) + (of.chunks if of.momentum else 0)
@@ -99,8 +100,16 @@ def weights(of: Workload) -> list[Collective]:
 def average(of: Workload) -> list[Collective]:
     if not of.momentum or of.zero_stage == 0:
         return []
-    whole = of.trained if of.zero_stage < 3 else min(of.trained, stays_gathered(of))
-    return [Collective("average", "all_gather", of.element_bytes * whole)]
+    parts = _groups(of) if of.zero_stage < 3 else [min(of.trained, stays_gathered(of))]
+    return [Collective("average", "all_gather", of.element_bytes * part) for part in parts]
+
+
+def _groups(of: Workload) -> list[float]:
+    """Elements of the optimizer's groups: matrices that decay, and all else."""
+    if of.adapter_rank is not None:
+        return [of.trained]
+    matrices = of.shape.layers * sum(inputs * outputs for inputs, outputs in of.shape.matrices.values())
+    return [matrices, of.trained - matrices]
 
 
 def report() -> list[Collective]:

@@ -13,7 +13,7 @@ BASE = Setting(workers=2, batch=64, rows=4096, budget_tokens=2048)
 QUICK = {
     "ZeRO-1": replace(BASE, zero_stage=1),
     "ZeRO-3": replace(BASE, zero_stage=3),
-    "graphs kept, layers recomputed": replace(BASE, cached=False, checkpointed=True, layers=4),
+    "graphs kept": replace(BASE, cached=False),
 }
 EVERY = {
     "ZeRO-0": replace(BASE, zero_stage=0),
@@ -21,7 +21,7 @@ EVERY = {
     "ZeRO-2 with each chunk": replace(BASE, per_chunk=True, budget_tokens=1024),
     "ZeRO-3, gathered for each pass": replace(BASE, zero_stage=3, hidden=320, intermediate=512, vocabulary=512),
     "LoRA": replace(BASE, adapter_rank=8),
-    "graphs kept": replace(BASE, cached=False),
+    "layers recomputed": replace(BASE, checkpointed=True, layers=4),
     "a large batch": replace(BASE, batch=256, rows=1024),
     "long texts": replace(BASE, tokens=128, batch=32),
     "wide": replace(BASE, hidden=256, intermediate=1024, vocabulary=512),
@@ -41,7 +41,8 @@ def check(found, setting):
     predicted, memory = memory_of(of), found["memory"]
     for part in ("weights", "masters", "moments", "average", "queue"):
         assert getattr(predicted, part) == pytest.approx(memory[part], rel=0.05, abs=4096), part
-    assert graph_bytes(of, setting.tokens, setting.tokens) == pytest.approx(memory["graph_bytes"], rel=0.15)
+    if not setting.checkpointed:  # what is recomputed is kept later, and not counted by the hooks
+        assert graph_bytes(of, setting.tokens, setting.tokens) == pytest.approx(memory["graph_bytes"], rel=0.15)
     assert predicted.peak - predicted.held == pytest.approx(memory["step"], rel=0.15)
     assert sum(wire_bytes(of).values()) == pytest.approx(sum(found["wire_bytes"].values()), rel=0.05)
 
