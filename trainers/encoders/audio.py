@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from data_services.schema import UsageError
 from trainers.config import ModelConfig
-from trainers.encoders.arrays import lengths_of
+from trainers.encoders.inputs import lengths_of
 from trainers.encoders.spec import ModelSpec
 from trainers.encoders.tower import MediaTower
 from trainers.tower_config import AudioConfig

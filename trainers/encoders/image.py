@@ -24,6 +24,7 @@ from trainers.config import ModelConfig, PoolingMode
 from trainers.encoders.adapters import add_adapter
 from trainers.encoders.backbone import check_checkpointing, checkpoint_gradients, load_backbone
 from trainers.encoders.freezing import freeze
+from trainers.encoders.inputs import TowerInputs
 from trainers.encoders.model_folder import READOUT_FILE, read_readout, resolve
 from trainers.encoders.spec import Dense, ModelSpec
 from trainers.encoders.tower import MediaTower
@@ -203,7 +204,7 @@ def _leave_unread(encoder: ImageEncoder) -> None:
     trained = [(name, p) for name, p in encoder.named_parameters() if p.requires_grad]
     training = encoder.training
     with torch.random.fork_rng(devices=[]):
-        total = encoder.eval()(nowhere, nowhere).sum()
+        total = encoder.eval()(TowerInputs(nowhere, nowhere)).sum()
     encoder.train(training)
     found = torch.autograd.grad(total, [p for _, p in trained], allow_unused=True)
     for (_, parameter), gradient in zip(trained, found, strict=True):

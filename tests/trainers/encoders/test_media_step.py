@@ -98,7 +98,7 @@ def twin(folder):
         for i in range(len(items)):
             one = items.take(np.array([i]))
             chunk = chunk_of(one, np.zeros(1, np.int64), np.array([queries]), CPU, tower=int(one.towers[0]))
-            rows.append(model.tower(**chunk.inputs).double())
+            rows.append(model.tower(chunk.inputs).double())
         return torch.cat(rows)
 
     queries, documents = encoded(batch.queries, True), encoded(batch.documents, False)

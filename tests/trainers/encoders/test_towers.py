@@ -17,6 +17,7 @@ from tests.twins import dense_contrastive
 from trainers.chunks import chunks_of, keys_of
 from trainers.collectives import Group
 from trainers.config import EngineConfig, ModelConfig, MomentumConfig, OptimizerConfig
+from trainers.encoders.inputs import TowerInputs
 from trainers.encoders.local import LocalEncoder
 from trainers.encoders.model_folder import prepare_model_folder
 from trainers.encoders.text import build_encoder
@@ -48,10 +49,10 @@ def test_a_chunk_runs_through_the_tower_of_its_texts(folder):
     _, _, towers = folder
     ids, mask = padded([5, 9])
     prompts = torch.zeros(2, dtype=torch.int64)
-    inputs = {"input_ids": ids, "attention_mask": mask, "prompt_tokens": prompts, "queries": prompts == 0}
-    for number, tower in enumerate((towers.query, towers.document)):
-        assert torch.equal(towers(number, **inputs), tower(**inputs))
-    assert not torch.allclose(towers(0, **inputs), towers(1, **inputs))
+    first, second = (TowerInputs(ids, mask, prompts, prompts == 0, tower=number) for number in range(2))
+    assert torch.equal(towers(first), towers.query(first))
+    assert torch.equal(towers(second), towers.document(second))
+    assert not torch.allclose(towers(first), towers(second))
 
 
 def test_both_start_equal_and_take_no_more_from_the_generator_than_one(folder):
@@ -102,7 +103,7 @@ def test_a_momentum_pass_over_one_side_runs_the_chunks_of_its_tower_alone(side):
     assert len(passes[0]) == len(passes[1]) < len(shares[0].chunks)
     for share, chunks in zip(shares, passes, strict=True):
         b, d = len(share.queries), len(share.documents)
-        assert {bool(its) for chunk in chunks if len(chunk.rows) for its in chunk.queries} == {side == "queries"}
+        assert {bool(its) for chunk in chunks if len(chunk.rows) for its in chunk.inputs.queries} == {side == "queries"}
         rows = torch.cat([chunk.rows for chunk in chunks]).sort().values.tolist()
         assert rows == (list(range(b)) if side == "queries" else list(range(b, b + d)))
 
@@ -123,7 +124,7 @@ def first_gradients(stage, cached):
     step, group = make_step(stage, cached), Group()
     batch = shares_of(group.size)[group.rank]
     metrics = step(batch)
-    averaged = [step.memory.encoder.forward(**chunk.inputs)[0] for chunk in chunks_of(batch, CPU)]
+    averaged = [step.memory.encoder.forward(inputs=chunk.inputs)[0] for chunk in chunks_of(batch, CPU)]
     state = step.engine.state()
     moments = {n.removeprefix("exp_avg/"): t / (1 - BETA) for n, t in state.items() if n.startswith("exp_avg/")}
     return metrics["loss"], moments, state["layout"], averaged, step.engine.full_weights()
@@ -133,7 +134,7 @@ def twin():
     """(loss, gradients) of the whole batch in one process in float64."""
     model, batch = two_towers().double(), global_batch()
     (queries, documents) = (
-        tower(*map(torch.from_numpy, texts.padded()))
+        tower(TowerInputs(*map(torch.from_numpy, texts.padded())))
         for tower, texts in ((model.tower.query, batch.queries), (model.tower.document, batch.documents))
     )
     share = Embedded(
@@ -172,7 +173,7 @@ def test_the_momentum_encoder_averages_both_towers_and_workers_call_them_in_the_
     model.load_state_dict({name: w.lerp(answers[0][-1][name], 0.1) for name, w in start.items()})
     for batch, (_, _, _, averaged, *_) in zip(shares_of(2), answers, strict=True):
         for chunk, vectors in zip(chunks_of(batch, CPU), averaged, strict=True):
-            torch.testing.assert_close(vectors, model(**chunk.inputs)[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(vectors, model(chunk.inputs)[0], rtol=1e-4, atol=1e-5)
     assert vectors.shape[1] == DIM
 
 

@@ -178,7 +178,7 @@ def twin(family, folder, lora):
         rows = []
         for i in range(len(items)):
             chunk = chunk_of(items.take(np.array([i])), np.zeros(1, np.int64), np.array([queries]), CPU)
-            rows.append(model.tower(**chunk.inputs).double())
+            rows.append(model.tower(chunk.inputs).double())
         return torch.cat(rows)
 
     queries, documents = encoded(batch.queries, True), encoded(batch.documents, False)
