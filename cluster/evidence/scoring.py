@@ -16,15 +16,18 @@ if TYPE_CHECKING:
     from data_services.sources import RetrievalPool
     from data_services.store import StoredSource
     from evaluation.retrieval import EvaluationConfig, Scores
+    from evaluation.vectors import Vectors
 
 
 @dataclass(frozen=True)
 class Scored:
     """rows: {"bm25" | "bm25_tuned" | "untrained" | "trained": {metric: value}}, of pairs of two kinds also those of
-    `evaluation.both_ways`; over_bm25: see TrainResult, empty where there is no BM25."""
+    `evaluation.both_ways`; the others: see TrainResult, over_bm25 is empty where there is no BM25."""
 
     rows: dict[str, dict[str, float]]
     over_bm25: dict[str, float]
+    geometry: dict[str, dict[str, float]]
+    probes: dict[str, dict[str, float]]
 
 
 def score_everywhere(ready: Prepared) -> dict[str, Scored]:
@@ -46,19 +49,38 @@ def score_split(recipe: Recipe, run: RunPaths, split: str, pool: StoredSource, t
     from cluster.models.folder import exported_encoder
     from data_services.sources import retrieval_pool
     from evaluation.both_ways import every_way
+    from evaluation.geometry import of_task
     from evaluation.significance import paired_bootstrap
+    from evaluation.vectors import Vectors
 
     queries, documents, relevant = task = retrieval_pool(pool)
     scores = baselines(task, pool.kinds, training, recipe.evaluation)
+    geometry, probes = {}, {}
     for name, encoder in {"untrained": untrained(recipe, run), "trained": exported_encoder(run.export)}.items():
         scores |= every_way(name, encoder, queries, documents, relevant, recipe.evaluation)
+        vectors = Vectors(encoder)
+        if recipe.evaluation.geometry:
+            geometry[name] = of_task(vectors, queries, documents, relevant)
+        if recipe.evaluation.classes:
+            probes[name] = _probed(vectors, task, pool)
     save_per_query(run, split, queries, {name: s.per_query for name, s in scores.items()})
     rows = {name: s.metrics for name, s in scores.items()}
-    if "bm25" not in scores:
-        return Scored(rows, {})
-    metric = f"ndcg@{recipe.evaluation.k}"
-    difference = paired_bootstrap(scores["trained"].per_query[metric], scores["bm25"].per_query[metric])
-    return Scored(rows, asdict(difference))
+    over_bm25 = {}
+    if "bm25" in scores:
+        metric = f"ndcg@{recipe.evaluation.k}"
+        over_bm25 = asdict(paired_bootstrap(scores["trained"].per_query[metric], scores["bm25"].per_query[metric]))
+    return Scored(rows, over_bm25, geometry, probes)
+
+
+def _probed(vectors: Vectors, task: RetrievalPool, pool: StoredSource) -> dict[str, float]:
+    """Of the documents, or of the queries where they alone are no texts."""
+    from data_services.sources import pool_classes
+    from evaluation.probes import probe_accuracies
+
+    classes = pool_classes(pool)
+    if pool.kinds.document == "text" and pool.kinds.query != "text":
+        return probe_accuracies(vectors.of(task.queries, "query"), classes.queries)
+    return probe_accuracies(vectors.of(task.documents, "document"), classes.documents)
 
 
 def baselines(

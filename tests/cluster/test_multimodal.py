@@ -12,7 +12,7 @@ from cluster.prepare import prepare
 from data_services.schema import Media, UsageError
 from tests.trainers.encoders.test_image import picture, png
 
-PAIRS = 48
+PAIRS = 52
 TEXT = {"hidden": 32, "layers": 1, "heads": 2, "intermediate": 48, "vocabulary": 320, "dropout": 0.0}
 IMAGE = {"image_size": 16, "patch_size": 8, "hidden": 24, "layers": 1, "heads": 2, "intermediate": 40}
 DUAL = {"config": TEXT, "image": {"config": IMAGE}, "max_tokens": 24}
@@ -35,6 +35,7 @@ def data(tmp_path_factory):
     captions = [f"picture number {i} of {['red', 'blue', 'green'][i % 3]} squares" for i in range(PAIRS)]
     for split, rows in (("train", slice(0, 32)), ("validation", slice(32, 40)), ("heldout", slice(40, PAIRS))):
         columns = {"query": captions[rows], "positive": pa.array(pictures[rows], pa.binary())}
+        columns["even"] = [str(i % 2) for i in range(PAIRS)][rows]
         (folder / "photos").mkdir(exist_ok=True)
         pq.write_table(pa.table(columns), folder / "photos" / f"{split}.parquet")
     texts = [{"query": f"what is {i}?", "positive": f"it is the number {i}"} for i in range(32)]
@@ -68,7 +69,9 @@ def trained(recipe, home):
 def dual(data, tmp_path_factory):
     home = tmp_path_factory.mktemp("dual")
     (home / "home").mkdir()
-    return *trained(written(data, home, DUAL, momentum={"export": True}), home / "home"), home / "home"
+    evaluation = {"recall_at": [5], "both_ways": True, "prompts": ["{}", "a {}"], "geometry": True, "classes": "even"}
+    recipe = written(data, home, DUAL, momentum={"export": True}, evaluation=evaluation)
+    return *trained(recipe, home / "home"), home / "home"
 
 
 def test_towers_of_texts_and_images_train_and_are_scored_both_ways(dual):
@@ -84,8 +87,19 @@ def test_towers_of_texts_and_images_train_and_are_scored_both_ways(dual):
     assert {"recall@1", "recall@5", "recall@10"} <= set(scored.rows["trained"])
     assert scored.over_bm25 == {}
     table = pq.read_table(ready.run.evaluation("heldout"))
-    assert table.num_rows == 8
+    assert table.num_rows == 12
     assert "trained recall@5" in table.column_names
+
+
+def test_vectors_of_either_side_and_the_classes_of_images_are_told_where_the_recipe_asks(dual):
+    _, scored, _ = dual
+    assert set(scored.geometry) == set(scored.probes) == {"untrained", "trained"}
+    assert {"alignment", "uniformity_queries", "uniformity_documents", "modality_gap"} <= set(
+        scored.geometry["trained"]
+    )
+    assert scored.geometry["trained"]["modality_gap"] > 0
+    assert scored.probes["trained"]["classes"] == 2
+    assert scored.probes["trained"]["majority"] == 0.5
 
 
 def test_a_picture_looks_for_pictures_and_texts_and_a_source_of_them_is_embedded(dual, data, tmp_path):
@@ -111,8 +125,8 @@ def test_a_picture_looks_for_pictures_and_texts_and_a_source_of_them_is_embedded
         query(None, model, str(tmp_path / "over"), root=home, image=tmp_path / "over" / "broken.png")
     source = SourceConfig(path=str(data / "photos"), split="heldout")
     corpus = embed_source(EmbeddingJob(model, source, tmp_path / "vectors", workers=1), home).corpus
-    assert corpus.rows == 8
-    np.testing.assert_allclose(np.linalg.norm(corpus.vectors(0, 8), axis=1), 1, atol=1e-3)
+    assert corpus.rows == 12
+    np.testing.assert_allclose(np.linalg.norm(corpus.vectors(0, 12), axis=1), 1, atol=1e-3)
 
 
 def test_a_vision_language_model_learns_from_texts_and_images_in_turn(data, tmp_path):
@@ -132,12 +146,18 @@ def test_a_vision_language_model_learns_from_texts_and_images_in_turn(data, tmp_
     assert {len(set(rows)) for rows in tasks} == {1}  # each batch of one source
     assert len({rows[0] for rows in tasks}) == 2
     assert {"trained", "untrained"} <= set(scored.rows)
-    from cluster.models import exported_encoder
+    from cluster.models import exported_encoder, query
 
     both = exported_encoder(ready.run.export).encode(
         ["a text", Media("image", png(picture(3, 20, 24)).data)], "document"
     )
     assert both.shape == (2, 64)
+    (tmp_path / "over").mkdir()
+    for i in range(2):
+        (tmp_path / "over" / f"{i}.png").write_bytes(png(picture(i, 20, 24)).data)
+    model, root = str(ready.run.export), tmp_path / "home"
+    found = query(None, model, str(tmp_path / "over"), k=1, root=root, image=tmp_path / "over" / "1.png")
+    assert found.hits[0].name == "1.png"
 
 
 @pytest.mark.parametrize(

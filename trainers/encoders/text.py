@@ -82,6 +82,11 @@ class TextEncoder(Tower):
             prompt_tokens = None
         elif prompt_tokens is None and any(spec.prompts.values()):
             raise ValueError("prompt_tokens [n] is needed: this model leaves its prompts out of pooling")
+        if spec.filler is not None:
+            every = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+            ids, mask = fill_queries(ids, mask, every, spec.max_tokens, spec.filler)
+        if spec.own_pooling:
+            return ids, mask, torch.ones_like(mask[:, :1], dtype=torch.bool)
         if not spec.needs_queries:
             return ids, mask, pooled_tokens(mask, spec.pooling, prompt_tokens)
         if queries is None:
@@ -95,6 +100,8 @@ class TextEncoder(Tower):
     def _hidden(self, ids: Tensor, mask: Tensor, layers: Sequence[int], arrays: Mapping[str, Tensor]) -> list[Tensor]:
         """Token vectors [n, L, H] of each of `layers`, or of the mean of the last ones where there are none."""
         several, seen = self.spec.mean_layers, self._seen(ids, arrays)
+        if self.spec.own_pooling:
+            return [self.backbone(input_ids=ids, attention_mask=mask).pooler_output[:, None]]
         if not layers and several == 1:
             return [packed.run(self.backbone, ids, mask, self.packed, **seen).last_hidden_state]
         states = packed.run(self.backbone, ids, mask, self.packed, output_hidden_states=True, **seen).hidden_states
