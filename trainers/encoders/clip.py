@@ -1,7 +1,7 @@
 """The text parts of pretrained duals as text towers.
 
 CLIP's vector of a text is the projected state of its last token. SigLIP and SigLIP 2 were trained on texts that are
-filled up to one length with padding, which counts; theirs is the state at the last place, by a head of the architecture.
+filled up to one length with padding, which counts; theirs is the state at the last place, by the architecture's head.
 """
 
 from __future__ import annotations
