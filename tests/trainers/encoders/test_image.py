@@ -186,6 +186,16 @@ def test_a_siglip_text_tower_of_random_weights_trains_every_weight(tmp_path):
     assert all(p.grad is not None for p in encoder.parameters())
 
 
+def test_a_processor_of_another_size_than_the_model_reads_is_one_sentence(tmp_path):
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
+    SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(tmp_path / "vision")
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vision")
+    with pytest.raises(UsageError, match=r"brings images to 32 x 32 pixels, which the model doesn't read"):
+        dual(tmp_path / "m", ImageConfig(path=str(tmp_path / "vision")))
+
+
 def test_weights_that_reach_no_vector_are_left_alone_and_patterns_freeze(tmp_path):
     clip = ImageFromConfig(architecture="clip_vision_model", **SIZES)
     _, towers, _ = dual(tmp_path / "a", ImageConfig(config=clip, pooling="mean"))
