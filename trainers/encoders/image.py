@@ -75,7 +75,7 @@ def scaling(preprocessing: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _image_shape(preprocessing: Mapping[str, Any], backbone: PreTrainedModel) -> tuple[int, int, int]:
-    """(3, height, width) that images are brought to; the architecture's own where the preprocessing has no such sides."""
+    """(3, height, width) that images are brought to, the architecture's own where that has no such sides."""
     size = preprocessing.get("crop_size" if preprocessing.get("do_center_crop") else "size")
     if isinstance(size, Mapping):
         size = (size["height"], size["width"]) if {"height", "width"} <= set(size) else None
@@ -165,7 +165,7 @@ def _spec(
     try:
         with torch.inference_mode():
             output = backbone.eval()(pixel_values=torch.zeros(1, *shape))
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # by architecture
         raise UsageError(
             f"model.image.path: {image.path}: {PREPROCESSOR} brings images to {shape[1]} x {shape[2]} pixels, which "
             f"the model doesn't read ({str(error).splitlines()[0]}); they don't belong together"
