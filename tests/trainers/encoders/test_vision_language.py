@@ -156,6 +156,8 @@ def first_gradients(family, folder, stage, cached, lora):
         ("qwen2_vl", 2, 2, False, True),
         ("qwen3_vl", 2, 3, True, False),
         ("qwen2_vl", 2, 3, False, False),
+        pytest.param("qwen2_5_vl", 2, 2, True, False, marks=pytest.mark.proof),
+        pytest.param("qwen3_vl", 2, 3, False, True, marks=pytest.mark.proof),
     ],
 )
 def test_a_step_has_the_gradients_of_the_dense_twin(gloo, folders, family, world_size, stage, cached, lora):
