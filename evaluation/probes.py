@@ -33,13 +33,14 @@ def nearest_labels(train: np.ndarray, labels: Sequence[Any], test: np.ndarray, n
     return [Counter(labels[i] for i in row).most_common(1)[0][0] for row in found]
 
 
-def probe_accuracies(vectors: np.ndarray, classes: Sequence[int]) -> dict[str, float]:
+def probe_accuracies(vectors: np.ndarray, classes: Sequence[int | None]) -> dict[str, float]:
     """How well a class is told by the vectors [n, D] of the other items, in `FOLDS` parts that are left out in turn.
 
-    Every class is spread evenly over the parts; one with fewer items than there are parts is left out. `majority` is
-    what the most frequent class alone would give. UsageError where fewer than two classes are left.
+    Every class is spread evenly over the parts; items of none, and classes with fewer items than there are parts, are
+    left out. `majority` is what the most frequent class alone would give. UsageError where fewer than two classes are
+    left.
     """
-    counts, seen = Counter(classes), Counter[int]()
+    counts, seen = Counter(its for its in classes if its is not None), Counter[int | None]()
     common = {its for its, count in counts.items() if count >= FOLDS}
     if len(common) < 2:
         raise UsageError(f"evaluation.classes: fewer than two classes have {FOLDS} items; name another field")
@@ -54,6 +55,6 @@ def probe_accuracies(vectors: np.ndarray, classes: Sequence[int]) -> dict[str, f
         told = points[train], labels[train].tolist(), points[test]
         right["probe_accuracy"] += float((np.array(linear_probe(*told)) == labels[test]).sum())
         right["knn_accuracy"] += float((np.array(nearest_labels(*told, NEIGHBOURS)) == labels[test]).sum())
-    most = max(count for its, count in counts.items() if its in common)
+    most = max(counts.values())
     shares = {name: count / len(kept) for name, count in right.items()}
     return {**shares, "majority": most / len(kept), "classes": float(len(common))}
