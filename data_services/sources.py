@@ -317,18 +317,18 @@ def _grades(table: pa.Table) -> list[float]:
 
 
 class PoolClasses(NamedTuple):
-    """Of each query and of each document of `retrieval_pool`: a number, equal where the rows' labels are; None: its row
-    has none."""
+    """Of each query and of each document of `retrieval_pool`: a number, equal where the rows' labels are; UNKNOWN where its
+    row has none."""
 
-    queries: list[int | None]
-    documents: list[int | None]
+    queries: list[int]
+    documents: list[int]
 
 
 def pool_classes(source: StoredSource) -> PoolClasses:
     """By the rows' `label`; an item that stands in several rows has the first one's."""
     table = source.table()
-    queries: dict[int, int | None] = {}
-    documents: dict[int, int | None] = {}
+    queries: dict[int, int] = {}
+    documents: dict[int, int] = {}
     columns = (table[name].to_pylist() for name in (Column.QUERY_ID, Column.POSITIVE_IDS, Column.LABEL))
     for query, answers, label in zip(*columns, strict=True):
         queries.setdefault(query, label)

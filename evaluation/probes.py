@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_services.schema import UsageError
+from data_services.schema import UNKNOWN, UsageError
 from evaluation.search import rank
 
 FOLDS = 5
@@ -33,14 +33,14 @@ def nearest_labels(train: np.ndarray, labels: Sequence[Any], test: np.ndarray, n
     return [Counter(labels[i] for i in row).most_common(1)[0][0] for row in found]
 
 
-def probe_accuracies(vectors: np.ndarray, classes: Sequence[int | None]) -> dict[str, float]:
+def probe_accuracies(vectors: np.ndarray, classes: Sequence[int]) -> dict[str, float]:
     """How well a class is told by the vectors [n, D] of the other items, in `FOLDS` parts that are left out in turn.
 
-    Every class is spread evenly over the parts; items of none, and classes with fewer items than there are parts, are
+    Every class is spread evenly over the parts; items of UNKNOWN, and classes with fewer items than there are parts, are
     left out. `majority` is what the most frequent class alone would give. UsageError where fewer than two classes are
     left.
     """
-    counts, seen = Counter(its for its in classes if its is not None), Counter[int | None]()
+    counts, seen = Counter(its for its in classes if its != UNKNOWN), Counter[int]()
     common = {its for its, count in counts.items() if count >= FOLDS}
     if len(common) < 2:
         raise UsageError(f"evaluation.classes: fewer than two classes have {FOLDS} items; name another field")

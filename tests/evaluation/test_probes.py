@@ -5,17 +5,17 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_services.schema import UsageError
+from data_services.schema import UNKNOWN, UsageError
 from evaluation.probes import FOLDS, nearest_labels, probe_accuracies
 
 
 def test_classes_that_lie_apart_are_told_and_those_that_do_not_are_guessed():
     random = np.random.default_rng(0)
-    classes = [7] * 20 + [9] * 10 + [4] * (FOLDS - 1)  # the last are too few
-    apart = np.eye(3)[[0] * 20 + [1] * 10 + [2] * 4] + 0.05 * random.normal(size=(34, 3))
+    classes = [7] * 20 + [9] * 10 + [4] * (FOLDS - 1) + [UNKNOWN] * 6  # those of 4 are too few
+    apart = np.eye(3)[[0] * 20 + [1] * 10 + [2] * 10] + 0.05 * random.normal(size=(40, 3))
     found = probe_accuracies(apart.astype(np.float32), classes)
     assert found == {"probe_accuracy": 1.0, "knn_accuracy": 1.0, "majority": pytest.approx(2 / 3), "classes": 2.0}
-    nowhere = probe_accuracies(np.zeros((34, 3), np.float32), classes)
+    nowhere = probe_accuracies(np.zeros((40, 3), np.float32), classes)
     assert nowhere["probe_accuracy"] == pytest.approx(2 / 3)
 
 
