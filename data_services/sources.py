@@ -317,8 +317,8 @@ def _grades(table: pa.Table) -> list[float]:
 
 
 class PoolClasses(NamedTuple):
-    """Of each query and of each document of `retrieval_pool`: a number, equal where the rows' labels are; UNKNOWN where its
-    row has none."""
+    """Of each query and of each document of `retrieval_pool`: equal numbers where the rows' labels are equal, UNKNOWN
+    where there is none."""
 
     queries: list[int]
     documents: list[int]

@@ -36,9 +36,8 @@ def nearest_labels(train: np.ndarray, labels: Sequence[Any], test: np.ndarray, n
 def probe_accuracies(vectors: np.ndarray, classes: Sequence[int]) -> dict[str, float]:
     """How well a class is told by the vectors [n, D] of the other items, in `FOLDS` parts that are left out in turn.
 
-    Every class is spread evenly over the parts; items of UNKNOWN, and classes with fewer items than there are parts, are
-    left out. `majority` is what the most frequent class alone would give. UsageError where fewer than two classes are
-    left.
+    Every class is spread evenly over the parts; UNKNOWN, and one with fewer items than there are parts, is left out.
+    `majority` is what the most frequent class alone would give. UsageError where fewer than two classes are left.
     """
     counts, seen = Counter(its for its in classes if its != UNKNOWN), Counter[int]()
     common = {its for its, count in counts.items() if count >= FOLDS}
