@@ -160,6 +160,41 @@ def test_a_vision_language_model_learns_from_texts_and_images_in_turn(data, tmp_
     assert found.hits[0].name == "1.png"
 
 
+def train_in_parts(task, reader, stops):
+    """On a rank: a run that ends after each of these steps and goes on from its checkpoint in new objects."""
+    import torch.distributed as dist
+
+    from cluster.worker import Training
+    from data_services.stream import LocalStream
+
+    for stop in stops:
+        stream = LocalStream(reader, dist.get_world_size(), dist.get_rank(), task.recipe.engine.budget_tokens)
+        assert Training(task).run(stream, stop) == stop
+
+
+@pytest.mark.parametrize(
+    ("model", "stage"),
+    [(DUAL, 2), pytest.param(DUAL, 3, marks=pytest.mark.proof), pytest.param(VLM, 3, marks=pytest.mark.proof)],
+)
+def test_a_run_over_images_goes_on_with_the_losses_of_one_that_was_never_stopped(gloo, data, tmp_path, model, stage):
+    from tests.e2e.plain import plain_run
+
+    more = {"queue": {"rows": 20}, "engine": {"precision": "fp32", "budget_tokens": 64, "zero_stage": stage}}
+    runs = []
+    for name, stops in (("whole", [4]), ("parts", [2, 4])):
+        (tmp_path / name).mkdir()
+        recipe = written(data, tmp_path / name, model, **more)
+        told = json.loads(recipe.read_text())
+        told["data"]["steps"] = 4
+        recipe.write_text(json.dumps(told))
+        ready, task = plain_run(recipe, tmp_path / name)
+        gloo(2, train_in_parts, task, ready.reader, stops)
+        steps = [json.loads(line) for line in ready.run.metrics.read_text().splitlines()]
+        runs.append([(step["step"], step["loss"], step["grad_norm"]) for step in steps])
+    assert [step for step, *_ in runs[0]] == [0, 1, 2, 3]
+    assert runs[0] == runs[1]
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
