@@ -220,6 +220,12 @@ def check_scoring(recipe: Recipe, pools: Mapping[str, StoredSource]) -> None:
         raise UsageError(f"evaluation.prompts: {told}")
     if recipe.model.pooling == "tokens" and (key := next(_of_vectors(recipe.evaluation), None)):
         raise UsageError(f"evaluation.{key}: an item has a vector for each token, and it takes one; leave it out")
+    if recipe.evaluation.classes is not None:
+        from data_services.sources import pool_classes
+        from evaluation.probes import common_classes
+
+        for pool in pools.values():
+            common_classes(pool_classes(pool).numbers)
 
 
 def _of_vectors(evaluation: EvaluationConfig) -> Iterator[str]:

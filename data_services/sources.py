@@ -20,7 +20,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -317,24 +317,23 @@ def _grades(table: pa.Table) -> list[float]:
 
 
 class PoolClasses(NamedTuple):
-    """Of each query and of each document of `retrieval_pool`: equal numbers where the rows' labels are equal, UNKNOWN
-    where there is none."""
+    """side  that of the items which are no texts; where both sides are alike, the documents
+    numbers  of each item of that side of `retrieval_pool`: equal where the rows' labels are, UNKNOWN where there is none
+    """
 
-    queries: list[int]
-    documents: list[int]
+    side: Literal["query", "document"]
+    numbers: list[int]
 
 
 def pool_classes(source: StoredSource) -> PoolClasses:
     """By the rows' `label`; an item that stands in several rows has the first one's."""
-    table = source.table()
-    queries: dict[int, int] = {}
-    documents: dict[int, int] = {}
-    columns = (table[name].to_pylist() for name in (Column.QUERY_ID, Column.POSITIVE_IDS, Column.LABEL))
-    for query, answers, label in zip(*columns, strict=True):
-        queries.setdefault(query, label)
-        for answer in answers:
-            documents.setdefault(answer, label)
-    return PoolClasses(list(queries.values()), list(documents.values()))
+    table, numbers = source.table(), dict[int, int]()
+    of_queries = source.kinds.document == "text" and source.kinds.query != "text"
+    ids = table[Column.QUERY_ID].to_pylist() if of_queries else table[Column.POSITIVE_IDS].to_pylist()
+    for its, label in zip(ids, table[Column.LABEL].to_pylist(), strict=True):
+        for each in [its] if of_queries else its:
+            numbers.setdefault(each, label)
+    return PoolClasses("query" if of_queries else "document", list(numbers.values()))
 
 
 class Corpus(NamedTuple):

@@ -33,16 +33,22 @@ def nearest_labels(train: np.ndarray, labels: Sequence[Any], test: np.ndarray, n
     return [Counter(labels[i] for i in row).most_common(1)[0][0] for row in found]
 
 
+def common_classes(classes: Sequence[int]) -> set[int]:
+    """Those of at least `FOLDS` items, UNKNOWN aside. UsageError where there are fewer than two."""
+    counts = Counter(its for its in classes if its != UNKNOWN)
+    common = {its for its, count in counts.items() if count >= FOLDS}
+    if len(common) < 2:
+        raise UsageError(f"evaluation.classes: fewer than two classes have {FOLDS} items or more; name another field")
+    return common
+
+
 def probe_accuracies(vectors: np.ndarray, classes: Sequence[int]) -> dict[str, float]:
     """How well a class is told by the vectors [n, D] of the other items, in `FOLDS` parts that are left out in turn.
 
-    Every class is spread evenly over the parts; UNKNOWN, and one with fewer items than there are parts, is left out.
-    `majority` is what the most frequent class alone would give. UsageError where fewer than two classes are left.
+    Every class of `common_classes` is spread evenly over the parts, others are left out. `majority` is what the most
+    frequent class alone would give.
     """
-    counts, seen = Counter(its for its in classes if its != UNKNOWN), Counter[int]()
-    common = {its for its, count in counts.items() if count >= FOLDS}
-    if len(common) < 2:
-        raise UsageError(f"evaluation.classes: fewer than two classes have {FOLDS} items; name another field")
+    common, seen = common_classes(classes), Counter[int]()
     kept = [i for i, its in enumerate(classes) if its in common]
     fold = np.zeros(len(kept), np.int64)
     for row, i in enumerate(kept):
@@ -54,6 +60,6 @@ def probe_accuracies(vectors: np.ndarray, classes: Sequence[int]) -> dict[str, f
         told = points[train], labels[train].tolist(), points[test]
         right["probe_accuracy"] += float((np.array(linear_probe(*told)) == labels[test]).sum())
         right["knn_accuracy"] += float((np.array(nearest_labels(*told, NEIGHBOURS)) == labels[test]).sum())
-    most = max(counts.values())
+    most = max(Counter(labels.tolist()).values())
     shares = {name: count / len(kept) for name, count in right.items()}
     return {**shares, "majority": most / len(kept), "classes": float(len(common))}

@@ -73,14 +73,11 @@ def score_split(recipe: Recipe, run: RunPaths, split: str, pool: StoredSource, t
 
 
 def _probed(vectors: Vectors, task: RetrievalPool, pool: StoredSource) -> dict[str, float]:
-    """Of the documents, or of the queries where they alone are no texts."""
     from data_services.sources import pool_classes
     from evaluation.probes import probe_accuracies
 
-    classes = pool_classes(pool)
-    if pool.kinds.document == "text" and pool.kinds.query != "text":
-        return probe_accuracies(vectors.of(task.queries, "query"), classes.queries)
-    return probe_accuracies(vectors.of(task.documents, "document"), classes.documents)
+    side, classes = pool_classes(pool)
+    return probe_accuracies(vectors.of(task.queries if side == "query" else task.documents, side), classes)
 
 
 def baselines(

@@ -12,7 +12,7 @@ from cluster.prepare import prepare
 from data_services.schema import Media, UsageError
 from tests.trainers.encoders.test_image import picture, png
 
-PAIRS = 52
+PAIRS = 56
 TEXT = {"hidden": 32, "layers": 1, "heads": 2, "intermediate": 48, "vocabulary": 320, "dropout": 0.0}
 IMAGE = {"image_size": 16, "patch_size": 8, "hidden": 24, "layers": 1, "heads": 2, "intermediate": 40}
 DUAL = {"config": TEXT, "image": {"config": IMAGE}, "max_tokens": 24}
@@ -33,7 +33,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     pictures = [png(picture(i, 20 + i % 9, 24)).data for i in range(PAIRS)]
     captions = [f"picture number {i} of {['red', 'blue', 'green'][i % 3]} squares" for i in range(PAIRS)]
-    for split, rows in (("train", slice(0, 32)), ("validation", slice(32, 40)), ("heldout", slice(40, PAIRS))):
+    for split, rows in (("train", slice(0, 32)), ("validation", slice(32, 44)), ("heldout", slice(44, PAIRS))):
         columns = {"query": captions[rows], "positive": pa.array(pictures[rows], pa.binary())}
         columns["even"] = [str(i % 2) for i in range(PAIRS)][rows]
         (folder / "photos").mkdir(exist_ok=True)

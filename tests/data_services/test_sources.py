@@ -408,8 +408,7 @@ def test_items_have_the_class_of_the_first_row_they_stand_in(tmp_path):
     rows = [("a", ["x", "y"], "one"), ("b", ["y"], "two"), ("a", ["z"], "two")]
     path = write_jsonl(tmp_path / "a.jsonl", [{"query": q, "positive": p, "topic": t} for q, p, t in rows])
     source = opened(path, tmp_path / "home", label="topic")
-    queries, documents = pool_classes(source)
-    one, two = queries
-    assert one != two
-    assert documents == [one, one, two]
-    assert len(documents) == len(retrieval_pool(source).documents)
+    side, (first, second, third) = pool_classes(source)
+    assert side == "document"
+    assert first == second != third
+    assert retrieval_pool(source).documents == ["x", "y", "z"]
