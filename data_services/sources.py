@@ -317,8 +317,8 @@ def _grades(table: pa.Table) -> list[float]:
 
 
 class PoolClasses(NamedTuple):
-    """side  that of the items which are no texts; where both sides are alike, the documents
-    numbers  of each item of that side of `retrieval_pool`: equal where the rows' labels are, UNKNOWN where there is none
+    """side     that of the items which are no texts; where both sides are alike, the documents
+    numbers  of each of its items in `retrieval_pool`: equal where the rows' labels are, UNKNOWN where there is none
     """
 
     side: Literal["query", "document"]
