@@ -113,6 +113,8 @@ class TextEncoder(Tower):
 
     def token_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[n, L, H] of the last layer, for losses on token states; input_ids, attention_mask [n, L] int64."""
+        if self.spec.own_pooling:
+            raise UsageError(f"a loss on token states can't be had of {self.spec.architecture}, which pools by itself")
         (states,) = self._hidden(input_ids, attention_mask, (), {})
         return states
 

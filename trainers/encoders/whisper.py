@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoConfig, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -51,7 +50,9 @@ class WhisperTower(MediaTower):
 
 def _filled(sound: Tensor, frames: int) -> Tensor:
     """[frames, M] of [F, M]: silence behind it, as the scale of the sound's loudest has it."""
-    return F.pad(sound, (0, 0, 0, frames - len(sound)), value=float(sound.max()) - BELOW_LOUDEST)
+    filled = (sound.max() - BELOW_LOUDEST).expand(frames, sound.shape[1]).clone()
+    filled[: len(sound)] = sound
+    return filled
 
 
 def positions(config: AudioConfig) -> int:
