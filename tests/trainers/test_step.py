@@ -40,7 +40,7 @@ class Tower(nn.Module):
         self.out = nn.Linear(DIM, DIM)
         self.dropout = nn.Dropout(dropout)
 
-    gives_tokens = False
+    gives_tokens, numbers = False, (None,)
 
     def forward(self, inputs):
         hidden = self.dropout(torch.tanh(self.out(self.norm(self.table(inputs.ids)))))

@@ -160,6 +160,7 @@ def test_the_text_part_of_a_siglip_reads_its_padding_too(tmp_path, family):
     whole = getattr(transformers, f"{family}Model")(config).eval()
     scrambled(whole.text_model)
     whole.save_pretrained(tmp_path / "siglip")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "siglip")  # its class is the model's now
     model = ModelConfig(path=str(tmp_path / "siglip"))
     spec = prepare_model_folder(model, tmp_path / "m")
     encoder = build_encoder(model, tmp_path / "m")

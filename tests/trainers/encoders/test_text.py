@@ -64,7 +64,7 @@ def test_dropout_is_replayed_by_the_generator_and_gone_in_evaluation(tmp_path):
     encoder.eval()
     assert torch.equal(encoder(TowerInputs(ids, mask)), encoder(TowerInputs(ids, mask)))
     encoder.train().token_dropout, encoder.dropout.p = 0.0, 0.0
-    torch.testing.assert_close(encoder(TowerInputs(ids, mask)), encoder.eval()(ids, mask))
+    torch.testing.assert_close(encoder(TowerInputs(ids, mask)), encoder.eval()(TowerInputs(ids, mask)))
 
 
 def test_an_architecture_with_its_own_dropout_gets_none_added(tmp_path):
