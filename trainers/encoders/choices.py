@@ -87,6 +87,11 @@ def check(config: ModelConfig, spec: ModelSpec, model: PreTrainedModel, tokenize
             f"pooling: {spec.architecture} pools by itself, over all its places; remove it, layers, mean_layers and "
             "token_dropout",
         ),
+        (
+            spec.filler is not None and tokenizer.padding_side == "left",
+            f"path: the tokenizer pads {spec.architecture} on the left, and gyre fills its texts on the right; set "
+            "padding_side in tokenizer_config.json to right if it was trained so",
+        ),
         (spec.layers and spec.mean_layers > 1, "layers: has no meaning beside mean_layers; remove one of them"),
         (config.adapter and config.freeze, "freeze: model.adapter already leaves the tower's weights alone; remove it"),
         (spec.mean_layers > layers + 1, f"mean_layers: {spec.mean_layers}, but the model has {layers} layers"),

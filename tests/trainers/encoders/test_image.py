@@ -160,8 +160,12 @@ def test_the_text_part_of_a_siglip_reads_its_padding_too(tmp_path, family):
     whole = getattr(transformers, f"{family}Model")(config).eval()
     scrambled(whole.text_model)
     whole.save_pretrained(tmp_path / "siglip")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "siglip")  # its class is the model's now
     model = ModelConfig(path=str(tmp_path / "siglip"))
+    if family == "Siglip2":  # whose class pads on the left where its settings don't say otherwise
+        with pytest.raises(UsageError, match=r"model.path: the tokenizer pads .* on the left"):
+            prepare_model_folder(model, tmp_path / "left")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "siglip", padding_side="right")
+        tokenizer.save_pretrained(tmp_path / "siglip")
     spec = prepare_model_folder(model, tmp_path / "m")
     encoder = build_encoder(model, tmp_path / "m")
     read = FolderTokenizer(tmp_path / "m", spec.max_tokens, spec.prompts)
