@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
+<<<<<<< HEAD
 from cluster.evidence.scoring import Scored, score_everywhere
+=======
+from cluster.doctor import environment
+from cluster.evidence.scoring import score_everywhere
+>>>>>>> main
 from cluster.evidence.watching import keep_best
 from cluster.fit import Progress, Stopped, stopped_by_signal, training
 from cluster.model_card import CardFacts, write_card
@@ -100,6 +105,7 @@ def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | 
             lambda n, of: tell({"kind": "parts", "finished": n, "parts": of}),
             lambda what, done, of: tell({"kind": "step", "unit": what, "step": done, "steps": of}),
         )
+        write_json(ready.run.environment, environment())
         with training(ready, tell) as follow:
             tracker = open_tracker(ready, root)
             tell({"kind": "phase", "text": f"run {ready.run.run_id}: {ready.plan.steps} steps"})
