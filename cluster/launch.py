@@ -18,12 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
-<<<<<<< HEAD
-from cluster.evidence.scoring import Scored, score_everywhere
-=======
 from cluster.doctor import environment
-from cluster.evidence.scoring import score_everywhere
->>>>>>> main
+from cluster.evidence.scoring import Scored, score_everywhere
 from cluster.evidence.watching import keep_best
 from cluster.fit import Progress, Stopped, stopped_by_signal, training
 from cluster.model_card import CardFacts, write_card

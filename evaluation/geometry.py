@@ -9,10 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_services.items import Item
-from evaluation.metrics import Grades
 from evaluation.search import rank
-from evaluation.vectors import Side, Vectors, unit_length
+from evaluation.vectors import unit_length
 
 MOST_VECTORS = 4096  # drawn from more: every figure is a mean or a spectrum, and pairs grow with the square
 _BLOCKS = 8
@@ -90,23 +88,6 @@ def figures(queries: np.ndarray, documents: np.ndarray, pairs: tuple[np.ndarray,
         "modality_gap": modality_gap(queries, documents),
         **{f"block_{i}_of_{len(blocks)}": float(share) for i, share in enumerate(blocks, start=1)},
     }
-
-
-def of_task(
-    vectors: Vectors, queries: Sequence[Item], documents: Sequence[Item], grades: Sequence[Grades]
-) -> dict[str, float]:
-    """`figures` of a retrieval task's queries and documents, as the model gives them or scaled to length 1."""
-    pairs = [(q, d) for q, judged in enumerate(grades) for d, grade in judged.items() if grade > 0]
-    some = [pairs[i] for i in drawn(len(pairs))]
-
-    def of(items: Sequence[Item], rows: Sequence[int], side: Side) -> np.ndarray:
-        return unit_length(vectors.of([items[row] for row in rows], side))
-
-    return figures(
-        of(queries, drawn(len(queries)), "query"),
-        of(documents, drawn(len(documents)), "document"),
-        (of(queries, [q for q, _ in some], "query"), of(documents, [d for _, d in some], "document")),
-    )
 
 
 def drawn(count: int) -> list[int]:

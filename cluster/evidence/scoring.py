@@ -50,16 +50,6 @@ def score_split(recipe: Recipe, run: RunPaths, split: str, pool: StoredSource, t
     from cluster.models.folder import exported_encoder
     from data_services.sources import retrieval_pool
     from evaluation.both_ways import every_way
-<<<<<<< HEAD
-    from evaluation.geometry import of_task
-    from evaluation.significance import paired_bootstrap
-    from evaluation.vectors import Vectors
-
-    queries, documents, relevant = task = retrieval_pool(pool)
-    scores = baselines(task, pool.kinds, training, recipe.evaluation)
-    geometry, probes = {}, {}
-    for name, encoder in {"untrained": untrained(recipe, run), "trained": exported_encoder(run.export)}.items():
-=======
     from evaluation.look import look
     from evaluation.significance import paired_bootstrap
     from evaluation.vectors import Remembered
@@ -72,30 +62,8 @@ def score_split(recipe: Recipe, run: RunPaths, split: str, pool: StoredSource, t
         "trained": Remembered(exported_encoder(run.export)),
     }
     for name, encoder in models.items():
->>>>>>> main
         scores |= every_way(name, encoder, queries, documents, relevant, recipe.evaluation)
-        vectors = Vectors(encoder)
-        if recipe.evaluation.geometry:
-            geometry[name] = of_task(vectors, queries, documents, relevant)
-        if recipe.evaluation.classes:
-            probes[name] = _probed(vectors, task, pool)
     save_per_query(run, split, queries, {name: s.per_query for name, s in scores.items()})
-<<<<<<< HEAD
-    rows = {name: s.metrics for name, s in scores.items()}
-    over_bm25 = {}
-    if "bm25" in scores:
-        metric = f"ndcg@{recipe.evaluation.k}"
-        over_bm25 = asdict(paired_bootstrap(scores["trained"].per_query[metric], scores["bm25"].per_query[metric]))
-    return Scored(rows, over_bm25, geometry, probes)
-
-
-def _probed(vectors: Vectors, task: RetrievalPool, pool: StoredSource) -> dict[str, float]:
-    from data_services.sources import pool_classes
-    from evaluation.probes import probe_accuracies
-
-    side, classes = pool_classes(pool)
-    return probe_accuracies(vectors.of(task.queries if side == "query" else task.documents, side), classes)
-=======
     metric = f"ndcg@{recipe.evaluation.k}"
     seen = look({name: (encoder, scores[name]) for name, encoder in models.items()}, *task, metric)
     write_json(run.look(split), seen.model_dump(mode="json"))
@@ -104,8 +72,17 @@ def _probed(vectors: Vectors, task: RetrievalPool, pool: StoredSource) -> dict[s
     if "bm25" in scores:
         difference = paired_bootstrap(scores["trained"].per_query[metric], scores["bm25"].per_query[metric])
         over_bm25 = asdict(difference)
-    return Scored(rows, over_bm25)
->>>>>>> main
+    asked = recipe.evaluation
+    probes = {name: _probed(encoder.vectors, task, pool) for name, encoder in models.items()} if asked.classes else {}
+    return Scored(rows, over_bm25, seen.geometry if asked.geometry else {}, probes)
+
+
+def _probed(vectors: Vectors, task: RetrievalPool, pool: StoredSource) -> dict[str, float]:
+    from data_services.sources import pool_classes
+    from evaluation.probes import probe_accuracies
+
+    side, classes = pool_classes(pool)
+    return probe_accuracies(vectors.of(task.queries if side == "query" else task.documents, side), classes)
 
 
 def baselines(

@@ -34,13 +34,8 @@ def corpora() -> dict[str, BuiltIn]:
     images, sounds = (texts._replace(media=(("positive", kind),)) for kind in ("image", "audio"))
     graded = texts._replace(positive_scores="scores", media=(("query", "image"),))
     return {
-<<<<<<< HEAD
-        builtin.STDLIB_CODE: BuiltIn(builtin.rows, builtin.stdlib_stamp, texts, ("package",)),
-        "glyphs": BuiltIn(glyphs.rows, glyphs.stamp, images, ("category",)),
-=======
         builtin.STDLIB_CODE: BuiltIn(builtin.rows, builtin.stdlib_stamp, texts, ("package", "nearby")),
-        "glyphs": BuiltIn(glyphs.rows, glyphs.stamp, images),
->>>>>>> main
+        "glyphs": BuiltIn(glyphs.rows, glyphs.stamp, images, ("category",)),
         "charts": BuiltIn(charts.rows, charts.stamp, graded),
         "pages": BuiltIn(pages.rows, pages.stamp, images),
         "tones": BuiltIn(tones.rows, tones.stamp, sounds),

@@ -14,12 +14,12 @@ import numpy as np
 
 from data_services.items import Item, item_id
 from data_services.schema import UsageError, text_id
-from evaluation.geometry import of_task
+from evaluation.geometry import drawn, figures
 from evaluation.metrics import Grades, depth_needed, per_query
 from evaluation.retrieval import BM25Config, bm25
 from evaluation.stored import PerQuery
 from evaluation.tasks.base import Task, TaskScores, means, refuse_empty
-from evaluation.vectors import Vectors
+from evaluation.vectors import Side, Vectors, unit_length
 
 HITS = 10
 
@@ -62,7 +62,18 @@ class Retrieval(Task):
         return dict(zip(self.document_ids, self.documents, strict=True))
 
     def geometry(self, vectors: Vectors) -> dict[str, float]:
-        return of_task(vectors, self.queries, self.documents, self.grades)
+        """`geometry.figures` of the queries and documents, as the model gives them or scaled to length 1."""
+        pairs = [(q, d) for q, grades in enumerate(self.grades) for d, grade in grades.items() if grade > 0]
+        some = [pairs[i] for i in drawn(len(pairs))]
+
+        def of(texts: Sequence[Item], rows: Sequence[int], side: Side) -> np.ndarray:
+            return unit_length(vectors.of([texts[row] for row in rows], side))
+
+        return figures(
+            of(self.queries, drawn(len(self.queries)), "query"),
+            of(self.documents, drawn(len(self.documents)), "document"),
+            (of(self.queries, [q for q, _ in some], "query"), of(self.documents, [d for _, d in some], "document")),
+        )
 
     def content(self) -> Any:
         graded = [sorted((self.document_ids[d], grade) for d, grade in grades.items()) for grades in self.grades]

@@ -91,7 +91,6 @@ def test_towers_of_texts_and_images_train_and_are_scored_both_ways(dual):
     assert "trained recall@5" in table.column_names
 
 
-<<<<<<< HEAD
 def test_vectors_of_either_side_and_the_classes_of_images_are_told_where_the_recipe_asks(dual):
     _, scored, _ = dual
     assert set(scored.geometry) == set(scored.probes) == {"untrained", "trained"}
@@ -101,7 +100,8 @@ def test_vectors_of_either_side_and_the_classes_of_images_are_told_where_the_rec
     assert scored.geometry["trained"]["modality_gap"] > 0
     assert scored.probes["trained"]["classes"] == 2
     assert scored.probes["trained"]["majority"] == 0.5
-=======
+
+
 def test_a_run_keeps_what_its_page_shows_pictures_included(dual):
     from cluster.reports.evidence import read_run
     from cluster.reports.run import run_page
@@ -110,13 +110,12 @@ def test_a_run_keeps_what_its_page_shows_pictures_included(dual):
     found = read_run(ready.run)
     look = found.looks["heldout"]
     assert {"modality_gap", "uniformity_queries", "uniformity_documents"} <= set(look.geometry["trained"])
-    assert sum(look.similarities["trained"].positives) == 8
-    assert sum(look.similarities["trained"].negatives) == 8 * 7
+    assert sum(look.similarities["trained"].positives) == 12
+    assert sum(look.similarities["trained"].negatives) == 12 * 11
     shown = [*look.best, *look.worst]
-    assert len(shown) == 8
+    assert len(shown) == 10
     assert all(example.answer.picture and hit.item.picture for example in shown for hit in example.hits)
     assert run_page(found).count("data:image/png;base64,") >= 8
->>>>>>> main
 
 
 def test_a_picture_looks_for_pictures_and_texts_and_a_source_of_them_is_embedded(dual, data, tmp_path):
