@@ -148,7 +148,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _in_srgb(image: Image.Image, info: Mapping[str, Any]) -> Image.Image:
+def _in_srgb(image: Image.Image, info: Mapping[Any, Any]) -> Image.Image:
     """The image by the ICC profile that its file brings; as it is without one, or with one that isn't sound."""
     from PIL import ImageCms
 
