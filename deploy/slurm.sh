@@ -52,6 +52,7 @@ start_node() {
   started+=("$!")
 }
 
+# shellcheck disable=SC2329  # called by the trap
 finish() {
   trap - EXIT
   [ ${#started[@]} -eq 0 ] || kill "${started[@]}" 2>/dev/null || true
