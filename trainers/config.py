@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from data_services.schema import Section
-from trainers.objectives.sections.numbers import Number, value_at
+from trainers.objectives.sections.numbers import Number, ends_of
 from trainers.tower_config import AdapterConfig, AudioConfig, FieldsConfig, ImageConfig, OwnConfig, VisionConfig
 
 PoolingMode = Literal["mean", "cls", "last", "max", "weighted_mean", "latent", "tokens"]
@@ -306,9 +306,10 @@ class MomentumConfig(Section):
     @field_validator("decay")
     @classmethod
     def _moves(cls, decay: Number) -> Number:
-        first, last = value_at(decay, 0.0), value_at(decay, 1.0)
-        if not (0 <= first < 1 and 0 <= last <= 1):
-            raise ValueError(f"{first:g} to {last:g} must lie in [0, 1], and below 1 at first: else nothing moves")
+        ends = ends_of(decay)
+        if not (ends[0] < 1 and all(0 <= value <= 1 for value in ends)):
+            told = " to ".join(f"{value:g}" for value in ends)
+            raise ValueError(f"{told} must lie in [0, 1], and below 1 at first: else nothing moves")
         return decay
 
 

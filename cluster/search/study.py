@@ -142,9 +142,10 @@ def run_trials(
     """(why it ended before the last trial, else empty; its journal)."""
     from ray import tune
 
-    from cluster.search.algorithms import Ending, how_many, scheduler_of, search_of
+    from cluster.search.algorithms import Ending, how_many, runs_of, scheduler_of, search_of, seed_of
     from cluster.search.journal import Journal, Tracked
     from cluster.search.placement import bundles
+    from cluster.search.population import Population
     from cluster.search.trial import Trial
 
     for record in study.trials():  # those that the budget ended go on
@@ -152,9 +153,8 @@ def run_trials(
             study.trial(record.number).outcome.unlink()
     study.stop.unlink(missing_ok=True)
     recorded = study.trials()
-    trials = how_many(space)
-    tracked = Tracked(study, space, root)
-    journal = Journal(study, space, tracked, trials, tell)
+    trials, population = how_many(space), space.config.algorithm == "pbt"
+    journal = Journal(study, space, Tracked(study, space, root), runs_of(space), tell)
     ending = Ending(space.config.budget, journal.worker_seconds, study.stop.touch)
     tell({"kind": "phase", "text": f"search {study.search_id}: {trials} trials, {at_once} at a time"})
 
@@ -164,23 +164,32 @@ def run_trials(
         except UsageError:  # the trial will say so
             return tune.PlacementGroupFactory(bundles(space.recipe.cluster))
 
+    def name(trial: Any) -> str:
+        generation = trial.config.get("generation")
+        return f"{trial.config['number']:04d}" + (f"-{generation}" if generation else "")
+
     def stop(number: int, _frame: Any) -> None:
         signal.signal(number, AT_ONCE[number])
         ending.end(signal.Signals(number).name)
 
+    chooses: Any = (
+        Population(space, study, trials, seed_of(space), journal.replaced)
+        if population
+        else search_of(space, [record.settings for record in recorded])
+    )
     with warnings.catch_warnings(), handling_signals(stop):
         warnings.simplefilter("ignore")
         tune.Tuner(
             tune.with_resources(Trial, resources),
             param_space={"study": str(study.root), "root": str(root), "work": work},
             tune_config=tune.TuneConfig(
-                search_alg=search_of(space, [record.settings for record in recorded]),
+                search_alg=chooses,
                 scheduler=scheduler_of(space),
-                num_samples=trials,
+                num_samples=runs_of(space),
                 max_concurrent_trials=at_once,
                 reuse_actors=True,
-                trial_name_creator=lambda trial: f"{trial.config['number']:04d}",
-                trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}",
+                trial_name_creator=name,
+                trial_dirname_creator=name,
             ),
             run_config=tune.RunConfig(
                 name=time.strftime("%Y%m%d-%H%M%S"),
