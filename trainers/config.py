@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from data_services.schema import Section
-from trainers.objectives.sections.numbers import Number, ends_of
+from trainers.objectives.sections.numbers import Number, Rate, ends_of
 from trainers.tower_config import AdapterConfig, AudioConfig, FieldsConfig, ImageConfig, OwnConfig, VisionConfig
 
 PoolingMode = Literal["mean", "cls", "last", "max", "weighted_mean", "latent", "tokens"]
@@ -316,9 +316,12 @@ class MomentumConfig(Section):
 class OptimizerConfig(Section):
     """`optimizer:` AdamW with linear warm-up and a cosine to `min_lr_share`."""
 
-    lr: float = Field(2e-3, gt=0)
+    lr: Rate = Field(2e-3, description="after the warm-up, where the cosine begins; {pieces}: it changes on the way")
     embedding_lr: float | None = Field(
-        None, gt=0, description="of token embedding tables, which a tower from random weights wants larger; None: lr"
+        None,
+        gt=0,
+        description="of token embedding tables, which a tower from random weights wants larger; None: lr. Where lr "
+        "changes it does by as much",
     )
     weight_decay: float = Field(0.01, ge=0, description="on matrices only: not on norms, biases or embeddings")
     betas: tuple[float, float] = (0.9, 0.98)

@@ -12,10 +12,13 @@ import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from ray.tune import Stopper
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.stopper import NoopStopper
 
 from cluster.search.config import Budget
+from cluster.search.population import Population
+from cluster.search.record import StudyPaths
 from cluster.search.space import Settings, Space
 from cluster.search.trial import FAILED, TIME, checks_of
 
@@ -85,6 +88,13 @@ def runs_of(space: Space) -> int:
 def seed_of(space: Space) -> int:
     """Of what is drawn."""
     return space.recipe.seed % 2**31 if space.config.seed is None else space.config.seed
+
+
+def searcher_of(space: Space, study: StudyPaths, replaced: Callable[[int], None]) -> Searcher:
+    """What chooses the trials, those that a resumed search has recorded first. replaced: see `Population`."""
+    if space.config.algorithm == "pbt":
+        return Population(space, study, how_many(space), seed_of(space), replaced)
+    return search_of(space, [record.settings for record in study.trials()])
 
 
 def search_of(space: Space, recorded: list[Settings]) -> NumberedSearch:

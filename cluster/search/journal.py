@@ -23,7 +23,8 @@ Progress = Callable[[dict[str, Any]], None]
 
 class Journal(Callback):
     """Follows the trials of one search as Tune tells of them; events {"kind": "trial", "record", "ended", "trials",
-    "eta_s"} go to `tell` with each check and outcome that is new.
+    "counted", "eta_s"} go to `tell` with each check and outcome that is new; counted: what ends, trials or, in a
+    population, generations.
 
     tracked  the tracking store's side of it
     runs     trials of the whole search; in a population, generations of trials
@@ -45,7 +46,7 @@ class Journal(Callback):
     ) -> None:
         self._held_since[trial.config["number"]] = time.monotonic()
         record = self._study.trial(trial.config["number"]).read()
-        if not record.ended:
+        if not record.ended and record.checks and record.checks[-1].step < record.checks[-1].steps:
             self._show(record)
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
@@ -103,7 +104,8 @@ class Journal(Callback):
         ended = self._done(self._study.trials())
         new = ended - self._done(self._earlier.values())
         eta = (self._runs - ended) * (time.monotonic() - self._since) / new if new > 0 else None
-        told = {"record": record, "ended": ended, "trials": self._runs, "eta_s": eta}
+        counted = "generations" if self._in_population else "trials"
+        told = {"record": record, "ended": ended, "trials": self._runs, "counted": counted, "eta_s": eta}
         self._tell({"kind": "trial"} | told)
 
     def _done(self, records: Iterable[TrialRecord]) -> int:

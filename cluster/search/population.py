@@ -27,6 +27,7 @@ from cluster.search.space import Settings, Space
 from cluster.search.trial import FAILED, checks_of
 
 FACTORS = (0.8, 1.2)
+FINISHED: Any = Searcher.FINISHED  # a word, where a suggestion is expected
 
 
 class Population(Searcher):
@@ -47,10 +48,10 @@ class Population(Searcher):
         self._due, self._training = deque(self._members), dict[str, int]()
         self._scores: dict[int, float] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """None while a generation isn't whole."""
         if not self._due:
-            return None if self._training else Searcher.FINISHED
+            return None if self._training else FINISHED
         number = self._training[trial_id] = self._due.popleft()
         chosen = {"number": number, "settings": self._settings[number], "parent": self._parents.get(number)}
         return chosen | {"generation": self._generation}

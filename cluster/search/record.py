@@ -139,17 +139,24 @@ class TrialPaths:
         write_json(self.settings, chosen)
 
     def add(self, check: Check) -> None:
-        with open(self.checks, "a") as file:
-            file.write(json.dumps(asdict(check)) + "\n")
+        whole = len(self._whole_lines())
+        with open(self.checks, "ab") as file:
+            file.truncate(whole)  # of what a kill cut short
+            file.write(json.dumps(asdict(check)).encode() + b"\n")
 
     def end(self, outcome: Outcome) -> None:
         write_json(self.outcome, asdict(outcome))
 
+    def _whole_lines(self) -> bytes:
+        """Of the checks. A line cut short by a kill is none."""
+        text = self.checks.read_bytes() if self.checks.exists() else b""
+        return text[: text.rfind(b"\n") + 1]
+
     def read(self) -> TrialRecord:
-        """What is known of the trial. A line cut short by a kill is none."""
+        """What is known of the trial; of a check that two attempts found, the later one's."""
         chosen = json.loads(self.settings.read_text())
-        text = self.checks.read_text() if self.checks.exists() else ""
-        checks = [Check(**json.loads(line)) for line in text[: text.rfind("\n") + 1].splitlines()]
+        found = [Check(**json.loads(line)) for line in self._whole_lines().splitlines()]
+        checks = list({check.step: check for check in found}.values())
         outcome = Outcome(**json.loads(self.outcome.read_text())) if self.outcome.exists() else Outcome("running")
         parent = Parent(**chosen["parent"]) if "parent" in chosen else None
         return TrialRecord(chosen["number"], chosen["settings"], checks, outcome, parent)

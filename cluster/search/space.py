@@ -120,8 +120,8 @@ class Space:
         except UsageError as error:
             raise UsageError(
                 f"{where}: search.space.{key} can't change during a run, as algorithm pbt asks: a temperature, "
-                "hardest_share, a loss's weight, momentum.decay or a source's weight can; leave it out, or take "
-                "another algorithm"
+                "hardest_share, a loss's weight, momentum.decay, optimizer.lr or a source's weight can; leave it "
+                "out, or take another algorithm"
             ) from error
 
     def _check_start(self, settings: Settings, where: str) -> None:

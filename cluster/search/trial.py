@@ -126,7 +126,7 @@ class Trial(Trainable):
     def _count_death(self, reason: str) -> None:
         self._deaths += 1
         if self._deaths > self._search.retries:
-            raise RunError(f"{reason} (tried {self._deaths} times)")
+            raise RunError(reason if self._deaths == 1 else f"{reason} (tried {self._deaths} times)")
 
     def _to_check(self) -> dict[str, Any]:
         if self._ready is None:

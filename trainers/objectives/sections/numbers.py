@@ -85,6 +85,12 @@ def _above_zero(number: Number | Learned) -> Number | Learned:
     return number
 
 
+def _a_rate(number: float | Pieces) -> float | Pieces:
+    if (least := min(ends_of(number))) <= 0:
+        raise ValueError(f"a rate of {least:g} teaches nothing: give one above 0")
+    return number
+
+
 def _a_share(number: Number) -> Number:
     if wrong := next((value for value in ends_of(number) if not 0 < value <= 1), None):
         raise ValueError(f"a share is above 0 and at most 1, not {wrong:g}")
@@ -93,13 +99,14 @@ def _a_share(number: Number) -> Number:
 
 Temperature = Annotated[Number, AfterValidator(_above_zero)]
 LearnedTemperature = Annotated[Number | Learned, AfterValidator(_above_zero)]
+Rate = Annotated[float | Pieces, AfterValidator(_a_rate)]
 Share = Annotated[Number, AfterValidator(_a_share)]
 
 
 class Term(Section):
     """What every loss has."""
 
-    weight: Number = Field(1.0, description="of this term in the sum; a number, or a schedule: {start, end} or {pieces}")
+    weight: Number = Field(1.0, description="of this term in the sum; a number, or a schedule {start, end} or {pieces}")
 
     @property
     def needs_momentum(self) -> bool:
