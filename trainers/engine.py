@@ -274,7 +274,8 @@ class Engine:
         if not math.isfinite(grad_norm):
             rate = learning_rate(self.optimizer, self.global_steps, self.total_steps)
             raise RunError(
-                f"the gradient of step {self.global_steps} is not finite: lower optimizer.lr ({rate:g} there), or look at the batch of that step, and resume from the last checkpoint"
+                f"the gradient of step {self.global_steps} is not finite: lower optimizer.lr ({rate:g} there), or look "
+                "at the batch of that step, and resume from the last checkpoint"
             )
 
     @torch.no_grad()

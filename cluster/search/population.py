@@ -58,6 +58,8 @@ class Population(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._training.pop(trial_id)
+        if self._study.stop.exists():  # the search ends here, and a resumed one decides
+            return
         if not error and result is not None and FAILED not in result:
             self._scores[number] = self._sign * result[self._metric_name]
         if not self._training and not self._due and self._generation < self._space.config.population.generations:
