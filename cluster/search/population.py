@@ -14,6 +14,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -66,7 +67,8 @@ class Population(Searcher):
             self._go_on()
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: see `NumberedSearch`."""
+        """Nothing: a search is resumed from what was recorded of its trials."""
+        Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("a search is resumed from what was recorded of its trials")
