@@ -130,7 +130,7 @@ class ContrastiveSection(Term):
         "online", description="which encoding of its positive a query is drawn to"
     )
     hardest_share: Share = Field(
-        1.0, description="exact share of the queue, the hardest rows, that counts; a number, or a schedule"
+        1.0, description="exact share of the queue, the hardest rows, that counts: above 0, at most 1; or a schedule"
     )
     tile: int = Field(4096, gt=0, description="candidates scored at once; changes memory, not the result")
 
