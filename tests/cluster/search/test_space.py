@@ -100,7 +100,7 @@ WRONG = {
         {"objective.temprature": UNIFORM}, {}, "unknown key objective.temprature; did you mean objective.temperature?"
     ),
     "an end out of range": (
-        {"momentum.decay": UNIFORM | {"high": 1.5}}, {}, "momentum.decay: 1.5 to 1.5 must lie in [0, 1]"
+        {"momentum.decay": UNIFORM | {"high": 1.5}}, {}, "momentum.decay: 1.5 must lie in [0, 1]"
     ),
     "a value of a choice": ({"queue.rows": {"kind": "choice", "values": [64, -1]}}, {}, "queue.rows is -1"),
     "a source that isn't there": ({"data.sources.nil.weight": UNIFORM}, {}, "the sources are nli, stdlib-code"),
