@@ -1,7 +1,7 @@
 """The text parts of pretrained duals as text towers.
 
-CLIP's vector of a text is the projected state of its last token. SigLIP and SigLIP 2 were trained on texts that are
-filled up to one length with padding, which counts; theirs is the state at the last place, by the architecture's head.
+CLIP's vector of a text is the projected state of its last token. SigLIP, and SigLIP 2 where its images are of one
+resolution, were trained on texts that are filled up to one length with padding, which counts; theirs is the state at the last place, by the architecture's head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trainers.encoders.spec import Dense
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-FILLED = {"siglip_text_model": "siglip", "siglip2_text_model": "siglip2"}  # architecture: module of transformers
+FILLED = {"siglip_text_model": "siglip"}  # architecture: module of transformers
 
 
 def is_dual(model: PreTrainedModel) -> bool:
