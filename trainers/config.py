@@ -10,13 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from data_services.schema import Section
-<<<<<<< HEAD
-from trainers.objectives.sections.numbers import Number, value_at
-from trainers.tower_config import AdapterConfig, AudioConfig, FieldsConfig, ImageConfig, OwnConfig, Sizes, VisionConfig
-=======
 from trainers.objectives.sections.numbers import Number, Rate, ends_of
-from trainers.tower_config import AdapterConfig, AudioConfig, FieldsConfig, ImageConfig, OwnConfig, VisionConfig
->>>>>>> main
+from trainers.tower_config import AdapterConfig, AudioConfig, FieldsConfig, ImageConfig, OwnConfig, Sizes, VisionConfig
 
 PoolingMode = Literal["mean", "cls", "last", "max", "weighted_mean", "latent", "tokens"]
 Activation = Literal["none", "tanh", "relu", "gelu", "silu"]

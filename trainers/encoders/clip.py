@@ -1,7 +1,8 @@
 """The text parts of pretrained duals as text towers.
 
 CLIP's vector of a text is the projected state of its last token. SigLIP, and SigLIP 2 where its images are of one
-resolution, were trained on texts that are filled up to one length with padding, which counts; theirs is the state at the last place, by the architecture's head.
+resolution, were trained on texts that are filled up to one length with padding, which counts; theirs is the state at
+the last place, by the architecture's head.
 """
 
 from __future__ import annotations
