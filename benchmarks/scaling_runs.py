@@ -102,12 +102,13 @@ def step_of(setting: Setting, group: Group) -> ContrastiveStep:
 
 
 def _fill(queues: Queues, setting: Setting, group: Group) -> None:
-    share = setting.rows // group.size
-    vectors = torch.nn.functional.normalize(torch.randn(share, setting.hidden), dim=1)
-    ids = torch.arange(share) + group.rank * share
-    unknown = torch.full_like(ids, -(2**63))
-    keys = Keys(ids, ids, rejects=unknown, tasks=torch.zeros_like(ids))
-    queues.enqueue({"documents": (vectors, keys)}, 0, {"documents": [share] * group.size})
+    """A batch at a time, as training does, so that every worker's rows are as old as the others'."""
+    each = setting.batch // group.size
+    for step in range(setting.rows // setting.batch):
+        vectors = torch.nn.functional.normalize(torch.randn(each, setting.hidden), dim=1)
+        ids = torch.arange(each) + (step * group.size + group.rank) * each
+        keys = Keys(ids, ids, rejects=torch.full_like(ids, -(2**63)), tasks=torch.zeros_like(ids))
+        queues.enqueue({"documents": (vectors, keys)}, step, {"documents": [each] * group.size})
 
 
 def batch_of(setting: Setting, step: int) -> GlobalBatch:

@@ -41,10 +41,15 @@ def check(found, setting):
     predicted, memory = memory_of(of), found["memory"]
     for part in ("weights", "masters", "moments", "average", "queue"):
         assert getattr(predicted, part) == pytest.approx(memory[part], rel=0.05, abs=4096), part
-    if not setting.checkpointed:  # what is recomputed is kept later, and not counted by the hooks
+    # Not counted by the hooks: what is recomputed, and what takes the place of a weight that ZeRO-3 lets go.
+    if not setting.checkpointed and setting.zero_stage < 3:
         assert graph_bytes(of, setting.tokens, setting.tokens) == pytest.approx(memory["graph_bytes"], rel=0.15)
     assert predicted.peak - predicted.held == pytest.approx(memory["step"], rel=0.15)
-    assert sum(wire_bytes(of).values()) == pytest.approx(sum(found["wire_bytes"].values()), rel=0.05)
+    sent, bound = sum(found["wire_bytes"].values()), sum(wire_bytes(of).values())
+    if setting.zero_stage < 3:
+        assert bound == pytest.approx(sent, rel=0.01)
+    else:  # DeepSpeed gathers some weights again that stay gathered, now and then
+        assert 0.75 * sent < bound <= sent * 1.01
 
 
 @pytest.mark.parametrize("name", QUICK)
