@@ -28,12 +28,7 @@ def test_doctor_looks_at_every_node_and_between_them(shell, two_nodes, tmp_path)
     assert not list(shell.home.glob(".shared-*")), "nothing is left behind"
 
 
-def test_a_wrong_token_and_a_job_that_is_not_there_are_one_sentence(at, shell, two_nodes):
+def test_a_job_that_is_not_there_is_one_sentence(at):
     ended = at("stop", "nightly")
     assert ended.code == 2, ended
     assert ended.err.startswith("gyre: no job 'nightly' on this cluster; ")
-    wrong = two_nodes.env | {"RAY_AUTH_TOKEN": "0123456789abcdef" * 2}
-    refused = shell("jobs", "--address", two_nodes.job_server(), env=wrong)
-    assert refused.code == 2, refused
-    assert "doesn't take this shell's token" in refused.err
-    assert len(refused.err.splitlines()) == 1
