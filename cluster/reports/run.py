@@ -114,7 +114,7 @@ def _training(found: RunEvidence) -> str:
 
 
 def _speed(steps: Steps) -> str:
-    charts = list(_curves(steps, [name for name in SPEED if name != "mfu" or steps.total("mfu")]))
+    charts = list(_curves(steps, [name for name in SPEED if _moves(steps, name)]))
     if not charts:
         return ""
     shares = {"padding": steps.curve("padding_share"), "waiting for data": _wait_share(steps)}
@@ -235,5 +235,9 @@ def _moves(steps: Steps, name: str) -> bool:
 def _by_model(what: str, figures: Mapping[str, Mapping[str, float]]) -> str:
     """A row a figure, a column a model."""
     names = list(dict.fromkeys(name for its in figures.values() for name in its))
-    rows = [[n.replace("_", " "), *(number(its[n]) if n in its else "" for its in figures.values())] for n in names]
+    rows = [[_spelled(n), *(number(its[n]) if n in its else "" for its in figures.values())] for n in names]
     return table([what, *figures], rows)
+
+
+def _spelled(figure: str) -> str:
+    return figure.replace("block_", "pairs found by block ").replace("_", " ")
