@@ -114,9 +114,9 @@ def _training(found: RunEvidence) -> str:
 
 
 def _speed(steps: Steps) -> str:
-    charts = list(_curves(steps, [name for name in SPEED if _moves(steps, name)]))
-    if not charts:
+    if not len(steps.numbers):
         return ""
+    charts = list(_curves(steps, [name for name in SPEED if _moves(steps, name)]))
     shares = {"padding": steps.curve("padding_share"), "waiting for data": _wait_share(steps)}
     caption = "Padding: of the tokens computed. Waiting: of the step's time, on the slowest worker."
     charts.insert(1, line_chart({k: v for k, v in shares.items() if v}, "step", "share", caption=caption))
