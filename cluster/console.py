@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from cluster.data_plan import PlannedBatch
     from cluster.doctor import Diagnosis
     from cluster.embedding import EmbeddingResult
-    from cluster.jobs import JobResult
     from cluster.models import QueryResult, SavedStep
     from cluster.registry import Move, Version
     from evaluation.compare import Comparison
@@ -328,8 +327,3 @@ def show_checkpoints(console: Console, saved: list[SavedStep]) -> None:
         state = f"[red]{escape(s.damage)}[/]" if s.damage else "[green]whole[/]"
         rows.append([str(s.step), str(s.world_size), f"{s.size_bytes / 1e6:.1f} MB", state, escape(str(s.folder))])
     show_table(console, ("step", "workers", "size", "state", "folder"), rows)
-
-
-def show_job(console: Console, job: JobResult) -> None:
-    follow = f"; follow it with `ray job logs {job.job_id} --follow`" if job.exit_code is None else ""
-    console.print(f"job {job.job_id} {job.status.lower()}{follow}", highlight=False, soft_wrap=True)
