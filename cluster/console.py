@@ -178,13 +178,25 @@ def show_trained(console: Console, result: Mapping[str, Any], root: Path) -> Non
         None,
         (
             elsewhere,
-            f'gyre query "parse a date from a string" --model models:/{registered}@candidate',
+            *_queries(f"models:/{registered}@candidate", Path(result["export"])),
             f"gyre models {registered}",
             f"gyre report {result['run_id']}",
             f"mlflow ui --backend-store-uri {tracking_uri(root)}",
         ),
     ):
         console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _queries(model: str, export: Path) -> Iterator[str]:
+    """What to ask a model, by what it encodes."""
+    from cluster.models.folder import kinds_of
+
+    kinds = kinds_of(export)
+    if kinds == ("text",):
+        yield f'gyre query "parse a date from a string" --model {model}'
+    elif "image" in kinds:
+        yield f'gyre query "WHAT THE PICTURE SHOWS" --over FOLDER --model {model}'
+        yield f"gyre query --image PICTURE.png --over FOLDER --model {model}"
 
 
 def show_evaluation(console: Console, found: StoredEvaluation) -> None:
