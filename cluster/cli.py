@@ -16,6 +16,7 @@ import typer
 
 from cluster.commands.corpus import embed, mine
 from cluster.commands.data import data_app
+from cluster.commands.doctor import doctor
 from cluster.commands.jobs import REST_OF_THE_LINE, jobs, stop, submit
 from cluster.commands.options import Json, Model, Overrides, Recipe, check_json, open_console, write_json
 from cluster.commands.plan import plan
@@ -193,18 +194,7 @@ def query(
     show_hits(console, found)
 
 
-@app.command(epilog="Example: gyre doctor --json doctor.json")
-def doctor(json_file: Json = None) -> None:
-    """Say what this machine can and can't do, with versions; exit 1 where something must be mended."""
-    from cluster.console import show_diagnosis
-    from cluster.doctor import examine
-
-    check_json(json_file)
-    found = examine()
-    write_json(json_file, found.as_dict())
-    show_diagnosis(open_console(), found)
-    if not found.healthy:
-        raise typer.Exit(FAILED)
+app.command(epilog="Examples: gyre doctor --json doctor.json; RAY_ADDRESS=head:6379 gyre doctor --cluster")(doctor)
 
 
 @app.command(epilog="Example: gyre checkpoints 3f2a9c")
