@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from trainers.hooks import MetricsSink
     from trainers.model import Trained
     from trainers.objectives.embedded import Objective
+    from trainers.pace import WorkerPace
     from trainers.step import ContrastiveStep
 
 
@@ -74,9 +75,11 @@ class Training:
         entered = time.time()
         import torch
 
+        from data_services.order.plan import Plan
         from trainers import loop
         from trainers.checkpoint import CheckpointStore, latest, write_json
         from trainers.collectives import Group
+        from trainers.faults import FaultLog, Faults
         from trainers.hooks import MetricsLog
 
         self.task, self.group = task, Group()
@@ -84,6 +87,10 @@ class Training:
         newest: Checkpoint | None = self.group.broadcast_object(latest(task.run.checkpoints))
         self.step = build_step(task, self.group, newest.state if newest else {})
         self._chosen = choices_of(self.step)
+        kept = newest.state.get("faults") if newest else None
+        log = FaultLog(task.run.faults)
+        sources = [source.name for source in Plan.from_state(task.lineage["plan"]).sources]
+        self._faults = Faults(task.recipe.faults, self.group, log, kept, sources, self._write_paces)
         first = self.group.rank == 0
         if first:
             write_json(task.run.startup, {"entered": entered, "built": time.time(), **self._chosen})
@@ -102,23 +109,28 @@ class Training:
         earlier."""
         from trainers import loop
         from trainers.hooks import StopFile
+        from trainers.stuck import StuckWatch
 
         asked = StopFile(self.task.run.stop_request)
-        self.reached = loop.run(
-            loop.Job(
-                step=self.step,
-                batches=batches,
-                start=self.reached,
-                stop=stop,
-                save=self._save,
-                after_step=self._after_step,
-                checkpoint=self.task.recipe.checkpoint,
-                group=self.group,
-                sink=self._sink,
-                stop_requested=lambda: asked() or self._watcher.stalled(),
-                peak_flops=self._peak_flops,
+        stacks = self.task.run.stacks / f"worker-{self.group.rank:05d}.txt"
+        with StuckWatch(stacks, self.task.recipe.faults.timeout_s) as watch:
+            self.reached = loop.run(
+                loop.Job(
+                    step=self.step,
+                    batches=batches,
+                    start=self.reached,
+                    stop=stop,
+                    save=self._save,
+                    after_step=self._after_step,
+                    checkpoint=self.task.recipe.checkpoint,
+                    group=self.group,
+                    sink=self._sink,
+                    stop_requested=lambda: asked() or self._watcher.stalled(),
+                    peak_flops=self._peak_flops,
+                    faults=self._faults,
+                    beat=watch.beat,
+                )
             )
-        )
         return self.reached
 
     def write_model(self, folder: Path, averaged: bool) -> None:
@@ -139,8 +151,13 @@ class Training:
     def _snapshot(self, folder: Path) -> None:
         self.write_model(folder, averaged=True)
 
+    def _write_paces(self, paces: list[WorkerPace]) -> None:
+        from trainers.checkpoint import write_json
+
+        write_json(self.task.run.workers, [pace.as_dict() for pace in paces])
+
     def _save(self, at: int) -> None:
-        state = {"step": at, "lineage": self.task.lineage, **self._chosen}
+        state = {"step": at, "lineage": self.task.lineage, "faults": self._faults.state(), **self._chosen}
         self._store.save(at, tensors_of(self.step), state)
 
 

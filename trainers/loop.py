@@ -15,6 +15,7 @@ from trainers.config import CheckpointConfig
 
 if TYPE_CHECKING:
     from trainers.collectives import Group
+    from trainers.faults import Faults
     from trainers.hooks import MetricsSink
     from trainers.step import ContrastiveStep
 
@@ -24,6 +25,8 @@ class Job:
     """What a loop runs.
 
     save             writes and commits a checkpoint of the state before the step it is given
+    faults           what is done about steps and workers that go wrong
+    beat             is called as this worker gets on
     after_step       is called with the number of steps taken, before a checkpoint of them; collective
     peak_flops       of one worker's device, a second
     """
@@ -38,6 +41,8 @@ class Job:
     sink: MetricsSink
     stop_requested: Callable[[], bool]
     peak_flops: float
+    faults: Faults
+    beat: Callable[[], Any] = lambda: None
     after_step: Callable[[int], Any] = lambda taken: None
 
 
@@ -48,13 +53,19 @@ def run(job: Job) -> int:
         return reached
     for batch in job.batches(job.start):
         clock.received()
+        job.beat()
         job.group.reset_traffic()  # what restoring or saving sent is not the step's
         metrics = job.step(batch)
+        metrics |= job.faults.judge(batch, metrics, job.step.suspects)
         reached = batch.step + 1
         stopping = report(job, batch, metrics, clock)
         job.after_step(reached)
-        if reached == job.stop or stopping or reached % job.checkpoint.every_steps == 0:
+        job.beat()
+        saving = reached == job.stop or stopping or reached % job.checkpoint.every_steps == 0
+        job.faults.compare(job.step, reached, clock.wait_s, saving)
+        if saving:
             job.save(reached)
+            job.beat()
         if reached == job.stop or stopping:
             return reached
         clock.waiting()
