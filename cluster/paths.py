@@ -44,8 +44,9 @@ class RunPaths:
     data         fingerprint of every source (JSON)
     parent       the weights that training began from: folder, hub id, NAME/VERSION, or "random weights"
     tracker      id of the run in the tracking store (JSON)
-    startup      when rank 0 entered training and when its model and engine stood, seconds since 1970, and what
-                 the run chose: cached, precision, reduction (JSON)
+    startup      when rank 0's process began, when it entered training, when its model and engine stood, and when it
+                 was ready to go on from step `start`, seconds since 1970; what the run chose: cached, precision,
+                 reduction (JSON)
     failure      a worker's last sentence, where it failed in a way that a restart would repeat
     faults       one JSON line for each step that was skipped, loss that jumped, worker that diverged or was slow
     workers      every worker's time a step, at the last comparison (JSON)

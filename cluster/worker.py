@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from cluster.config import Recipe
 from cluster.evidence.watching import Watcher
 from cluster.paths import RunPaths
@@ -91,9 +93,7 @@ class Training:
         log = FaultLog(task.run.faults)
         sources = [source.name for source in Plan.from_state(task.lineage["plan"]).sources]
         self._faults = Faults(task.recipe.faults, self.group, log, kept, sources, self._write_paces)
-        first = self.group.rank == 0
-        if first:
-            write_json(task.run.startup, {"entered": entered, "built": time.time(), **self._chosen})
+        first, built = self.group.rank == 0, time.time()
         self.reached = restore(self.step, newest) if newest else 0
         self._refresher = Refresher(task.run, task.recipe, task.steps, self.group.rank, self._snapshot)
         self._refresher.resume(self.reached)
@@ -101,6 +101,18 @@ class Training:
         self._watcher.resume(self.reached)
         self._store = CheckpointStore(task.run.checkpoints, task.recipe.checkpoint, self.group)
         self._sink: MetricsSink = MetricsLog(task.run.metrics, self.reached) if first else lambda step, metrics: None
+        if first:
+            ready = {"restored": time.time(), "start": self.reached}
+            write_json(
+                task.run.startup,
+                {
+                    "process": psutil.Process().create_time(),
+                    "entered": entered,
+                    "built": built,
+                    **ready,
+                    **self._chosen,
+                },
+            )
         engine = self.step.engine
         self._peak_flops = loop.measured_peak_flops(engine.compute_dtype, engine.device)
 

@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from tests.e2e.commands import Ended, Shell, results_in, steps_in, training_workers
-from tests.e2e.nodes import TwoNodes
+from tests.e2e.nodes import Nodes
 from tests.e2e.plain import plain_run, train_without_ray
 
 STEPS = 64  # enough that a run is still under way when it is killed, on a fast machine too
@@ -86,7 +86,7 @@ def recipe(tmp_path_factory, pairs):
 
 @pytest.fixture(scope="session")
 def two_nodes(shell):
-    nodes = TwoNodes(shell)
+    nodes = Nodes(shell)
     yield nodes
     nodes.close()
 
