@@ -11,6 +11,7 @@ import importlib
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from cluster.prepare import Prepared, check_resumable, check_sources, data_finge
 from cluster.revision import code_revision
 from data_services.schema import RunError
 from trainers.checkpoint import latest, write_json
+from trainers.faults import read_faults
 
 if TYPE_CHECKING:
     from cluster.tracking import Tracker
@@ -40,6 +42,8 @@ class TrainResult:
     """What a finished run gives.
 
     metrics, validation  {"bm25" | "untrained" | "trained": {metric: value}} on the held-out and validation split
+    workers              of each, a step on average: seconds encoding and waiting for data, up to the last comparison
+    faults               how many of each kind were met: not_finite, spike, slow, diverged
     over_bm25            {split: nDCG of trained less BM25, its 95 % interval `low`, `high`, and `p`}, paired bootstrap
     """
 
@@ -57,6 +61,8 @@ class TrainResult:
     seconds: dict[str, float]
     world_size: int
     zero_stage: int
+    workers: list[dict[str, Any]]
+    faults: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -213,6 +219,8 @@ def conclude(ready: Prepared, tracker: Tracker, tell: Progress, began: float, fi
         seconds={"to_first_step": first_step - began, "total": time.time() - began},
         world_size=recipe.cluster.workers,
         zero_stage=recipe.engine.zero_stage,
+        workers=json.loads(run.workers.read_text()) if run.workers.exists() else [],
+        faults=dict(Counter(fault["kind"] for fault in read_faults(run.faults))),
     )
     write_json(run.result, result.as_dict())
     tracker.log_artifacts(run.recipe)

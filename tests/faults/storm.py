@@ -31,7 +31,7 @@ MOST_STEPS = 24  # between two faults
 SHARES = {"worker": 6, "node": 2, "driver": 2}
 HOW = {
     "worker": "kill -9 of one of the training processes",
-    "node": "kill -9 of all processes of a node that trains, raylet first; another joins",
+    "node": "kill -9 of all processes of a node that trains, the spare one takes over",
     "driver": "kill -9 of the command's process group; `--resume`",
 }
 
@@ -82,6 +82,7 @@ class Storm:
     def __init__(self, shell: Shell, recipe: Path, nodes: Nodes) -> None:
         self._shell, self._recipe, self._nodes = shell, recipe, nodes
         self._running: Running | None = None
+        self._missing = False  # whether a node was lost for which none has joined
         self.overcome: list[Overcome] = []
 
     def weather(self, faults: Sequence[Fault]) -> None:
@@ -106,6 +107,9 @@ class Storm:
                 self._resume()
             time.sleep(0.02)
         stepped = time.time()
+        if self._missing:
+            self._nodes.join(2)
+            self._missing = False
         moments = {"detection, placement": started["process"], "process start": started["entered"]}
         moments |= {"model, engine": started["built"], "load": started["restored"], "first step": stepped}
         parts, last = {}, began
@@ -127,7 +131,7 @@ class Storm:
         others = list(enumerate(self._nodes.on_each()))[1:]
         number = next((i for i, found in others if training_workers(found)), others[0][0])
         self._nodes.lose(number)
-        self._nodes.join(2)
+        self._missing = True
 
     def _kill_driver(self, fault: Fault) -> None:
         self._running.kill_group()
@@ -167,9 +171,8 @@ def table(overcome: Sequence[Overcome]) -> str:
     return "\n".join(rows)
 
 
-def run_storm(folder: Path, seed: int, kills: int) -> tuple[Path, Path, list[Overcome]]:
-    """(recipe, folder of the run, what was overcome)"""
-    faults = drawn(seed, kills)
+def run_faults(folder: Path, faults: Sequence[Fault]) -> tuple[Path, Path, list[Overcome]]:
+    """One run through these faults: (its recipe, its folder, what was overcome)."""
     recipe = folder / "storm.yaml"
     recipe.write_text(yaml.safe_dump(storm_recipe(write_pairs(folder / "pairs"), faults)))
     temporary = Path(tempfile.mkdtemp(prefix="gyre-", dir="/tmp"))
@@ -195,7 +198,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.keep or Path(tempfile.mkdtemp(prefix="gyre-storm-"))
     folder.mkdir(parents=True, exist_ok=True)
-    _, run, overcome = run_storm(folder, args.seed, args.kills)
+    _, run, overcome = run_faults(folder, drawn(args.seed, args.kills))
     print(f"the run is in {run}")
     if args.json:
         args.json.write_text(json.dumps([o.as_dict() for o in overcome], indent=1))

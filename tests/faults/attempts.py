@@ -1,0 +1,210 @@
+"""One run of two workers in many attempts: each ends in an injected fault, drawn from a seed; the last one ends well.
+
+The workers are started as a launcher without Ray starts them, forked from a process that has imported everything, so
+that an attempt takes a second or two and many fit into a test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.pool import free_port
+from tests.e2e.commands import steps_in
+from tests.e2e.disk import fill
+from tests.e2e.plain import train_without_ray
+
+WORLD_SIZE = 2
+PATIENCE_S = 300
+IMPORTED = ["torch", "deepspeed", "transformers", "safetensors.torch", "tests.e2e.plain", "trainers.step"]
+HOW = {
+    "worker": "kill -9 of one of two workers",
+    "both": "kill -9 of both workers at once",
+    "starting": "kill -9 of a worker that starts or restores",
+    "saving": "kill -9 of a worker that writes a checkpoint",
+    "slow disk": "each fsync takes 0.3 s; then kill -9",
+    "clock skew": "one worker's clock is hours ahead or behind; then kill -9",
+    "disk full": "a tmpfs filled to its last 64 KiB until a checkpoint fails",
+    "read-only": "the folder of checkpoints mounted read-only until one fails",
+}
+DISKS = ("disk full", "read-only")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Comes `steps` steps into an attempt and `delay_s` later, to worker `rank`."""
+
+    kind: str
+    rank: int
+    steps: int
+    delay_s: float
+    skew_s: float
+
+
+@dataclass(frozen=True)
+class Met:
+    """lost_steps: computed again; seconds: from the fault to the first step after it."""
+
+    kind: str
+    lost_steps: int
+    seconds: float
+
+
+def drawn(seed: int, count: int, disks: bool) -> list[Fault]:
+    """All kinds, then all again in another order, and so on; without `disks` those that need a mount are left out."""
+    draw = random.Random(seed)
+    possible, kinds = [kind for kind in HOW if disks or kind not in DISKS], list[str]()
+    while len(kinds) < count:
+        kinds += draw.sample(possible, len(possible))
+    return [
+        Fault(kind, draw.randrange(WORLD_SIZE), draw.randint(1, 9), draw.uniform(0, 0.1), draw.choice([-1, 1]) * 36e3)
+        for kind in kinds[:count]
+    ]
+
+
+def work(rank: int, port: int, task: Any, reader: Any, fault: Fault | None) -> None:
+    """A worker; whatever leaves it ends its process."""
+    import torch.distributed as dist
+
+    inject(rank, fault)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD_SIZE)
+    train_without_ray(task, reader)
+
+
+def inject(rank: int, fault: Fault | None) -> None:
+    """What is wrong with this worker from the start."""
+    from trainers import checkpoint
+
+    if fault is None:
+        return
+    if fault.kind == "slow disk":
+        sync = os.fsync
+        os.fsync = lambda file: (time.sleep(0.3), sync(file))[1]
+    if fault.kind == "clock skew" and rank == fault.rank:
+        now = time.time
+        time.time = lambda: now() + fault.skew_s
+    if fault.kind == "saving" and rank == fault.rank:
+        write, begun = checkpoint.write_json, []
+
+        def write_until_killed(path: Path, value: Any) -> None:
+            if path.parent.name.startswith("step-"):
+                begun.append(path)
+                if len(begun) == fault.steps % 4 + 1:  # after a share, before or after the state, before the marker
+                    os.kill(os.getpid(), 9)
+            write(path, value)
+
+        checkpoint.write_json = write_until_killed
+
+
+class Attempts:
+    """The run of `task`, whose home is on `disk` where that is a small one of its own."""
+
+    def __init__(self, task: Any, reader: Any, disk: Path | None) -> None:
+        self._task, self._reader, self._disk = task, reader, disk
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(IMPORTED)
+        self._workers: list[Any] = []
+        self._first_step_at = 0.0
+        self.met: list[Met] = []
+
+    def through(self, faults: list[Fault]) -> None:
+        """All faults in turn, then to the end."""
+        began, reached, kind = 0.0, 0, ""
+        for fault in [*faults, None]:
+            asked = time.time()
+            self._start(fault)
+            try:
+                if fault and fault.kind == "starting":
+                    time.sleep(fault.delay_s * 10)
+                else:
+                    start = self._until_step(asked, fault.steps if fault and fault.kind != "saving" else 1)
+                    if kind:
+                        self.met.append(Met(kind, reached - start, self._first_step_at - began))
+                    kind = ""
+                if fault:
+                    began, reached = self._meet(fault), len(steps_in(self._task.run.metrics))
+                    kind = fault.kind
+                else:
+                    self._wait(0)
+            finally:
+                self._kill(range(WORLD_SIZE))
+
+    def _start(self, fault: Fault | None) -> None:
+        port = free_port()
+        self._workers = [
+            self._context.Process(target=work, args=(rank, port, self._task, self._reader, fault))
+            for rank in range(WORLD_SIZE)
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    def _until_step(self, asked: float, steps: int) -> int:
+        """Returns once the attempt has taken so many steps, the step that it began with."""
+        run, deadline = self._task.run, time.monotonic() + PATIENCE_S
+        self._first_step_at = 0.0
+        while True:
+            assert time.monotonic() < deadline, "no step after a fault"
+            dead = [w.exitcode for w in self._workers if w.exitcode not in (None, 0)]
+            if run.startup.exists() and run.startup.stat().st_mtime >= asked:  # the file system's clock isn't skewed
+                start = json.loads(run.startup.read_text())["start"]
+                now = len(steps_in(run.metrics))
+                if now > start and not self._first_step_at:
+                    self._first_step_at = time.time()
+                if now >= start + steps or dead or all(w.exitcode == 0 for w in self._workers):
+                    return start
+            assert not dead, f"a worker ended before its first step: {dead}"
+            time.sleep(0.005)
+
+    def _meet(self, fault: Fault) -> float:
+        """Brings the fault about and returns when, once the attempt has ended."""
+        time.sleep(fault.delay_s)
+        began = time.time()
+        if fault.kind in DISKS:
+            assert self._disk is not None
+            with full(self._disk) if fault.kind == "disk full" else read_only(self._task.run.checkpoints):
+                self._wait(1)
+        elif fault.kind == "saving":
+            self._workers[fault.rank].join(PATIENCE_S)
+        else:
+            self._kill([fault.rank] if fault.kind != "both" else range(WORLD_SIZE))
+        return began
+
+    def _wait(self, code: int) -> None:
+        for worker in self._workers:
+            worker.join(PATIENCE_S)
+            assert worker.exitcode == code, f"a worker ended with {worker.exitcode}, {code} was expected"
+
+    def _kill(self, ranks: Any) -> None:
+        for rank in ranks:
+            self._workers[rank].kill()
+        for rank in ranks:
+            self._workers[rank].join()
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """A mount of the folder over itself: what is open for writing stays so, nothing new can be made."""
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@contextlib.contextmanager
+def full(disk: Path) -> Iterator[None]:
+    ballast = fill(disk)
+    try:
+        yield
+    finally:
+        ballast.unlink()
