@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[dict[str, Any]], None]
 POLL_S = 0.3
+# Ray Train's controller asks every worker how it is so often, and notices a death no sooner; its own choice is 2 s.
+HEALTH_CHECK_S = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+MOST_CHECKED_OFTEN = 100  # workers; the controller is one process
 # What the signals that ask a run to stop do to any other program.
 AT_ONCE: Mapping[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 # Errors that a restart of the workers would meet again. A lost peer or node raises others.
@@ -114,6 +118,8 @@ def ray_trainer(ready: Prepared) -> Any:
 
     recipe, run = ready.recipe, ready.run
     cluster = recipe.cluster
+    if cluster.workers <= MOST_CHECKED_OFTEN:
+        os.environ |= {k: v for k, v in HEALTH_CHECK_S.items() if k not in os.environ}
     task = Task(
         recipe=recipe,
         run=run,
