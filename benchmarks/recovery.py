@@ -14,10 +14,12 @@ import random
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import machine, machine_line, options, shown, spread, write
-from tests.faults.storm import Fault, Overcome, run_faults
+
+if TYPE_CHECKING:
+    from tests.faults.storm import Overcome
 
 
 def main() -> None:
@@ -35,6 +37,8 @@ def main() -> None:
 
 
 def measure(folder: Path, rounds: int) -> dict[str, Any]:
+    from tests.faults.storm import Fault, run_faults
+
     draw = random.Random(0)
     kinds = ["worker", "node"] * rounds
     faults = [Fault(kind, draw.randint(8, 16), draw.uniform(0, 0.2)) for kind in kinds]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.conftest import write_pairs
+from tests.e2e.mini import write_pairs
 
 
 @pytest.fixture(scope="session")

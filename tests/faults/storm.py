@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from tests.e2e.commands import PATIENCE_S, Running, Shell, steps_in, training_workers
-from tests.e2e.conftest import mini_recipe, write_pairs
+from tests.e2e.mini import mini_recipe, write_pairs
 from tests.e2e.nodes import Nodes
 
 EVERY_STEPS = 5

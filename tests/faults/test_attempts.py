@@ -13,8 +13,8 @@ import yaml
 
 from data_services.schema import SOURCE_SHIFT
 from tests.e2e.commands import differing, results_in
-from tests.e2e.conftest import mini_recipe
 from tests.e2e.disk import small_disk
+from tests.e2e.mini import mini_recipe
 from tests.e2e.plain import plain_run, train_without_ray
 from tests.faults.attempts import HOW, Attempts, drawn
 
