@@ -19,7 +19,7 @@ from cluster.prepare import Prepared
 from cluster.worker import Task, train_on_worker
 from data_services.schema import RunError, UsageError
 from trainers.checkpoint import latest
-from trainers.faults import read_faults
+from trainers.fault_log import read_faults
 from trainers.hooks import first_line_at
 from trainers.stuck import take_stacks
 

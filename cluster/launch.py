@@ -28,7 +28,7 @@ from cluster.prepare import Prepared, check_resumable, check_sources, data_finge
 from cluster.revision import code_revision
 from data_services.schema import RunError
 from trainers.checkpoint import latest, write_json
-from trainers.faults import read_faults
+from trainers.fault_log import read_faults
 
 if TYPE_CHECKING:
     from cluster.tracking import Tracker

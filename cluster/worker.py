@@ -81,7 +81,8 @@ class Training:
         from trainers import loop
         from trainers.checkpoint import CheckpointStore, latest, write_json
         from trainers.collectives import Group
-        from trainers.faults import FaultLog, Faults
+        from trainers.fault_log import FaultLog
+        from trainers.faults import Faults
         from trainers.hooks import MetricsLog
 
         self.task, self.group = task, Group()
@@ -102,17 +103,9 @@ class Training:
         self._store = CheckpointStore(task.run.checkpoints, task.recipe.checkpoint, self.group)
         self._sink: MetricsSink = MetricsLog(task.run.metrics, self.reached) if first else lambda step, metrics: None
         if first:
+            began = {"process": psutil.Process().create_time(), "entered": entered, "built": built}
             ready = {"restored": time.time(), "start": self.reached}
-            write_json(
-                task.run.startup,
-                {
-                    "process": psutil.Process().create_time(),
-                    "entered": entered,
-                    "built": built,
-                    **ready,
-                    **self._chosen,
-                },
-            )
+            write_json(task.run.startup, {**began, **ready, **self._chosen})
         engine = self.step.engine
         self._peak_flops = loop.measured_peak_flops(engine.compute_dtype, engine.device)
 

@@ -139,7 +139,8 @@ class Engine:
             owner=config.zero_stage > 0 or dist.get_rank() == 0,
         )
         self._fill_masters({name: weight for name, (_, weight) in trained.items()})
-        self._kept, self._before = list(self._buffers().values()), list[Tensor]()
+        self._kept = list(self._buffers().values())
+        self._before = [buffer.clone() for buffer in self._kept]
         masters = [shard.master for shard in self.shards]
         self._reduction = Reduction(self._deepspeed, config, self._trainable(), masters)
 

@@ -6,13 +6,10 @@ Each is written to a log, once, with the rows of its batch where they are known.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -168,28 +165,3 @@ def rows_not_finite(batch: Batch, embeddings: Tensor) -> np.ndarray:
 def _listed(rows: list[str]) -> str:
     told = ", ".join(rows[:NAMED_ROWS])
     return told + (f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else "")
-
-
-class FaultLog:
-    """One JSON line a fault in `path`. What a resume meets again is in it already, and not written twice."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known = {(fault["kind"], fault["step"]) for fault in read_faults(path)}
-
-    def __call__(self, fault: Mapping[str, Any]) -> None:
-        key = fault["kind"], fault["step"]
-        if key in self._known:
-            return
-        self._known.add(key)
-        try:
-            with open(self._path, "a") as file:
-                file.write(json.dumps({**fault, "at": time.time()}) + "\n")
-        except OSError as error:
-            raise RunError(f"a fault could not be written: {error.strerror}: {self._path}") from error
-
-
-def read_faults(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a fault log, none where there is no such file."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]

@@ -16,7 +16,8 @@ from data_services.collate import share_batch
 from data_services.schema import SOURCE_SHIFT, RunError
 from tests.trainers.test_step import batch_of, make_step
 from trainers.config import FaultsConfig
-from trainers.faults import FEWEST, FaultLog, Faults, read_faults, spike_threshold
+from trainers.fault_log import FaultLog, read_faults
+from trainers.faults import FEWEST, Faults, spike_threshold
 from trainers.pace import WorkerPace, slowest
 from trainers.replicas import Diverged, bit_sum, check_replicas, replicas_of
 from trainers.stuck import StuckWatch, take_stacks
