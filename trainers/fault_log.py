@@ -24,7 +24,9 @@ class FaultLog:
             return
         self._known.add(key)
         try:
+            whole = self._path.read_bytes().rfind(b"\n") + 1 if self._path.exists() else 0
             with open(self._path, "a") as file:
+                file.truncate(whole)  # a line cut short by a kill
                 file.write(json.dumps({**fault, "at": time.time()}) + "\n")
         except OSError as error:
             raise RunError(f"a fault could not be written: {error.strerror}: {self._path}") from error

@@ -75,6 +75,7 @@ def work(rank: int, port: int, task: Any, reader: Any, fault: Fault | None) -> N
     """A worker; whatever leaves it ends its process."""
     import torch.distributed as dist
 
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE)}
     inject(rank, fault)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD_SIZE)
     train_without_ray(task, reader)
@@ -118,7 +119,7 @@ class Attempts:
 
     def through(self, faults: list[Fault]) -> None:
         """All faults in turn, then to the end."""
-        began, reached, kind = 0.0, 0, ""
+        unmet: list[tuple[str, int, float]] = []  # kind, steps reached, time of faults since the last step
         for fault in [*faults, None]:
             asked = time.time()
             self._start(fault)
@@ -127,12 +128,11 @@ class Attempts:
                     time.sleep(fault.delay_s * 10)
                 else:
                     start = self._until_step(asked, fault.steps if fault and fault.kind != "saving" else 1)
-                    if kind:
-                        self.met.append(Met(kind, reached - start, self._first_step_at - began))
-                    kind = ""
+                    self.met += [Met(kind, reached - start, self._first_step_at - at) for kind, reached, at in unmet]
+                    unmet.clear()
                 if fault:
-                    began, reached = self._meet(fault), len(steps_in(self._task.run.metrics))
-                    kind = fault.kind
+                    at = self._meet(fault)
+                    unmet.append((fault.kind, len(steps_in(self._task.run.metrics)), at))
                 else:
                     self._wait(0)
             finally:

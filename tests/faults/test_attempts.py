@@ -18,7 +18,7 @@ from tests.e2e.mini import mini_recipe
 from tests.e2e.plain import plain_run, train_without_ray
 from tests.faults.attempts import HOW, Attempts, drawn
 
-EVERY_STEPS, MOST_STEPS = 5, 20
+EVERY_STEPS, MOST_STEPS = 5, 20  # a fault that waits for the fourth checkpoint takes so many
 SAMPLE, ALL = 6, 48
 
 
@@ -48,10 +48,11 @@ def through_faults(gloo, pairs, disk, folder, seed, count):
 
     place, own = disk
     faults = drawn(seed, count, own)
-    recipe = recipe_at(folder, pairs, steps=2 * MOST_STEPS + sum(fault.steps for fault in faults) + EVERY_STEPS)
+    recipe = recipe_at(folder, pairs, steps=2 * MOST_STEPS + sum(fault.steps + MOST_STEPS for fault in faults))
     ready, task = plain_run(recipe, place)
     attempts = Attempts(task, ready.reader, place)
     attempts.through(faults)
+    (folder / "quiet").mkdir()
     quiet, quiet_task = plain_run(recipe, folder / "quiet")
     assert gloo(2, train_without_ray, quiet_task, quiet.reader) == [task.steps] * 2
 

@@ -27,6 +27,7 @@ def test_fifty_kills_leave_the_weights_of_an_undisturbed_run(gloo, tmp_path):
 
     recipe, run, overcome = run_faults(tmp_path, drawn(int(os.environ.get("GYRE_SEED", 0)), KILLS))
     assert len(overcome) == KILLS
+    (tmp_path / "quiet").mkdir()
     ready, task = plain_run(recipe, tmp_path / "quiet")
     assert gloo(2, train_without_ray, task, ready.reader) == [task.steps] * 2
     assert differing(results_in(run / "metrics.jsonl"), results_in(task.run.metrics)) == {}
