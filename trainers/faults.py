@@ -54,6 +54,7 @@ class Faults:
         self.skipped, self.in_a_row, self.spikes = (kept.get(key, 0) for key in ("skipped", "in_a_row", "spikes"))
         self._losses = deque(kept.get("losses", ()), WINDOW)
         self._pace = Pace(group)
+        self._slow: int | None = None
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON."""
@@ -121,7 +122,8 @@ class Faults:
         slow, factor = slowest(paces)
         if self._group.rank == 0:
             self._paces(paces)
-        if factor > self.config.slow_factor:
+        before, self._slow = self._slow, slow.rank if factor > self.config.slow_factor else None
+        if self._slow not in (None, before):  # told once, until it is as fast as the others again
             where = f"worker {slow.rank} (process {slow.pid} on {slow.node})"
             why = f"{slow.encode_s:.3g} s encoding, {slow.data_wait_s:.3g} s waiting for data"
             text = f"{where} takes {factor:.1f} times as long as the others: {why} a step, up to step {taken}"
