@@ -18,6 +18,7 @@ from cluster.commands.corpus import embed, mine
 from cluster.commands.data import data_app
 from cluster.commands.options import Json, Model, Overrides, Recipe, check_json, open_console, write_json
 from cluster.commands.registry import compare, list_models, promote, rollback
+from cluster.commands.report import report
 from cluster.commands.serve import serve
 
 DONE, FAILED, WRONG, REFUSED = 0, 1, 2, 3
@@ -151,6 +152,7 @@ app.command(epilog="Example: gyre compare models:/quickstart@champion models:/qu
 app.command("models", epilog="Example: gyre models quickstart")(list_models)
 app.command(epilog="Example: gyre promote quickstart 2 --gates team-gates.yaml --sign-off ann")(promote)
 app.command(epilog="Example: gyre rollback quickstart")(rollback)
+app.command(epilog="Example: gyre report quickstart-2026 --out report.html")(report)
 app.command(epilog="Example: gyre serve models:/quickstart@champion --port 8000")(serve)
 
 

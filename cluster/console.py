@@ -181,6 +181,7 @@ def show_trained(console: Console, result: Mapping[str, Any], root: Path) -> Non
             elsewhere,
             f'gyre query "parse a date from a string" --model models:/{registered}@candidate',
             f"gyre models {registered}",
+            f"gyre report {result['run_id']}",
             f"mlflow ui --backend-store-uri {tracking_uri(root)}",
         ),
     ):
@@ -199,7 +200,7 @@ def show_evaluation(console: Console, found: StoredEvaluation) -> None:
         console.print()
     for probe, told in result.bias.items():
         show_lines(console, f"bias {probe}: effect {told['effect']:+.2f}, p {told['p']:.2g}")
-    show_lines(console, f"stored  {found.folder}")
+    show_lines(console, f"stored  {found.folder}", f"next    gyre report {result.id}")
 
 
 def _about(task: TaskResult, geometry: Mapping[str, float]) -> Iterator[str]:
@@ -265,7 +266,7 @@ def show_comparison(console: Console, found: Comparison) -> None:
     for task in found.tasks:
         if task.changed:
             show_lines(console, "", f"{task.task}: the queries that changed most ({task.metric}, A to B)")
-            show_lines(console, *(f"  {c.b - c.a:+.4f}  {c.a:.4f} to {c.b:.4f}  {c.query_id}" for c in task.changed))
+            show_lines(console, *(f"  {c.b - c.a:+.4f}  {c.a:.4f} to {c.b:.4f}  {task.shown(c)}" for c in task.changed))
 
 
 def show_move(console: Console, moved: Move) -> None:

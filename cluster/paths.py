@@ -31,6 +31,10 @@ def log_folder(root: Path | None = None) -> Path:
     return (root or home()) / "logs"
 
 
+class Ambiguous(UsageError):
+    """The beginning of several ids."""
+
+
 @dataclass(frozen=True)
 class RunPaths:
     """The files of one run.
@@ -47,6 +51,8 @@ class RunPaths:
     startup      when rank 0's process began, when it entered training, when its model and engine stood, and when it
                  was ready to go on from step `start`, seconds since 1970; what the run chose: cached, precision,
                  reduction (JSON)
+    environment  versions, cores, memory and accelerators of the machine that the command ran on (JSON)
+    report       what `gyre report` made of all this
     failure      a worker's last sentence, where it failed in a way that a restart would repeat
     faults       one JSON line for each step that was skipped, loss that jumped, worker that diverged or was slow
     workers      every worker's time a step, at the last comparison (JSON)
@@ -145,6 +151,18 @@ class RunPaths:
         """Every model's score on every query of a split (Parquet)."""
         return self.root / "evaluation" / f"{split}.parquet"
 
+    def look(self, split: str) -> Path:
+        """What a report shows of a split beside the scores: `evaluation.look.Look` (JSON)."""
+        return self.root / "evaluation" / f"{split}.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
     @property
     def run_id(self) -> str:
         return self.root.name
@@ -165,7 +183,7 @@ def find_run(run: str, root: Path | None = None) -> RunPaths:
     if len(matches) == 1:
         return RunPaths(matches[0])
     if matches:
-        raise UsageError(f"run {run!r} is ambiguous: {', '.join(p.name for p in matches)}")
+        raise Ambiguous(f"run {run!r} is ambiguous: {', '.join(p.name for p in matches)}")
     newest = sorted(found, key=lambda p: (p / "recipe.json").stat().st_mtime, reverse=True)[:3]
     there = f"the newest there: {', '.join(p.name for p in newest)}" if newest else "there are none yet"
     raise UsageError(f"no run {run!r} under {base}; {there}")

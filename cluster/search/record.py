@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.config import Recipe
-from cluster.paths import RunPaths, home
+from cluster.paths import Ambiguous, RunPaths, home
 from data_services.schema import UsageError
 from trainers.checkpoint import write_json
 
@@ -210,5 +210,5 @@ def find_search(search: str, root: Path | None = None) -> StudyPaths:
         return StudyPaths(matches[0])
     there = ", ".join(p.name for p in found[-3:]) or "there are none yet"
     if matches:
-        raise UsageError(f"search {search!r} is ambiguous: {', '.join(p.name for p in matches)}")
+        raise Ambiguous(f"search {search!r} is ambiguous: {', '.join(p.name for p in matches)}")
     raise UsageError(f"no search {search!r} under {base}; the newest there: {there}")

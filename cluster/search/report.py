@@ -41,7 +41,7 @@ def _summary(found: SearchResult, objective: str) -> str:
         "stopped early": str(len(stopped)),
         "failed": str(found.states.get("failed", 0)),
         "worker-seconds": f"{found.worker_seconds:,.0f}",
-        "time": duration(found.seconds),
+        "time": duration(found.seconds) if found.seconds else "under way",
     }
     lines = [paragraph(f"It ended before its last trial: {found.ended_by}.")] if found.ended_by else []
     if found.best and found.command:

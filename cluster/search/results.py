@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -106,6 +107,28 @@ def states_of(trials: Sequence[TrialRecord]) -> dict[str, int]:
     for trial in trials:
         counts[trial.outcome.state] = counts.get(trial.outcome.state, 0) + 1
     return counts
+
+
+def result_so_far(study: StudyPaths, objectives: Mapping[str, Mode]) -> SearchResult:
+    """Of a search that ended, is under way, or was interrupted, from its folder; `seconds` is 0 until it ends."""
+    trials = study.trials()
+    best = best_of(trials, objectives)
+    ended = json.loads(study.result.read_text()) if study.result.exists() else None
+    return SearchResult(
+        search_id=study.search_id,
+        folder=str(study.root),
+        objectives=dict(objectives),
+        best=best,
+        front=pareto_front(trials, objectives),
+        recipe=str(study.best) if study.best.exists() else None,
+        command=command_for(study) if study.best.exists() else None,
+        trials=trials,
+        states=states_of(trials),
+        worker_seconds=sum(trial.worker_seconds for trial in trials),
+        seconds=ended["seconds"] if ended else 0.0,
+        ended_by=ended["ended_by"] if ended else "it is under way, or was interrupted",
+        final=json.loads(study.final.read_text()) if study.final.exists() else [],
+    )
 
 
 def files_of(study: StudyPaths) -> list[Path]:

@@ -182,7 +182,7 @@ def test_train_hands_over_the_recipe_and_says_what_to_type_next(gyre, monkeypatc
     code, out, err = gyre("train", "r.yaml", "seed=7", "--resume", "small-1", "--json", "out.json")
     assert (code, err) == (0, "")
     assert seen == [(7, "small-1")]
-    for text in ("preparing [data]", "step 1/300", "step 300/300", "0.4200", "gyre query", "models:/small@candidate"):
+    for text in ("preparing [data]", "step 1/300", "step 300/300", "0.4200", "gyre query", "gyre report small-1"):
         assert text in out
     assert "step 2/300" not in out, "plain lines come every few seconds"
     assert json.loads((tmp_path / "out.json").read_text())["metrics"] == rows
