@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from cluster.data_plan import PlannedBatch
     from cluster.doctor import Diagnosis
     from cluster.embedding import EmbeddingResult
-    from cluster.jobs import JobResult
     from cluster.models import QueryResult, SavedStep
     from cluster.registry import Move, Version
     from evaluation.compare import Comparison
@@ -179,13 +178,25 @@ def show_trained(console: Console, result: Mapping[str, Any], root: Path) -> Non
         None,
         (
             elsewhere,
-            f'gyre query "parse a date from a string" --model models:/{registered}@candidate',
+            *_queries(f"models:/{registered}@candidate", Path(result["export"])),
             f"gyre models {registered}",
             f"gyre report {result['run_id']}",
             f"mlflow ui --backend-store-uri {tracking_uri(root)}",
         ),
     ):
         console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _queries(model: str, export: Path) -> Iterator[str]:
+    """What to ask a model, by what it encodes."""
+    from cluster.models.folder import kinds_of
+
+    kinds = kinds_of(export)
+    if kinds == ("text",):
+        yield f'gyre query "parse a date from a string" --model {model}'
+    elif "image" in kinds:
+        yield f'gyre query "WHAT THE PICTURE SHOWS" --over FOLDER --model {model}'
+        yield f"gyre query --image PICTURE.png --over FOLDER --model {model}"
 
 
 def show_evaluation(console: Console, found: StoredEvaluation) -> None:
@@ -328,8 +339,3 @@ def show_checkpoints(console: Console, saved: list[SavedStep]) -> None:
         state = f"[red]{escape(s.damage)}[/]" if s.damage else "[green]whole[/]"
         rows.append([str(s.step), str(s.world_size), f"{s.size_bytes / 1e6:.1f} MB", state, escape(str(s.folder))])
     show_table(console, ("step", "workers", "size", "state", "folder"), rows)
-
-
-def show_job(console: Console, job: JobResult) -> None:
-    follow = f"; follow it with `ray job logs {job.job_id} --follow`" if job.exit_code is None else ""
-    console.print(f"job {job.job_id} {job.status.lower()}{follow}", highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from data_services.store import Report, StoredSource
     from data_services.stream import Reader
     from data_services.teacher import Progress, Teacher
+    from evaluation.retrieval import EvaluationConfig
     from trainers.config import ModelConfig
 
     MakeModel = Callable[[Recipe, Path, tuple[StoredSource, ...]], str]
@@ -118,25 +119,8 @@ def prepare(
     make_model  makes the model folder, as `make_model_folder` does; None: that
     """
     from cluster.teaching import teacher_of
-    from data_services.sources import columns_available, open_source
-    from data_services.stream import plan_of
 
-    sources = tuple(open_source(source, root, report) for source in recipe.data.sources)
-    # What the finished model is scored on, too, so that a fault in it is told before training.
-    pools = {split: open_source(pool, root, report) for split, pool in pools_of(recipe).items()}
-    check_kinds(recipe, (*sources, *pools.values()))
-    check_scoring(recipe, pools)
-    by_itself = {Column.MODALITY} if any(source.kinds != TEXT for source in sources) else set()
-    if told := recipe.lacking(columns_available(source.columns for source in sources) | by_itself):
-        raise UsageError(told)
-    plan = plan_of(recipe.data, sources, recipe.seed)
-    if recipe.optimizer.warmup_steps >= plan.steps:
-        raise UsageError(
-            f"optimizer.warmup_steps ({recipe.optimizer.warmup_steps}) leaves none of the plan's {plan.steps} steps: "
-            "lower it"
-        )
-    if recipe.data.teacher is not None and by_itself:
-        raise UsageError("data.teacher: it scores texts, and a source has images or sounds; leave it out")
+    sources, pools, plan = open_data(recipe, root, report)
     teacher = teacher_of(recipe, sources, root, on_progress)
     made_of = _made_of(recipe, sources, teacher)
     if earlier:
@@ -159,6 +143,38 @@ def prepare(
     return Prepared(recipe, root, run, sources, pools, plan, tokenizer_of(run.model), teacher)
 
 
+class Opened(NamedTuple):
+    """The data of a run; as `Prepared` has it."""
+
+    sources: tuple[StoredSource, ...]
+    pools: dict[str, StoredSource]
+    plan: Plan
+
+
+def open_data(recipe: Recipe, root: Path, report: Report | None = None) -> Opened:
+    """Sources and pools as Parquet, and the plan. Raises UsageError where they, or the recipe, don't go together."""
+    from data_services.sources import columns_available, open_source
+    from data_services.stream import plan_of
+
+    sources = tuple(open_source(source, root, report) for source in recipe.data.sources)
+    # What the finished model is scored on, too, so that a fault in it is told before training.
+    pools = {split: open_source(pool, root, report) for split, pool in pools_of(recipe).items()}
+    check_kinds(recipe, (*sources, *pools.values()))
+    check_scoring(recipe, pools)
+    by_itself = {Column.MODALITY} if any(source.kinds != TEXT for source in sources) else set()
+    if told := recipe.lacking(columns_available(source.columns for source in sources) | by_itself):
+        raise UsageError(told)
+    plan = plan_of(recipe.data, sources, recipe.seed)
+    if recipe.optimizer.warmup_steps >= plan.steps:
+        raise UsageError(
+            f"optimizer.warmup_steps ({recipe.optimizer.warmup_steps}) leaves none of the plan's {plan.steps} steps: "
+            "lower it"
+        )
+    if recipe.data.teacher is not None and by_itself:
+        raise UsageError("data.teacher: it scores texts, and a source has images or sounds; leave it out")
+    return Opened(sources, pools, plan)
+
+
 def _made_of(recipe: Recipe, sources: tuple[StoredSource, ...], teacher: Teacher | None) -> dict[str, str]:
     """What batches are a function of beside the recipe, with its fingerprint."""
     from data_services.views.word_vectors import fingerprint
@@ -175,8 +191,10 @@ def pools_of(recipe: Recipe) -> dict[str, SourceConfig]:
     evaluation, first = recipe.evaluation, recipe.data.sources[0]
     splits, pool = [s for s in (evaluation.validation, evaluation.heldout) if s], evaluation.pool
     if pool is None or isinstance(pool, str):
-        return {split: first.texts_alone(pool or first.path, split) for split in splits}
-    return {split: SourceConfig(split=split, **pool.model_dump()) for split in splits}
+        found = {split: first.texts_alone(pool or first.path, split) for split in splits}
+    else:
+        found = {split: SourceConfig(split=split, **pool.model_dump()) for split in splits}
+    return {split: source.model_copy(update={"label": evaluation.classes}) for split, source in found.items()}
 
 
 def check_sources(recipe: Recipe, root: Path) -> None:
@@ -215,6 +233,21 @@ def check_scoring(recipe: Recipe, pools: Mapping[str, StoredSource]) -> None:
     if recipe.evaluation.prompts and nameless:
         told = f"the queries of {nameless.name} are no texts to name classes by; leave it out"
         raise UsageError(f"evaluation.prompts: {told}")
+    if recipe.model.pooling == "tokens" and (key := next(_of_vectors(recipe.evaluation), None)):
+        raise UsageError(f"evaluation.{key}: an item has a vector for each token, and it takes one; leave it out")
+    if recipe.evaluation.classes is not None:
+        from data_services.sources import pool_classes
+        from evaluation.probes import common_classes
+
+        for pool in pools.values():
+            common_classes(pool_classes(pool).numbers)
+
+
+def _of_vectors(evaluation: EvaluationConfig) -> Iterator[str]:
+    """Keys that ask for figures of single vectors."""
+    yield from ("prompts",) if evaluation.prompts else ()
+    yield from ("geometry",) if evaluation.geometry else ()
+    yield from ("classes",) if evaluation.classes else ()
 
 
 _KEY_OF = {"image": "image", "audio": "audio", "parts": "fields"}  # of a kind's tower in `model:`

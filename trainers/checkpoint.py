@@ -108,6 +108,28 @@ def latest(root: Path) -> Checkpoint | None:
     return every[-1] if every else None
 
 
+def fork(checkpoint: Checkpoint, root: Path, lineage: Mapping[str, Any]) -> Checkpoint:
+    """The first checkpoint of another run, under its `root`: the same tensors and step, another lineage."""
+    folder = root / f"step-{checkpoint.step:08d}.{secrets.token_hex(3)}"
+    folder.mkdir(parents=True)
+    for rank in range(checkpoint.world_size):
+        name = rank_file(rank, checkpoint.world_size)
+        link_or_copy(checkpoint.folder / name, folder / name)
+    write_json(folder / STATE, checkpoint.state | {"lineage": dict(lineage)})
+    manifest = json.loads((checkpoint.folder / MANIFEST).read_text())
+    manifest["files"][STATE] = [(folder / STATE).stat().st_size, file_checksum(folder / STATE)]
+    write_json(folder / MANIFEST, manifest)
+    return Checkpoint(folder, checkpoint.step, checkpoint.world_size)
+
+
+def link_or_copy(path: str | Path, there: str | Path) -> None:
+    """A second name of a file that nobody writes to; where the file system knows none, a copy."""
+    try:
+        os.link(path, there)
+    except OSError:
+        shutil.copyfile(path, there)
+
+
 class CheckpointStore:
     """Writes and retires the checkpoints of one attempt of a run. Every method is collective over `group`."""
 

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from cluster.config import Recipe
 from cluster.search.config import Mode
+from cluster.search.fork import course_of
 from cluster.search.record import StudyPaths, TrialRecord
 from cluster.search.space import Space
 from cluster.search.space import shown as shown_settings
@@ -84,14 +86,16 @@ def command_for(study: StudyPaths) -> str:
     return f"gyre train {shlex.quote(str(study.best))}"
 
 
-def write_best(study: StudyPaths, space: Space, best: TrialRecord) -> Recipe:
-    """best.yaml: the whole recipe with the settings of `best`, and how it came about."""
-    recipe = space.chosen_recipe(best.settings)
+def write_best(study: StudyPaths, space: Space, best: TrialRecord, steps: int) -> Recipe:
+    """best.yaml: the whole recipe with the settings of `best`, and how it came about. steps: of the whole recipe."""
+    course = course_of(study.ancestry(best.number))
+    recipe = space.chosen_recipe(course, steps)
     measured = ", ".join(f"{name} {best.last[name]:.4g}" for name in space.objectives)
     aside = [f"#   {key}: {value!r} in the trials, not here" for key, value in space.config.trial.items()]
     lines = [
         f"# Found by search {study.search_id}, trial {best.number}: {shown_settings(best.settings)}",
         f"# In the trial, after step {best.checks[-1].step} of {best.checks[-1].steps}: {measured}",
+        *(f"#   until step {b.step} of {b.steps}: {shown_settings(a.settings)}" for a, b in pairwise(course)),
         *aside,
         f"# Train it: {command_for(study)}",
     ]
