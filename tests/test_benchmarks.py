@@ -27,21 +27,7 @@ from trainers.collectives import Group
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "step",
-        "startup",
-        "quality",
-        "caching",
-        "padding",
-        "ema",
-        "mine",
-        "embed",
-        "data",
-        "evaluate",
-        "serve",
-        "recovery",
-    ],
+    "name", ["step", "startup", "quality", "caching", "padding", "ema", "mine", "embed", "data", "evaluate", "serve"]
 )
 def test_help_tells_what_is_measured_without_importing_what_measures(name):
     code = (
