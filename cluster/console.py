@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from rich.live import Live
 
     from cluster.data_plan import PlannedBatch
-    from cluster.doctor import Diagnosis
+    from cluster.doctor import Diagnosis, Finding
     from cluster.embedding import EmbeddingResult
-    from cluster.jobs import JobResult
     from cluster.models import QueryResult, SavedStep
     from cluster.registry import Move, Version
     from evaluation.compare import Comparison
@@ -179,13 +178,25 @@ def show_trained(console: Console, result: Mapping[str, Any], root: Path) -> Non
         None,
         (
             elsewhere,
-            f'gyre query "parse a date from a string" --model models:/{registered}@candidate',
+            *_queries(f"models:/{registered}@candidate", Path(result["export"])),
             f"gyre models {registered}",
             f"gyre report {result['run_id']}",
             f"mlflow ui --backend-store-uri {tracking_uri(root)}",
         ),
     ):
         console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _queries(model: str, export: Path) -> Iterator[str]:
+    """What to ask a model, by what it encodes."""
+    from cluster.models.folder import kinds_of
+
+    kinds = kinds_of(export)
+    if kinds == ("text",):
+        yield f'gyre query "parse a date from a string" --model {model}'
+    elif "image" in kinds:
+        yield f'gyre query "WHAT THE PICTURE SHOWS" --over FOLDER --model {model}'
+        yield f"gyre query --image PICTURE.png --over FOLDER --model {model}"
 
 
 def show_evaluation(console: Console, found: StoredEvaluation) -> None:
@@ -315,7 +326,11 @@ def show_diagnosis(console: Console, found: Diagnosis) -> None:
     versions = ((name, version or "not installed") for name, version in found.versions.items())
     show_table(console, ("package", "version"), versions)
     console.print(f"{found.cores} cores, {found.memory_gib:.1f} GiB memory", highlight=False)
-    rows = [(f.what, _MARKS[f.verdict], escape(f.value), escape(f.remedy)) for f in found.findings]
+    show_findings(console, found.findings)
+
+
+def show_findings(console: Console, findings: Iterable[Finding]) -> None:
+    rows = [(f.what, _MARKS[f.verdict], escape(f.value), escape(f.remedy)) for f in findings]
     show_table(console, ("what", "", "found", "what to do"), rows)
 
 
@@ -328,8 +343,3 @@ def show_checkpoints(console: Console, saved: list[SavedStep]) -> None:
         state = f"[red]{escape(s.damage)}[/]" if s.damage else "[green]whole[/]"
         rows.append([str(s.step), str(s.world_size), f"{s.size_bytes / 1e6:.1f} MB", state, escape(str(s.folder))])
     show_table(console, ("step", "workers", "size", "state", "folder"), rows)
-
-
-def show_job(console: Console, job: JobResult) -> None:
-    follow = f"; follow it with `ray job logs {job.job_id} --follow`" if job.exit_code is None else ""
-    console.print(f"job {job.job_id} {job.status.lower()}{follow}", highlight=False, soft_wrap=True)

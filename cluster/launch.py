@@ -11,15 +11,16 @@ import importlib
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
 from cluster.doctor import environment
-from cluster.evidence.scoring import score_everywhere
+from cluster.evidence.scoring import Scored, score_everywhere
 from cluster.evidence.watching import keep_best
 from cluster.fit import Progress, Stopped, stopped_by_signal, training
 from cluster.model_card import CardFacts, write_card
@@ -28,12 +29,18 @@ from cluster.prepare import Prepared, check_resumable, check_sources, data_finge
 from cluster.revision import code_revision
 from data_services.schema import RunError
 from trainers.checkpoint import latest, write_json
+from trainers.fault_log import read_faults
 
 if TYPE_CHECKING:
     from cluster.tracking import Tracker
 
 # What the driver needs once it is connected, seconds of imports; starting Ray is mostly waiting.
 IMPORTED_AHEAD = ("torch", "transformers.modeling_utils", "mlflow", "ray.train.torch")
+# Of `geometry` and `probes` on the terminal; result.json has all.
+SHOWN = {
+    "geometry": ("alignment", "uniformity_queries", "uniformity_documents", "modality_gap"),
+    "probes": ("probe_accuracy", "knn_accuracy", "majority"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,10 @@ class TrainResult:
     """What a finished run gives.
 
     metrics, validation  {"bm25" | "untrained" | "trained": {metric: value}} on the held-out and validation split
+    workers              of each, a step on average: seconds encoding and waiting for data, up to the last comparison
+    faults               how many of each kind were met: not_finite, spike, slow, diverged
     over_bm25            {split: nDCG of trained less BM25, its 95 % interval `low`, `high`, and `p`}, paired bootstrap
+    geometry, probes     {split: {"untrained" | "trained": {figure: value}}}, where `evaluation:` asks for them
     """
 
     run_id: str
@@ -58,6 +68,10 @@ class TrainResult:
     seconds: dict[str, float]
     world_size: int
     zero_stage: int
+    geometry: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    probes: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    workers: list[dict[str, Any]] = field(default_factory=list)
+    faults: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -178,7 +192,7 @@ def conclude(ready: Prepared, tracker: Tracker, tell: Progress, began: float, fi
     evaluation = recipe.evaluation
     validation, heldout = (scores.get(split or "", {}) for split in (evaluation.validation, evaluation.heldout))
     if heldout:
-        tell({"kind": "table", "title": f"{evaluation.heldout} split", "rows": heldout})
+        tell_scores(scored[evaluation.heldout or ""], f"{evaluation.heldout} split", tell)
     tell({"kind": "phase", "text": "registering"})
     newest = latest(run.checkpoints)
     assert newest is not None, "a finished run has its last checkpoint"
@@ -215,11 +229,24 @@ def conclude(ready: Prepared, tracker: Tracker, tell: Progress, began: float, fi
         seconds={"to_first_step": first_step - began, "total": time.time() - began},
         world_size=recipe.cluster.workers,
         zero_stage=recipe.engine.zero_stage,
+        geometry={split: found.geometry for split, found in scored.items() if found.geometry},
+        probes={split: found.probes for split, found in scored.items() if found.probes},
+        workers=json.loads(run.workers.read_text()) if run.workers.exists() else [],
+        faults=dict(Counter(fault["kind"] for fault in read_faults(run.faults))),
     )
     write_json(run.result, result.as_dict())
     tracker.log_artifacts(run.recipe)
     tracker.log_artifacts(run.result)
     return result
+
+
+def tell_scores(scored: Scored, title: str, tell: Progress) -> None:
+    """The table, and below it what the recipe asks of the vectors."""
+    tell({"kind": "table", "title": title, "rows": scored.rows})
+    for name, figures in SHOWN.items():
+        rows = {model: {key: row[key] for key in figures} for model, row in getattr(scored, name).items()}
+        if rows:
+            tell({"kind": "table", "title": f"{name}, {title}", "rows": rows})
 
 
 def throughput(metrics: Path) -> dict[str, float]:

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from data_services.schema import Section
 from trainers.objectives.sections.numbers import Number, Rate, ends_of
-from trainers.tower_config import AdapterConfig, AudioConfig, FieldsConfig, ImageConfig, OwnConfig, VisionConfig
+from trainers.tower_config import AdapterConfig, AudioConfig, FieldsConfig, ImageConfig, OwnConfig, Sizes, VisionConfig
 
 PoolingMode = Literal["mean", "cls", "last", "max", "weighted_mean", "latent", "tokens"]
 Activation = Literal["none", "tanh", "relu", "gelu", "silu"]
@@ -25,15 +25,11 @@ def _as_a_word(value: Any) -> Any:
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_a_word)]
 
 
-class FromConfig(Section):
+class FromConfig(Sizes):
     """A tower built from a config with random weights, and a BPE tokenizer trained on the training split."""
 
     architecture: str = Field("qwen3", description="a causal or masked model_type known to transformers")
-    hidden: int = Field(256, gt=0, description="width of the residual stream")
-    layers: int = Field(2, gt=0)
-    heads: int = Field(4, gt=0)
     head_dim: int | None = Field(None, gt=0, multiple_of=2, description="None: hidden / heads")
-    intermediate: int = Field(768, gt=0, description="width of the feed-forward layer")
     dropout: float = Field(0.1, ge=0, lt=1, description="share of hidden units dropped in training")
     vocabulary: int = Field(8192, gt=300, description="tokens of the trained BPE, special ones included")
     lexical_init: bool = Field(
@@ -356,6 +352,38 @@ class EngineConfig(Section):
         4_000_000_000, gt=0, description="auto keeps whole gradients up to this, 4 bytes a trained parameter"
     )
     deterministic: bool = Field(False, description="deterministic GPU kernels, so that a resume is bit-equal there")
+
+
+class FaultsConfig(Section):
+    """`faults:` what a run does about errors that end no process."""
+
+    skip_in_a_row: int = Field(
+        5,
+        ge=0,
+        description="steps whose loss or gradient isn't finite are skipped; more of them in a row end the run; "
+        "0: the first one does",
+    )
+    skip_in_all: int = Field(100, ge=0, description="the same, over the whole run")
+    spike: float | None = Field(
+        8.0,
+        gt=0,
+        description="a loss so many deviations above the median of the last 50 is told and counted; None: none is",
+    )
+    compare_every_steps: int = Field(
+        50,
+        gt=0,
+        description="steps between two comparisons of the workers: of the weights that all of them should hold alike, "
+        "also before each checkpoint, and of their times",
+    )
+    slow_factor: float = Field(
+        1.5, gt=1, description="a worker that takes so many times the median of the others is told"
+    )
+    timeout_s: float = Field(
+        300,
+        gt=0,
+        description="workers that wait for each other for longer begin again from the last checkpoint, and the run's "
+        "failure.log has the stack of every one",
+    )
 
 
 class CheckpointConfig(Section):

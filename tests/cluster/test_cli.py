@@ -19,6 +19,8 @@ COMMANDS = {
     "mine": "DATA",
     "train": "RECIPE",
     "submit": "COMMAND",
+    "jobs": "JOB",
+    "stop": "JOB",
     "evaluate": "MODEL",
     "compare": "--suite",
     "models": "NAME",
@@ -135,11 +137,11 @@ def test_submit_hands_the_rest_of_the_line_over_untouched(gyre, monkeypatch):
         return JobResult("job_1", "FAILED", 3)
 
     monkeypatch.setattr("cluster.jobs.submit", submit)
-    code, out, _ = gyre("submit", "--address", "http://h", "train", "r.yaml", "--resume", "abc", "a.b=1", "--json", "x")
+    wanted = {"address": "http://h", "name": "nightly", "install": False, "detach": False}
+    command = ["train", "r.yaml", "--resume", "abc", "a.b=1", "--json", "x"]
+    code, out, _ = gyre("submit", "--address", "http://h", "--name", "nightly", *command)
     assert code == 3
-    assert seen == [
-        (["train", "r.yaml", "--resume", "abc", "a.b=1", "--json", "x"], {"address": "http://h", "detach": False})
-    ]
+    assert seen == [(command, wanted)]
     assert "job job_1 failed" in out
 
 
@@ -162,6 +164,8 @@ def test_train_hands_over_the_recipe_and_says_what_to_type_next(gyre, monkeypatc
         seconds={},
         world_size=1,
         zero_stage=2,
+        workers=[],
+        faults={},
     )
     seen = []
 
