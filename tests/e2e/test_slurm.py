@@ -55,6 +55,7 @@ def test_a_command_runs_on_a_node_for_each_machine_and_ends_as_it_ends(sbatch, t
     assert [node["cpus"] for node in json.loads(file.read_text())["nodes"].values()] == [2, 2]
 
 
+@pytest.mark.proof
 def test_a_node_that_does_not_start_is_told_with_its_log(sbatch):
     (sbatch.stubs / "one.down").touch()
     done = sbatch("doctor")
