@@ -16,7 +16,7 @@ from cluster.paths import RunPaths
 from cluster.prepare import Prepared
 from cluster.worker import Task, train_on_worker
 from data_services.schema import RunError, UsageError
-from trainers.checkpoint import latest
+from trainers.checkpoint import latest, reasons_aside
 from trainers.hooks import first_line_at
 
 if TYPE_CHECKING:
@@ -242,15 +242,19 @@ class Follower:
         self.tracker, self.tell = tracker, tell
         self.first_step_at = time.time()
         self._seen, self._next = 0, tracker.last_step + 1  # the tracker has the steps before
-        self._watched, self._scored = run, set(scores_of(run))
+        self._run, self._scored, self._aside = run, set(scores_of(run)), set(reasons_aside(run.checkpoints))
 
     def poll(self) -> None:
-        """Takes in the whole lines of steps that are new, and tells new scores.
+        """Takes in the whole lines of steps that are new, and tells new scores and checkpoints set aside.
 
         They are found by their step, not by an offset: after a restart rank 0 has cut the file, and may have
         written on past the old offset before this looks again.
         """
-        for step, scores in scores_of(self._watched).items():
+        for folder, why in reasons_aside(self._run.checkpoints).items():
+            if folder not in self._aside:
+                self._aside.add(folder)
+                self.tell({"kind": "note", "text": f"{why}; set aside in {folder}, an older one is taken"})
+        for step, scores in scores_of(self._run).items():
             if step not in self._scored:
                 self._scored.add(step)
                 told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())

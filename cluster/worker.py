@@ -10,11 +10,12 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
-from cluster.evidence.watching import Watcher
+from cluster.evidence.watching import Watcher, scores_by
 from cluster.paths import RunPaths
 from cluster.refresh import Refresher
 from data_services.imports import import_object
@@ -48,7 +49,7 @@ class Task:
 
 
 def train_on_worker(task: Task, batches: BatchStream) -> int:
-    """Restores the newest committed checkpoint, trains to the end, exports; returns the step reached.
+    """Restores the newest whole checkpoint, trains to the end, exports; returns the step reached.
 
     Collective over the default process group. A request to stop ends it early, after a checkpoint.
     """
@@ -65,7 +66,7 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
 
 
 class Training:
-    """A run on this worker, from its newest committed checkpoint on. Collective over the default process group.
+    """A run on this worker, from its newest whole checkpoint on. Collective over the default process group.
 
     reached  steps taken of the run
     """
@@ -75,13 +76,14 @@ class Training:
         import torch
 
         from trainers import loop
-        from trainers.checkpoint import CheckpointStore, latest, write_json
+        from trainers.checkpoint import newest_whole, write_json
         from trainers.collectives import Group
         from trainers.hooks import MetricsLog
+        from trainers.saving import CheckpointStore
 
         self.task, self.group = task, Group()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", task.recipe.cluster.threads)))
-        newest: Checkpoint | None = self.group.broadcast_object(latest(task.run.checkpoints))
+        newest = newest_whole(task.run.checkpoints, self.group)
         self.step = build_step(task, self.group, newest.state if newest else {})
         self._chosen = choices_of(self.step)
         first = self.group.rank == 0
@@ -92,7 +94,8 @@ class Training:
         self._refresher.resume(self.reached)
         self._watcher = Watcher(task.run, task.recipe.evaluation, task.steps, self.group.rank, self._watched)
         self._watcher.resume(self.reached)
-        self._store = CheckpointStore(task.run.checkpoints, task.recipe.checkpoint, self.group)
+        scores = partial(scores_by, task.run, task.recipe.evaluation, task.steps)
+        self._store = CheckpointStore(task.run.checkpoints, task.recipe.checkpoint, self.group, scores)
         self._sink: MetricsSink = MetricsLog(task.run.metrics, self.reached) if first else lambda step, metrics: None
         engine = self.step.engine
         self._peak_flops = loop.measured_peak_flops(engine.compute_dtype, engine.device)
@@ -111,6 +114,7 @@ class Training:
                 start=self.reached,
                 stop=stop,
                 save=self._save,
+                saving=self._store,
                 after_step=self._after_step,
                 checkpoint=self.task.recipe.checkpoint,
                 group=self.group,
@@ -251,8 +255,7 @@ def tensors_of(step: ContrastiveStep) -> dict[str, torch.Tensor]:
 
 
 def restore(step: ContrastiveStep, checkpoint: Checkpoint) -> int:
-    """Takes up a checkpoint, of any number of workers; returns the step to go on with. Collective."""
-    checkpoint.verify(step.group.rank)
+    """Takes up a whole checkpoint, of any number of workers; returns the step to go on with. Collective."""
     step.engine.restore(checkpoint.tensors("engine."))
     if step.memory:
         step.memory.encoder.restore(checkpoint.tensors("momentum."))

@@ -16,6 +16,7 @@ from trainers.config import CheckpointConfig
 if TYPE_CHECKING:
     from trainers.collectives import Group
     from trainers.hooks import MetricsSink
+    from trainers.saving import CheckpointStore
     from trainers.step import ContrastiveStep
 
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 class Job:
     """What a loop runs.
 
-    save             writes and commits a checkpoint of the state before the step it is given
+    save             begins a checkpoint of the state before the step it is given; collective
+    saving           writes it beside the steps that follow; None where `save` does all there is to do
     after_step       is called with the number of steps taken, before a checkpoint of them; collective
     peak_flops       of one worker's device, a second
     """
@@ -39,23 +41,36 @@ class Job:
     stop_requested: Callable[[], bool]
     peak_flops: float
     after_step: Callable[[int], Any] = lambda taken: None
+    saving: CheckpointStore | None = None
+
+
+class OutOfStep(Exception):
+    """The batches begin at another step than training: whoever began to read them took another checkpoint."""
 
 
 def run(job: Job) -> int:
-    """Trains from `job.start` to `job.stop`; returns the step reached, which a request to stop makes earlier."""
+    """Trains from `job.start` to `job.stop`; returns the step reached, which a request to stop makes earlier, with its
+    checkpoint committed. Raises OutOfStep where the batches don't begin at `job.start`."""
     clock, reached = Clock(), job.start
     if job.start == job.stop:
         return reached
     for batch in job.batches(job.start):
+        if batch.step != reached:
+            raise OutOfStep(f"batches come from step {batch.step} and training stands at {reached}: begin again")
         clock.received()
         job.group.reset_traffic()  # what restoring or saving sent is not the step's
         metrics = job.step(batch)
         reached = batch.step + 1
-        stopping = report(job, batch, metrics, clock)
+        stopping, writing = report(job, batch, metrics, clock)
         job.after_step(reached)
-        if reached == job.stop or stopping or reached % job.checkpoint.every_steps == 0:
+        if job.saving and not writing:
+            job.saving.advance()
+        last = reached == job.stop or stopping
+        if last or reached % job.checkpoint.every_steps == 0:
             job.save(reached)
-        if reached == job.stop or stopping:
+        if last:
+            if job.saving:
+                job.saving.settle()
             return reached
         clock.waiting()
     raise RunError(f"the data ended at step {reached} of {job.stop}; see the log for the reader's error")
@@ -79,13 +94,16 @@ class Clock:
         return time.perf_counter() - self._mark
 
 
-def report(job: Job, batch: Batch, metrics: Mapping[str, float], clock: Clock) -> bool:
-    """Sums the workers' counters, hands the step's metrics to the sink on rank 0; True where a stop was asked for."""
+def report(job: Job, batch: Batch, metrics: Mapping[str, float], clock: Clock) -> tuple[bool, bool]:
+    """Sums the workers' counters, hands the step's metrics to the sink on rank 0.
+
+    Returns whether a stop was asked for, and whether a worker still writes of a checkpoint; equal on all workers.
+    """
     stop = job.group.rank == 0 and job.stop_requested()
     computed = batch.tokens if job.step.packed else batch.padded_tokens
-    counts = [job.step.flops(batch), batch.tokens, computed, stop]
+    counts = [job.step.flops(batch), batch.tokens, computed, stop, bool(job.saving and job.saving.busy)]
     sums = torch.tensor(counts, dtype=torch.float64, device=job.step.engine.device)
-    flops, tokens, padded, stop = job.group.all_reduce(sums, "sum").tolist()
+    flops, tokens, padded, stop, writing = job.group.all_reduce(sums, "sum").tolist()
     seconds = clock.computed()
     slowest = sums.new_tensor([seconds, clock.wait_s, float(peak_memory_bytes())])
     seconds, wait_s, memory = job.group.all_reduce(slowest, "max").tolist()
@@ -105,7 +123,7 @@ def report(job: Job, batch: Batch, metrics: Mapping[str, float], clock: Clock) -
                 "traffic_bytes": float(sum(job.group.traffic.values())),
             },
         )
-    return stop > 0
+    return stop > 0, writing > 0
 
 
 def peak_memory_bytes() -> int:
