@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
+from cluster.copied import check_store, find_or_fetch
 from cluster.evidence.scoring import score_everywhere
 from cluster.evidence.watching import keep_best
 from cluster.fit import Progress, Stopped, stopped_by_signal, training
 from cluster.model_card import CardFacts, write_card
-from cluster.paths import RunPaths, find_run, run_home
+from cluster.paths import RunPaths, run_home
 from cluster.prepare import Prepared, check_resumable, check_sources, data_fingerprint, prepare
 from cluster.revision import code_revision
 from data_services.schema import RunError, UsageError
@@ -79,12 +80,15 @@ def train(
     tell = on_progress or (lambda event: None)
     began = time.time()
     root = run_home(recipe.cluster.storage)
-    earlier = find_run(resume, root) if resume else None
+    copy_to = recipe.checkpoint.copy_to
+    earlier = find_or_fetch(resume, root, copy_to, from_step) if resume else None
     if from_step is not None and earlier is None:
         raise UsageError("--from-step chooses a checkpoint of a run that goes on: name the run with --resume")
     if earlier:
         check_resumable(earlier, recipe)
         take_up(earlier, from_step, tell)
+    if copy_to:
+        check_store(copy_to)
     check_sources(recipe, root)
     tell({"kind": "phase", "text": "connecting to Ray"})
     before = stopped_by_signal("stopped before training began; the same command begins it")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
+from cluster.copied import copy_of, files_to_copy
 from cluster.evidence.watching import Watcher, scores_by
 from cluster.paths import RunPaths
 from cluster.refresh import Refresher
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from trainers.checkpoint import Checkpoint
     from trainers.collectives import Group
+    from trainers.copies import Copies
     from trainers.encoders.spec import ModelSpec
     from trainers.encoders.text import TextEncoder
     from trainers.hooks import MetricsSink
@@ -95,7 +97,9 @@ class Training:
         self._watcher = Watcher(task.run, task.recipe.evaluation, task.steps, self.group.rank, self._watched)
         self._watcher.resume(self.reached)
         scores = partial(scores_by, task.run, task.recipe.evaluation, task.steps)
-        self._store = CheckpointStore(task.run.checkpoints, task.recipe.checkpoint, self.group, scores)
+        self._store = CheckpointStore(
+            task.run.checkpoints, task.recipe.checkpoint, self.group, scores, copies_of(task, self.group)
+        )
         self._sink: MetricsSink = MetricsLog(task.run.metrics, self.reached) if first else lambda step, metrics: None
         engine = self.step.engine
         self._peak_flops = loop.measured_peak_flops(engine.compute_dtype, engine.device)
@@ -146,6 +150,16 @@ class Training:
     def _save(self, at: int) -> None:
         state = {"step": at, "lineage": self.task.lineage, **self._chosen}
         self._store.save(at, tensors_of(self.step), state)
+
+
+def copies_of(task: Task, group: Group) -> Copies | None:
+    """Of the run's checkpoints, where the recipe wants some."""
+    from trainers.copies import Copies
+
+    if (copy_to := task.recipe.checkpoint.copy_to) is None:
+        return None
+    run = task.run
+    return Copies(run.checkpoints, copy_of(copy_to, run.run_id), group, partial(files_to_copy, run))
 
 
 def build_step(task: Task, group: Group, kept: Mapping[str, Any]) -> ContrastiveStep:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from trainers.collectives import Group
 
 MANIFEST, STATE, LEASE, WHY = "manifest.json", "state.json", "lease.json", "why.txt"
+COPIED = "copied.json"  # of the newest copy in an object store: its step, and its failure where it failed
 ASIDE = "aside."
 FORMAT = 2
 READERS = 8  # threads that verify a whole checkpoint: storage is the limit, not checksums
@@ -176,6 +177,15 @@ def aside_of(folder: Path) -> Path:
 def reasons_aside(root: Path) -> dict[Path, str]:
     """{folder: why} of what was set aside under `root`."""
     return {file.parent: file.read_text().strip() for file in sorted(root.glob(f"{ASIDE}*/{WHY}"))}
+
+
+def last_copy(root: Path) -> tuple[int, str]:
+    """The step of the newest copy in an object store, and its failure, empty where it is whole; -1 where none is."""
+    try:
+        told = json.loads((root / COPIED).read_text())
+    except FileNotFoundError:
+        return -1, ""
+    return told["step"], told["failure"]
 
 
 def remove(folder: Path) -> None:

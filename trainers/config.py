@@ -361,6 +361,12 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(
         True, description="write beside training, from a copy in host memory; false: training waits for the disk"
     )
+    copy_to: str | None = Field(
+        None,
+        pattern=r"^(s3|gs)://[^/]+",
+        description="s3:// or gs:// folder: each committed checkpoint is copied below it, with what a machine that has "
+        "nothing else needs to go on; null: nothing is",
+    )
     keep: int = Field(2, ge=1, description="newest committed checkpoints that stay")
     keep_best: int = Field(
         0, ge=0, description="checkpoints that stay for their scores beside training, by evaluation.best_by"

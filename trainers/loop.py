@@ -61,10 +61,10 @@ def run(job: Job) -> int:
         job.group.reset_traffic()  # what restoring or saving sent is not the step's
         metrics = job.step(batch)
         reached = batch.step + 1
-        stopping, writing = report(job, batch, metrics, clock)
+        stopping, busy = report(job, batch, metrics, clock)
         job.after_step(reached)
-        if job.saving and not writing:
-            job.saving.advance()
+        if job.saving:
+            job.saving.advance(busy)
         last = reached == job.stop or stopping
         if last or reached % job.checkpoint.every_steps == 0:
             job.save(reached)
@@ -94,16 +94,17 @@ class Clock:
         return time.perf_counter() - self._mark
 
 
-def report(job: Job, batch: Batch, metrics: Mapping[str, float], clock: Clock) -> tuple[bool, bool]:
+def report(job: Job, batch: Batch, metrics: Mapping[str, float], clock: Clock) -> tuple[bool, tuple[bool, bool]]:
     """Sums the workers' counters, hands the step's metrics to the sink on rank 0.
 
-    Returns whether a stop was asked for, and whether a worker still writes of a checkpoint; equal on all workers.
+    Returns whether a stop was asked for, and whether any worker is busy with a checkpoint, as `CheckpointStore.busy`;
+    equal on all workers.
     """
     stop = job.group.rank == 0 and job.stop_requested()
     computed = batch.tokens if job.step.packed else batch.padded_tokens
-    counts = [job.step.flops(batch), batch.tokens, computed, stop, bool(job.saving and job.saving.busy)]
+    counts = [job.step.flops(batch), batch.tokens, computed, stop, *(job.saving.busy if job.saving else (False, False))]
     sums = torch.tensor(counts, dtype=torch.float64, device=job.step.engine.device)
-    flops, tokens, padded, stop, writing = job.group.all_reduce(sums, "sum").tolist()
+    flops, tokens, padded, stop, writing, copying = job.group.all_reduce(sums, "sum").tolist()
     seconds = clock.computed()
     slowest = sums.new_tensor([seconds, clock.wait_s, float(peak_memory_bytes())])
     seconds, wait_s, memory = job.group.all_reduce(slowest, "max").tolist()
@@ -123,7 +124,7 @@ def report(job: Job, batch: Batch, metrics: Mapping[str, float], clock: Clock) -
                 "traffic_bytes": float(sum(job.group.traffic.values())),
             },
         )
-    return stop > 0, writing > 0
+    return stop > 0, (writing > 0, copying > 0)
 
 
 def peak_memory_bytes() -> int:

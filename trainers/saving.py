@@ -4,9 +4,8 @@
     step t + i   the first step after which no worker writes any more: rank 0's thread commits, then retires old ones
     step t + j   the outcome of that is known everywhere: a failure ends the run, what was committed before stays
 
-Which of these a step is, the workers agree on in a number that they add up after each step anyway (`busy`, in
-trainers/loop.py); threads send nothing. At most one checkpoint is under way: the next one waits for it, and so do the
-end of training and a stop. A worker that lost its lease (another attempt of the run has started) can't commit.
+At most one checkpoint is under way: the next one waits for it, and so do the end of training and a stop. A worker that
+lost its lease (another attempt of the run has started) can't commit.
 """
 
 from __future__ import annotations
@@ -15,12 +14,11 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_services.schema import RunError
+from trainers.beside import Beside
 from trainers.checkpoint import (
     LEASE,
     STATE,
@@ -40,27 +38,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainers.collectives import Group
-
-
-@dataclass
-class UnderWay:
-    """A checkpoint that is being written.
-
-    work    this worker's thread: the size and checksum of its file; once `shared`, of rank 0 the commit
-    shared  whether every worker's file is written
-    """
-
-    step: int
-    folder: Path
-    state: Mapping[str, Any]
-    work: Future[Any]
-    shared: bool = False
+    from trainers.copies import Copies
 
 
 class CheckpointStore:
     """Writes and retires the checkpoints of one attempt of a run.
 
     scores  says which checkpoints are the best, for `keep_best`
+    copies  of them in an object store, where the recipe wants some
     clock   seconds since 1970; rank 0's is written into the manifests, and decides what stays every so many hours
     """
 
@@ -70,13 +55,14 @@ class CheckpointStore:
         config: CheckpointConfig,
         group: Group,
         scores: Scores = lambda steps: {},
+        copies: Copies | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Collective."""
         self.root, self.config, self.group = root, config, group
-        self._scores, self._clock = scores, clock
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._under_way: UnderWay | None = None
+        self._scores, self._copies, self._clock = scores, copies, clock
+        self._beside = Beside(group, "checkpoint")
+        self._step = 0  # of what is under way
         self.attempt: str = group.broadcast_object(secrets.token_hex(3))
         if group.rank == 0:
             root.mkdir(parents=True, exist_ok=True)
@@ -88,58 +74,59 @@ class CheckpointStore:
         tensors: this worker's, by name, on the CPU, that nothing else changes any more. state: JSON of the whole run,
         rank 0's is written. Raises RunError as `advance`, for the checkpoint before too.
         """
-        self.settle()
-        folder = self.root / f"step-{step:08d}.{self.attempt}"
-        self._under_way = UnderWay(step, folder, state, self._thread.submit(self._write_share, folder, tensors))
+        self._settle()
+        self._step, copied = step, self._copies.in_use if self._copies else []
+        self._beside.begin(
+            lambda: self._write_share(self._folder, tensors), lambda shares: self._commit(shares, state, copied)
+        )
         if not self.config.asynchronous:
-            self.settle()
+            self._settle()
 
     @property
-    def busy(self) -> bool:
-        """Whether this worker's thread is at work."""
-        return self._under_way is not None and not self._under_way.work.done()
+    def busy(self) -> tuple[bool, bool]:
+        """Whether this worker's threads are at work: to write, to copy. Not collective."""
+        return self._beside.busy, self._copies is not None and self._copies.busy
 
-    def advance(self) -> None:
-        """Takes the checkpoint under way, if any, to its next stage, once no worker is busy with this one. Collective.
+    def advance(self, busy: tuple[bool, bool] = (False, False)) -> None:
+        """Takes what is under way to its next stage, where no worker is `busy` with it. Collective.
 
-        Raises RunError on every worker when any of them could not write; what was committed before stays.
+        Raises RunError on every worker when any of them could not write; what was committed before stays. A copy that
+        failed is told in the folder of the checkpoints.
         """
-        if (writing := self._under_way) is None:
-            return
-        outcomes = self._everywhere(writing.work)
-        if failure := next((o for o in outcomes if isinstance(o, str)), ""):
-            self._give_up(writing, failure)
-        elif writing.shared:
-            self._under_way = None
-        else:
-            writing.shared, writing.work = True, Future()
-            if self.group.rank == 0:
-                writing.work = self._thread.submit(self._commit, writing, outcomes)
-            else:
-                writing.work.set_result(None)
+        if not busy[0]:
+            self._advance()
+        if self._copies and not busy[1]:
+            self._copies.advance()
 
     def settle(self) -> None:
-        """Waits until nothing is under way. Collective; raises as `advance`."""
-        while self._under_way is not None:
-            self.advance()
+        """Waits until nothing is under way, copies neither. Collective; raises as `advance`."""
+        self._settle()
+        if self._copies:
+            self._copies.settle()
 
-    def _everywhere(self, work: Future[Any]) -> list[Any]:
-        """What each worker's thread came to, in rank order: a result, or a failure as a sentence. Waits for them."""
-        try:
-            mine = work.result()
-        except OSError as error:
-            mine = f"worker {self.group.rank}: {error.strerror or error}: {error.filename or self.root}"
-        return self.group.gather_objects(mine)
+    @property
+    def _folder(self) -> Path:
+        return self.root / f"step-{self._step:08d}.{self.attempt}"
 
-    def _give_up(self, writing: UnderWay, failure: str) -> None:
-        self._under_way = None
+    def _settle(self) -> None:
+        while not self._beside.idle:
+            self._advance()
+
+    def _advance(self) -> None:
+        failure = self._beside.advance()
+        if failure:
+            self._give_up(failure)
+        elif failure == "" and self._copies:
+            self._copies.offer(self.group.broadcast_object(latest(self.root) if self.group.rank == 0 else None))
+
+    def _give_up(self, failure: str) -> None:
         if self.group.rank == 0:
-            remove(writing.folder)
+            remove(self._folder)
         good = latest(self.root)
         last = f"the last good one is step {good.step}, {good.folder}" if good else "there is none before it"
-        raise RunError(f"the checkpoint of step {writing.step} could not be written ({failure}); {last}")
+        raise RunError(f"the checkpoint of step {self._step} could not be written ({failure}); {last}")
 
-    # What the thread does.
+    # What threads do.
 
     def _write_share(self, folder: Path, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,20 +134,19 @@ class CheckpointStore:
         write_tensors(path, tensors)
         return described(path)
 
-    def _commit(self, writing: UnderWay, shares: list[tuple[int, int]]) -> None:
-        folder = writing.folder
-        write_json(folder / STATE, dict(writing.state))
-        files = {STATE: described(folder / STATE)}
+    def _commit(self, shares: list[tuple[int, int]], state: Mapping[str, Any], copied: list[Path]) -> None:
+        write_json(self._folder / STATE, dict(state))
+        files = {STATE: described(self._folder / STATE)}
         files |= {rank_file(rank, len(shares)): share for rank, share in enumerate(shares)}
         holder = json.loads((self.root / LEASE).read_text())["attempt"]
         if holder != self.attempt:
             raise OSError(f"attempt {holder} of this run has taken over from {self.attempt}")
-        write_manifest(folder, writing.step, self._clock(), files)
-        self._retire()
+        write_manifest(self._folder, self._step, self._clock(), files)
+        self._retire(copied)
 
-    def _retire(self) -> None:
-        """Removes checkpoints that needn't stay, and what other attempts left unfinished."""
-        stay = {c.folder for c in kept(committed(self.root), self.config, self._scores)}
+    def _retire(self, copied: list[Path]) -> None:
+        """Removes checkpoints that needn't stay, and what other attempts left unfinished. copied: in use still."""
+        stay = {c.folder for c in kept(committed(self.root), self.config, self._scores)} | set(copied)
         for folder in self.root.glob("step-*"):
             if folder not in stay:
                 remove(folder)
