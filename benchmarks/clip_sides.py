@@ -80,8 +80,8 @@ def our_recipe(root: Path, batch: int, length: Length, precision: str, caching: 
 
 def ours(home: str, batch: int, length: dict[str, int], precision: str, caching: str = "auto") -> dict[str, Any]:
     """Our training loop over LocalStream, as a worker runs it; checkpoints aside."""
+    from cluster.models import tokenizer_of
     from cluster.paths import RunPaths
-    from cluster.prepare import tokenizer_of
     from cluster.worker import Task, build_step
     from data_services.sources import open_source
     from data_services.stream import LocalStream, plan_of, reader_of

@@ -129,7 +129,8 @@ def tower_and_batches(
 
     from benchmarks.common import QUICKSTART
     from cluster.config import load_recipe
-    from cluster.prepare import make_model_folder, tokenizer_of
+    from cluster.models import tokenizer_of
+    from cluster.prepare import make_model_folder
     from data_services.sources import open_source
     from data_services.stream import BatchReader, LocalStream, plan_of
     from trainers.device import fast_bf16

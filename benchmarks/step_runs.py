@@ -97,8 +97,8 @@ def our_task(
     root: Path, batch: int, length: Length, queue_rows: int = 0, caching: str = "auto"
 ) -> tuple[Task, BatchReader]:
     """A run of one worker without Ray, and its data."""
+    from cluster.models import tokenizer_of
     from cluster.paths import RunPaths
-    from cluster.prepare import tokenizer_of
     from cluster.worker import Task
     from data_services.sources import open_source
     from data_services.stream import BatchReader, plan_of

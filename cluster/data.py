@@ -63,7 +63,7 @@ def stats(
 
 
 def _count_tokens(model: str, root: Path) -> CountTokens:
-    from cluster.models import resolve
+    from cluster.models.reference import resolve
     from data_services.tokenizer import FolderTokenizer
 
     tokenizer = FolderTokenizer(resolve(model, root).folder, _ANY_LENGTH, {})
@@ -142,7 +142,8 @@ def cluster(
     Vectors are kept under the home, as those of a mining are. workers: that encode; None: as for `gyre embed`.
     """
     from cluster.embedding import vectors_of, workers_on
-    from cluster.models import fingerprint, resolve
+    from cluster.models.folder import fingerprint
+    from cluster.models.reference import resolve
     from data_services import clustering
     from data_services.mining.texts import write_texts
 

@@ -90,7 +90,8 @@ def planned_batch(recipe: Recipe, step: int, workers: int | None = None, run: st
 @contextlib.contextmanager
 def _tokenizer(recipe: Recipe, sources: tuple[StoredSource, ...], root: Path, run: str | None) -> Iterator[Tokenize]:
     """That of a run, or the one that training would make, in a folder that goes with it."""
-    from cluster.prepare import make_model_folder, tokenizer_of
+    from cluster.models.folder import tokenizer_of
+    from cluster.prepare import make_model_folder
 
     if run is not None:
         yield tokenizer_of(find_run(run, root).model)

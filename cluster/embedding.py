@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.config import ClusterConfig
-from cluster.models import fingerprint, open_encoder, resolve
+from cluster.models.folder import fingerprint, open_encoder
+from cluster.models.reference import resolve
 from cluster.paths import home
 from cluster.sections import source_section
 from data_services.embed import EmbedConfig, EmbeddedCorpus, OnRay, SourceTexts, Workers, embed, in_process

@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cluster.models import fingerprint, resolve
+from cluster.models.folder import fingerprint
+from cluster.models.reference import resolve
 from cluster.paths import home
 from data_services.items import TEXT
 from data_services.mine import MiningTexts, Progress, find_negatives, report, write_source, written_columns

@@ -61,7 +61,7 @@ def latency_p95_ms(folder: Path) -> float:
 
 def export_parity(folder: Path) -> float:
     """The largest difference of an element between gyre's vectors of PROBES and Sentence Transformers', both fields."""
-    from cluster.models import exported_encoder
+    from cluster.models.folder import exported_encoder
 
     ours, theirs = exported_encoder(folder), _sentence_transformer(folder)
     apart = 0.0

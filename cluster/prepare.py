@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from cluster.config import Recipe, differences
+from cluster.models.folder import tokenizer_of
 from cluster.paths import RunPaths
 from data_services.items import TEXT, Kinds
 from data_services.schema import Column, Tokenize, UsageError
@@ -239,7 +240,7 @@ def make_model_folder(recipe: Recipe, folder: Path, sources: tuple[StoredSource,
 
 def on_this_machine(model: ModelConfig, root: Path | None) -> tuple[ModelConfig, str]:
     """The section with folders for the registered models that it names, and the name of the weights it begins from."""
-    from cluster.models import resolve
+    from cluster.models.reference import resolve
 
     named = {key: getattr(model, key) for key in ("path", "document_path", "init_from")}
     found = {key: resolve(uri, root) for key, uri in named.items() if uri and uri.startswith("models:")}
@@ -266,45 +267,6 @@ def _texts_of(table: pa.Table, kinds: Kinds) -> Iterator[str]:
             for item in [record[name]] if name == Column.QUERY else record[name]:
                 parts = [item] if isinstance(item, str) else item.values()
                 yield from (part for part in parts if isinstance(part, str))
-
-
-def tokenizer_of(folder: Path) -> Tokenize:
-    """What makes the inputs of a model folder or export, of one tower or several."""
-    from data_services.inputs import Routed
-    from trainers.encoders import fields
-    from trainers.encoders.towers import Layout
-
-    layout = Layout.load(folder)
-    if layout is None:
-        return _reader_of(folder)
-    alone = {name: place for name, place in layout.towers.items() if name != fields.READS}
-    readers = {place: _reader_of(folder / place) for place in set(alone.values())}
-    by_name = {name: readers[place] for name, place in alone.items()}
-    if fields.READS in layout.towers:
-        by_name[fields.READS] = fields.reader_of(dict(by_name), folder / layout.towers[fields.READS])
-    return Routed(by_name, layout.by)
-
-
-def _reader_of(folder: Path) -> Tokenize:
-    """Of one tower's folder."""
-    from data_services.fronts import AudioFront, ImageFront
-    from data_services.tokenizer import FolderTokenizer
-    from data_services.vision_text import Patches, VisionText
-    from trainers.encoders import own
-    from trainers.encoders.spec import ModelSpec
-
-    spec = ModelSpec.load(folder)
-    if spec.code is not None:
-        return own.reader_of(folder)
-    if spec.reads == "image":
-        return ImageFront.of(folder, spec.max_tokens)
-    if spec.reads == "audio":
-        return AudioFront.of(folder)
-    texts = FolderTokenizer(folder, spec.max_tokens, spec.prompts)
-    if spec.reads == "vision":
-        image_id = json.loads((folder / "config.json").read_text())["image_token_id"]
-        return VisionText(texts, Patches.of(folder), image_id, spec.template)
-    return texts
 
 
 def check_data(run: RunPaths, now: Mapping[str, str]) -> None:

@@ -82,7 +82,7 @@ def mine_step(run: RunPaths, step: int) -> None:
 
 
 def _mine_source(source: StoredSource, recipe: Recipe, folder: Path, work: Path) -> None:
-    from cluster.models import exported_encoder
+    from cluster.models.folder import exported_encoder
     from data_services.embed import EmbedConfig, embed
     from data_services.mine import MiningTexts, find_negatives, write_source
     from data_services.mining.scorers import VectorMiner

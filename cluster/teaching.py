@@ -55,7 +55,8 @@ def _folder(root: Path, name: str) -> Path:
 
 def _by_model(model: str, sources: Sequence[StoredSource], root: Path, wanted: bool, on_progress: Progress) -> Teacher:
     from cluster.embedding import vectors_at, workers_up
-    from cluster.models import fingerprint, resolve
+    from cluster.models.folder import fingerprint
+    from cluster.models.reference import resolve
 
     ref = resolve(model, root)
     of_model = fingerprint(ref.folder)
@@ -94,7 +95,7 @@ def _of_pairs(encoder: str | None, path: str | None) -> tuple[Predict, str]:
     """What scores pairs, and what it is made of: a folder's fingerprint, a hub's id, or a module's source."""
     if encoder is not None:
         from cluster.mining import cross_encoder
-        from cluster.models import fingerprint
+        from cluster.models.folder import fingerprint
 
         return cross_encoder(encoder, "data.teacher.cross_encoder"), (
             fingerprint(Path(encoder)) if Path(encoder).is_dir() else encoder

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.config import Recipe
-from cluster.models import fingerprint, open_encoder, resolve
+from cluster.models.folder import fingerprint, open_encoder
+from cluster.models.reference import resolve
 from cluster.paths import RunPaths, find_run
 from data_services.schema import Encoder, UsageError
 
 if TYPE_CHECKING:
-    from cluster.registry import Version
+    from cluster.registry.store import Version
 
 NONE = "none"
 CHAMPION, UNTRAINED = "champion", "untrained"
@@ -48,7 +49,7 @@ def untrained(recipe: Recipe, run: RunPaths) -> Encoder:
     """A run's model as it was before the first step."""
     import torch
 
-    from cluster.prepare import tokenizer_of
+    from cluster.models.folder import tokenizer_of
     from cluster.worker import model_of
     from trainers.encoders.local import LocalEncoder
 
@@ -74,7 +75,7 @@ def _registered_name(model: str, run: RunPaths | None) -> str | None:
 def _champion(name: str | None, root: Path) -> Path | None:
     if name is None:
         return None
-    from cluster.registry import model_folder
+    from cluster.registry.folder import model_folder
 
     try:
         return model_folder(f"models:/{name}@champion", root)[0]
@@ -87,6 +88,6 @@ def _is_registered(model: str) -> bool:
 
 
 def _version(model: str, root: Path) -> Version:
-    from cluster.registry import model_folder
+    from cluster.registry.folder import model_folder
 
     return model_folder(model, root)[1]

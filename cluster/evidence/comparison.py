@@ -7,7 +7,8 @@ from pathlib import Path
 from cluster.evidence.baselines import NONE
 from cluster.evidence.evaluating import EvaluationJob, Progress, evaluate
 from cluster.evidence.suites import open_suite
-from cluster.models import fingerprint, resolve
+from cluster.models.folder import fingerprint
+from cluster.models.reference import resolve
 from cluster.paths import home
 from data_services.schema import UsageError
 from evaluation import mteb_adapter, stored

@@ -14,7 +14,8 @@ from cluster.evidence.baselines import baseline_models, run_of
 from cluster.evidence.contamination import Held, contamination
 from cluster.evidence.sharded import ShardedVectors
 from cluster.evidence.suites import OpenSuite, open_suite
-from cluster.models import fingerprint, open_encoder, resolve
+from cluster.models.folder import fingerprint, open_encoder
+from cluster.models.reference import resolve
 from cluster.paths import home
 from data_services.schema import Encoder, Tokenize, UsageError
 from evaluation import mteb_adapter

@@ -43,7 +43,7 @@ def score_split(recipe: Recipe, run: RunPaths, split: str, pool: StoredSource, t
     training  what a baseline of images looks at
     """
     from cluster.evidence.baselines import untrained
-    from cluster.models import exported_encoder
+    from cluster.models.folder import exported_encoder
     from data_services.sources import retrieval_pool
     from evaluation.both_ways import every_way
     from evaluation.significance import paired_bootstrap

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from cluster.models import fingerprint
+from cluster.models.folder import fingerprint
 from data_services.schema import Encoder, Item
 from evaluation.vectors import Vectors
 

@@ -115,7 +115,7 @@ def keep_best_model(run: RunPaths, metric: str | None) -> None:
 
 def score_step(run: RunPaths, step: int, model: Path | None = None) -> None:
     """Scores the weights of a step on the validation split. model: their folder, where it isn't the step's own."""
-    from cluster.models import exported_encoder
+    from cluster.models.folder import exported_encoder
     from cluster.prepare import pools_of
     from data_services.sources import open_source, retrieval_pool
     from evaluation.retrieval import evaluate_encoder

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
 
-from cluster.models import fingerprint
+from cluster.models.folder import fingerprint
 from cluster.paths import home
 from cluster.registry.flavour import MODEL_DATA
 from cluster.registry.store import FINGERPRINT, Version, find_model, find_version, registry

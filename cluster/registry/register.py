@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.models import fingerprint
+from cluster.models.folder import fingerprint
 from cluster.registry.champion import champion_of, move_champion
 from cluster.registry.flavour import write_mlflow_model
 from cluster.registry.store import CANDIDATE, FINGERPRINT, GATE, SCORES, Version, registry, version_of

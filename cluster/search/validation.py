@@ -25,7 +25,7 @@ def validate(training: Training, ready: Prepared, queries: int | None) -> dict[s
     """
     import torch
 
-    from cluster.models import exported_encoder
+    from cluster.models.folder import exported_encoder
     from data_services.sources import retrieval_pool
     from evaluation.retrieval import evaluate_encoder
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import ClusterConfig
 from cluster.jobs import PASSED
-from cluster.models import resolve
+from cluster.models.reference import resolve
 from cluster.paths import home
 from cluster.serving.protocol import Limits
 from data_services.schema import RunError, UsageError

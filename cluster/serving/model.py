@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.embedding import load_encoder
-from cluster.models import resolve
+from cluster.models.reference import resolve
 from cluster.serving.protocol import FIELDS
 from data_services.schema import RunError, UsageError
 

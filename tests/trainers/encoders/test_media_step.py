@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.prepare import tokenizer_of
+from cluster.models import tokenizer_of
 from data_services.assemble import GlobalBatch
 from data_services.collate import share_batch
 from data_services.schema import Inputs

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.models import exported_encoder
-from cluster.prepare import tokenizer_of
+from cluster.models import exported_encoder, tokenizer_of
 from data_services.schema import Media, Undecodable, UsageError
 from tests.test_docs_snippets import named_block
 from tests.trainers.encoders.sounds import tone

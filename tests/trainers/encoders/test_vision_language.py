@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from cluster.prepare import tokenizer_of
+from cluster.models import tokenizer_of
 from data_services.assemble import GlobalBatch
 from data_services.collate import share_batch
 from data_services.schema import Media, Undecodable
