@@ -39,7 +39,7 @@ def check_store(copy_to: str) -> None:
         try:
             store.put(Path(probe.name), name)
             store.remove(name)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a bucket whose name can't be one is a ValueError
             raise RunError(f"checkpoint.copy_to: {error}") from error
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import zlib
@@ -35,6 +36,7 @@ MANIFEST, STATE, LEASE, WHY = "manifest.json", "state.json", "lease.json", "why.
 COPIED = "copied.json"  # of the newest copy in an object store: its step, and its failure where it failed
 ASIDE = "aside."
 FORMAT = 2
+_NAME = re.compile(r"step-(\d+)\.")
 READERS = 8  # threads that verify a whole checkpoint: storage is the limit, not checksums
 
 
@@ -127,7 +129,9 @@ class SavedTensors(Mapping):
 
 def committed(root: Path) -> list[Checkpoint]:
     """The committed checkpoints under `root`, oldest first, damaged ones too."""
-    found = [checkpoint for folder in root.glob("step-*") if (checkpoint := _opened(folder))]
+    found = [
+        checkpoint for folder in root.glob("step-*") if _NAME.match(folder.name) and (checkpoint := _opened(folder))
+    ]
     return sorted(found, key=lambda c: (c.step, c.committed_at))
 
 
@@ -208,7 +212,7 @@ def write_manifest(folder: Path, step: int, committed_at: float, files: Mapping[
 
 def _opened(folder: Path) -> Checkpoint | None:
     """None where there is no manifest, or no longer."""
-    step = int(folder.name.removeprefix("step-").partition(".")[0])
+    step = step_of(folder.name)
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if not isinstance(manifest, dict) or "format" not in manifest:
@@ -231,6 +235,17 @@ def _sealed(manifest: Mapping[str, Any]) -> int:
 
 
 # Files.
+
+
+def folder_name(step: int, attempt: str) -> str:
+    return f"step-{step:08d}.{attempt}"
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint's folder. Raises ValueError where it is none's."""
+    if (found := _NAME.match(name)) is None:
+        raise ValueError(f"{name!r} is no folder of a checkpoint")
+    return int(found[1])
 
 
 def rank_file(rank: int, world_size: int) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data_services.schema import RunError, UsageError
 from trainers.beside import Beside
-from trainers.checkpoint import COPIED, MANIFEST, STATE, Checkpoint, committed, rank_file, write_json
+from trainers.checkpoint import COPIED, MANIFEST, STATE, Checkpoint, committed, rank_file, step_of, write_json
 from trainers.collectives import Group
 from trainers.object_store import ObjectFolder
 
@@ -34,6 +34,7 @@ class Copies:
         self._waiting: Checkpoint | None = None
         self.under_way: Checkpoint | None = None
         self._sent: dict[str, tuple[int, int]] = {}
+        self._seen = {c.folder.name for c in committed(root)} if group.rank == 0 else set()
 
     @property
     def busy(self) -> bool:
@@ -80,8 +81,9 @@ class Copies:
         there.put(checkpoint.folder / STATE, STATE)
         self._send_files()
         there.put(checkpoint.folder / MANIFEST, MANIFEST)
-        stay = {c.folder.name for c in committed(self._root)} | {checkpoint.folder.name}
-        remove_others(self._to / CHECKPOINTS, stay)
+        stand = {c.folder.name for c in committed(self._root)} | {checkpoint.folder.name}
+        self._seen |= stand
+        remove_retired(self._to / CHECKPOINTS, self._seen - stand)
 
     def _send_files(self) -> None:
         """The run's own files, those that changed since they were sent."""
@@ -89,13 +91,17 @@ class Copies:
             status = path.stat()
             stamp = (status.st_size, status.st_mtime_ns)
             if self._sent.get(name) != stamp:
-                self._to.put(path, name)
+                try:
+                    self._to.put(path, name)
+                except OSError:
+                    if path.exists():  # else a better model took its place meanwhile
+                        raise
                 self._sent[name] = stamp
 
 
-def remove_others(there: ObjectFolder, stay: set[str]) -> None:
-    """Checkpoints in the store that no longer stay: the commit marker first."""
-    gone = [name for name in there.sizes() if name.partition("/")[0] not in stay]
+def remove_retired(there: ObjectFolder, folders: set[str]) -> None:
+    """Checkpoints that stood here and don't any more go there too: the commit marker first."""
+    gone = [name for name in there.sizes() if name.partition("/")[0] in folders]
     for name in sorted(gone, key=lambda name: not name.endswith(f"/{MANIFEST}")):
         there.remove(name)
 
@@ -110,11 +116,13 @@ def fetch(there: ObjectFolder, run: Path, step: int | None = None) -> None:
     if "recipe.json" not in sizes:
         raise UsageError(f"there is no copy of a run at {there.uri}")
     manifests = sorted(n for n in sizes if n.startswith(f"{CHECKPOINTS}/") and n.endswith(f"/{MANIFEST}"))
-    steps = [int(name.split("/")[1].removeprefix("step-").partition(".")[0]) for name in manifests]
+    steps = [step_of(name.split("/")[1]) for name in manifests]
     if step is not None and step not in steps:
         raise UsageError(f"the copy at {there.uri} has no checkpoint of step {step}; there are {_listed(steps)}")
     chosen = [m for m, s in zip(manifests, steps, strict=True) if step in (None, s)][-1:]
     folder = chosen[0].rpartition("/")[0] if chosen else None
+    if outside := next((name for name in sizes if ".." in name.split("/")), None):
+        raise RunError(f"the copy at {there.uri} has an object {outside!r}, which is no file of a run")
     for name in sizes:
         if not name.startswith(f"{CHECKPOINTS}/") or name.rpartition("/")[0] == folder:
             there.get(name, run / name)

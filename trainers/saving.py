@@ -24,6 +24,7 @@ from trainers.checkpoint import (
     STATE,
     committed,
     described,
+    folder_name,
     latest,
     rank_file,
     remove,
@@ -106,7 +107,7 @@ class CheckpointStore:
 
     @property
     def _folder(self) -> Path:
-        return self.root / f"step-{self._step:08d}.{self.attempt}"
+        return self.root / folder_name(self._step, self.attempt)
 
     def _settle(self) -> None:
         while not self._beside.idle:

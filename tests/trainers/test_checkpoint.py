@@ -11,11 +11,13 @@ from trainers.checkpoint import (
     STATE,
     check_whole,
     committed,
+    described,
     latest,
     newest_whole,
     rank_file,
     reasons_aside,
     set_aside,
+    write_manifest,
 )
 from trainers.collectives import Group
 from trainers.config import CheckpointConfig
@@ -42,8 +44,6 @@ def of_two_workers(root, steps):
         for rank in range(2):
             (folder / rank_file(rank, 2)).write_bytes(one.read_bytes())
         one.unlink()
-        from trainers.checkpoint import described, write_manifest
-
         write_manifest(folder, step, 0.0, {name: described(folder / name) for name in (STATE, *FILES[:2])})
     return committed(root)
 

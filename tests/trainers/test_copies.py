@@ -117,3 +117,16 @@ def test_a_copy_that_was_damaged_there_is_refused_with_what_else_there_is(own, t
     told = rf"step 10 at {there.uri} is damaged: {SHARE} has 4 bytes.*--from-step takes another, there are 5"
     with pytest.raises(RunError, match=told):
         fetch(there, tmp_path / "fresh")
+
+
+def test_an_object_that_would_lie_outside_the_run_is_refused(own, there, tmp_path):
+    class Hostile:
+        uri = there.uri
+
+        def sizes(self):
+            return there.sizes() | {"model/../../../escaped": 4}
+
+    saved(own, 5)
+    with pytest.raises(RunError, match=r"escaped', which is no file of a run"):
+        fetch(Hostile(), tmp_path / "deep" / "fresh")
+    assert not list(tmp_path.rglob("escaped"))
