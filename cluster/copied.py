@@ -19,8 +19,8 @@ def files_to_copy(run: RunPaths) -> dict[str, Path]:
     """{name in the copy: file} of all that a resume needs beside a checkpoint, as it stands now."""
     single = (run.recipe, run.data, run.parent, run.tracker, run.metrics, run.ended)
     below = [p for folder in (run.model, run.watched, run.mined) for p in sorted(folder.rglob("*"))]
-    found = [p for p in (*single, *below) if p.is_file() and ".making" not in str(p) and not p.name.endswith(".tmp")]
-    return {p.relative_to(run.root).as_posix(): p for p in found}
+    found = {p.relative_to(run.root).as_posix(): p for p in (*single, *below) if p.is_file()}
+    return {name: p for name, p in found.items() if ".making" not in name and not name.endswith(".tmp")}
 
 
 def copy_of(copy_to: str, run_id: str) -> ObjectFolder:

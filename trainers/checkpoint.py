@@ -129,9 +129,8 @@ class SavedTensors(Mapping):
 
 def committed(root: Path) -> list[Checkpoint]:
     """The committed checkpoints under `root`, oldest first, damaged ones too."""
-    found = [
-        checkpoint for folder in root.glob("step-*") if _NAME.match(folder.name) and (checkpoint := _opened(folder))
-    ]
+    folders = [folder for folder in root.glob("step-*") if _NAME.match(folder.name)]
+    found = [checkpoint for folder in folders if (checkpoint := _opened(folder))]
     return sorted(found, key=lambda c: (c.step, c.committed_at))
 
 

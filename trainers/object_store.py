@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,6 +51,8 @@ class ObjectFolder:
                     sent += len(block)
             there = system.get_file_info(f"{root}/{name}").size
             if there != sent:
+                with suppress(OSError):  # half an object is worse than none
+                    system.delete_file(f"{root}/{name}")
                 raise OSError(f"{there} of {sent} bytes arrived")
 
         self._patiently(upload, f"{self.uri}/{name} can't be written")
