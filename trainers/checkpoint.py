@@ -223,7 +223,7 @@ def _opened(folder: Path) -> Checkpoint | None:
             return Checkpoint(folder, step, unreadable=f"{MANIFEST} is not what was written (its checksum differs)")
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         return Checkpoint(folder, step, unreadable=f"{MANIFEST} is not whole")
     files = {name: (size, checksum) for name, (size, checksum) in manifest["files"].items()}
     return Checkpoint(folder, step, manifest["world_size"], manifest["committed_at"], files)

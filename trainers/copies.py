@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_services.schema import RunError, UsageError
 from trainers.beside import Beside
 from trainers.checkpoint import COPIED, MANIFEST, STATE, Checkpoint, committed, rank_file, step_of, write_json
-from trainers.collectives import Group
 from trainers.object_store import ObjectFolder
+
+if TYPE_CHECKING:
+    from trainers.collectives import Group
 
 CHECKPOINTS = "checkpoints"
 
