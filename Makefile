@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test test-cluster test-rooms proof test-gpu lint clean
+.PHONY: install quickstart test test-cluster test-rooms proof test-gpu lint audit clean
 install: $(VENV)/installed
 
 # torch first and alone: on a machine that offers a CPU build, whatever pulls torch before that brings CUDA.
@@ -44,6 +44,10 @@ proof: install
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
+
+# Known vulnerabilities of what the lock pins, as a report: it needs the package index, and its findings change by the day.
+audit: install
+	$(BIN)/pip-audit --requirement requirements.lock --no-deps --desc on || true
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis

@@ -267,6 +267,8 @@ def peer(home: str, batch: int, length: dict[str, int], peer: dict[str, Any]) ->
     from torch.utils.data import SequentialSampler
     from transformers import TrainerCallback
 
+    from trainers.objectives.sections.numbers import ends_of
+
     settings, steps, watch = Peer(**peer), Length(**length), Stopwatch()
     task, reader = our_task(Path(home), batch, steps)
 
@@ -288,7 +290,7 @@ def peer(home: str, batch: int, length: dict[str, int], peer: dict[str, Any]) ->
         output_dir=str(Path(home) / "peer"),
         per_device_train_batch_size=batch,
         max_steps=steps.steps,
-        learning_rate=task.recipe.optimizer.lr,
+        learning_rate=ends_of(task.recipe.optimizer.lr)[0],
         bf16=settings.precision == "bf16",
         use_cpu=True,
         batch_sampler=in_order,

@@ -16,8 +16,10 @@ import typer
 
 from cluster.commands.corpus import embed, mine
 from cluster.commands.data import data_app
+from cluster.commands.jobs import REST_OF_THE_LINE, jobs, stop, submit
 from cluster.commands.options import Json, Model, Overrides, Recipe, check_json, open_console, write_json
 from cluster.commands.registry import compare, list_models, promote, rollback
+from cluster.commands.report import report
 from cluster.commands.serve import serve
 
 DONE, FAILED, WRONG, REFUSED = 0, 1, 2, 3
@@ -84,31 +86,12 @@ def search(
     show_search(console, result)
 
 
-@app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "allow_interspersed_args": False,
-    },
+app.command(
+    context_settings=REST_OF_THE_LINE,
     epilog="Example: RAY_ADDRESS=http://head:8265 gyre submit train recipes/quickstart.yaml",
-)
-def submit(
-    command: Annotated[list[str], typer.Argument(metavar="COMMAND …", help="Any gyre command and its arguments.")],
-    address: Annotated[str | None, typer.Option(metavar="URL", help="The job server; else from RAY_ADDRESS.")] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Don't follow the log.")] = False,
-    json_file: Json = None,
-) -> None:
-    """Run a command as a job on a running cluster: ships the working tree, streams the log."""
-    from cluster import jobs
-    from cluster.console import show_job
-
-    check_json(json_file)
-    console = open_console()
-    job = jobs.submit(command, address=address, detach=detach)
-    write_json(json_file, job.as_dict())
-    show_job(console, job)
-    if not detach and job.status != "SUCCEEDED":
-        raise typer.Exit(job.exit_code or FAILED)
+)(submit)
+app.command(epilog="Examples: gyre jobs; gyre jobs raysubmit_3f --address http://127.0.0.1:8265")(jobs)
+app.command(epilog="Example: gyre stop raysubmit_3f")(stop)
 
 
 @app.command(epilog="Example: gyre evaluate models:/quickstart@champion --suite builtin:code")
@@ -155,6 +138,7 @@ app.command(epilog="Example: gyre compare models:/quickstart@champion models:/qu
 app.command("models", epilog="Example: gyre models quickstart")(list_models)
 app.command(epilog="Example: gyre promote quickstart 2 --gates team-gates.yaml --sign-off ann")(promote)
 app.command(epilog="Example: gyre rollback quickstart")(rollback)
+app.command(epilog="Example: gyre report quickstart-2026 --out report.html")(report)
 app.command(epilog="Example: gyre serve models:/quickstart@champion --port 8000")(serve)
 
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from cluster.data_plan import PlannedBatch
     from cluster.doctor import Diagnosis
     from cluster.embedding import EmbeddingResult
-    from cluster.jobs import JobResult
     from cluster.models import QueryResult, SavedStep
     from cluster.registry import Move, Version
     from evaluation.compare import Comparison
@@ -181,6 +180,7 @@ def show_trained(console: Console, result: Mapping[str, Any], root: Path) -> Non
             elsewhere,
             f'gyre query "parse a date from a string" --model models:/{registered}@candidate',
             f"gyre models {registered}",
+            f"gyre report {result['run_id']}",
             f"mlflow ui --backend-store-uri {tracking_uri(root)}",
         ),
     ):
@@ -199,7 +199,7 @@ def show_evaluation(console: Console, found: StoredEvaluation) -> None:
         console.print()
     for probe, told in result.bias.items():
         show_lines(console, f"bias {probe}: effect {told['effect']:+.2f}, p {told['p']:.2g}")
-    show_lines(console, f"stored  {found.folder}")
+    show_lines(console, f"stored  {found.folder}", f"next    gyre report {result.id}")
 
 
 def _about(task: TaskResult, geometry: Mapping[str, float]) -> Iterator[str]:
@@ -265,7 +265,7 @@ def show_comparison(console: Console, found: Comparison) -> None:
     for task in found.tasks:
         if task.changed:
             show_lines(console, "", f"{task.task}: the queries that changed most ({task.metric}, A to B)")
-            show_lines(console, *(f"  {c.b - c.a:+.4f}  {c.a:.4f} to {c.b:.4f}  {c.query_id}" for c in task.changed))
+            show_lines(console, *(f"  {c.b - c.a:+.4f}  {c.a:.4f} to {c.b:.4f}  {task.shown(c)}" for c in task.changed))
 
 
 def show_move(console: Console, moved: Move) -> None:
@@ -327,8 +327,3 @@ def show_checkpoints(console: Console, saved: list[SavedStep]) -> None:
         state = f"[red]{escape(s.damage)}[/]" if s.damage else "[green]whole[/]"
         rows.append([str(s.step), str(s.world_size), f"{s.size_bytes / 1e6:.1f} MB", state, escape(str(s.folder))])
     show_table(console, ("step", "workers", "size", "state", "folder"), rows)
-
-
-def show_job(console: Console, job: JobResult) -> None:
-    follow = f"; follow it with `ray job logs {job.job_id} --follow`" if job.exit_code is None else ""
-    console.print(f"job {job.job_id} {job.status.lower()}{follow}", highlight=False, soft_wrap=True)

@@ -88,6 +88,19 @@ def examine(root: Path | None = None) -> Diagnosis:
     return Diagnosis(versions, _cores(), round(memory, 1), gpus, findings)
 
 
+def environment() -> dict[str, Any]:
+    """What a run says of the machine that its command ran on."""
+    versions = {name: found for name in PACKAGES if (found := _version(name))}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": _cores(),
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "accelerators": _accelerators(versions.get("torch"))[0],
+        "versions": versions,
+    }
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

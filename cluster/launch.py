@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
 from cluster.copied import check_store, find_or_fetch
+from cluster.doctor import environment
 from cluster.evidence.scoring import score_everywhere
 from cluster.evidence.watching import keep_best
 from cluster.fit import Progress, Stopped, stopped_by_signal, training
@@ -102,6 +103,7 @@ def train(
             lambda n, of: tell({"kind": "parts", "finished": n, "parts": of}),
             lambda what, done, of: tell({"kind": "step", "unit": what, "step": done, "steps": of}),
         )
+        write_json(ready.run.environment, environment())
         with training(ready, tell) as follow:
             tracker = open_tracker(ready, root)
             tell({"kind": "phase", "text": f"run {ready.run.run_id}: {ready.plan.steps} steps"})

@@ -31,6 +31,10 @@ def log_folder(root: Path | None = None) -> Path:
     return (root or home()) / "logs"
 
 
+class Ambiguous(UsageError):
+    """The beginning of several ids."""
+
+
 @dataclass(frozen=True)
 class RunPaths:
     """The files of one run.
@@ -46,6 +50,8 @@ class RunPaths:
     tracker      id of the run in the tracking store (JSON)
     startup      when rank 0 entered training and when its model and engine stood, seconds since 1970, and what
                  the run chose: cached, precision, reduction (JSON)
+    environment  versions, cores, memory and accelerators of the machine that the command ran on (JSON)
+    report       what `gyre report` made of all this
     failure      a worker's last sentence, where it failed in a way that a restart would repeat
     quarantine   rows that could not be decoded while training, a JSON file each
     mined        hard negatives mined while training, a folder for each step they were mined after
@@ -124,6 +130,18 @@ class RunPaths:
         """Every model's score on every query of a split (Parquet)."""
         return self.root / "evaluation" / f"{split}.parquet"
 
+    def look(self, split: str) -> Path:
+        """What a report shows of a split beside the scores: `evaluation.look.Look` (JSON)."""
+        return self.root / "evaluation" / f"{split}.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
     @property
     def run_id(self) -> str:
         return self.root.name
@@ -144,7 +162,7 @@ def find_run(run: str, root: Path | None = None) -> RunPaths:
     if len(matches) == 1:
         return RunPaths(matches[0])
     if matches:
-        raise UsageError(f"run {run!r} is ambiguous: {', '.join(p.name for p in matches)}")
+        raise Ambiguous(f"run {run!r} is ambiguous: {', '.join(p.name for p in matches)}")
     newest = sorted(found, key=lambda p: (p / "recipe.json").stat().st_mtime, reverse=True)[:3]
     there = f"the newest there: {', '.join(p.name for p in newest)}" if newest else "there are none yet"
     raise UsageError(f"no run {run!r} under {base}; {there}")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
@@ -118,25 +118,8 @@ def prepare(
     make_model  makes the model folder, as `make_model_folder` does; None: that
     """
     from cluster.teaching import teacher_of
-    from data_services.sources import columns_available, open_source
-    from data_services.stream import plan_of
 
-    sources = tuple(open_source(source, root, report) for source in recipe.data.sources)
-    # What the finished model is scored on, too, so that a fault in it is told before training.
-    pools = {split: open_source(pool, root, report) for split, pool in pools_of(recipe).items()}
-    check_kinds(recipe, (*sources, *pools.values()))
-    check_scoring(recipe, pools)
-    by_itself = {Column.MODALITY} if any(source.kinds != TEXT for source in sources) else set()
-    if told := recipe.lacking(columns_available(source.columns for source in sources) | by_itself):
-        raise UsageError(told)
-    plan = plan_of(recipe.data, sources, recipe.seed)
-    if recipe.optimizer.warmup_steps >= plan.steps:
-        raise UsageError(
-            f"optimizer.warmup_steps ({recipe.optimizer.warmup_steps}) leaves none of the plan's {plan.steps} steps: "
-            "lower it"
-        )
-    if recipe.data.teacher is not None and by_itself:
-        raise UsageError("data.teacher: it scores texts, and a source has images or sounds; leave it out")
+    sources, pools, plan = open_data(recipe, root, report)
     teacher = teacher_of(recipe, sources, root, on_progress)
     made_of = _made_of(recipe, sources, teacher)
     if earlier:
@@ -157,6 +140,38 @@ def prepare(
     finally:
         shutil.rmtree(building.root, ignore_errors=True)
     return Prepared(recipe, root, run, sources, pools, plan, tokenizer_of(run.model), teacher)
+
+
+class Opened(NamedTuple):
+    """The data of a run; as `Prepared` has it."""
+
+    sources: tuple[StoredSource, ...]
+    pools: dict[str, StoredSource]
+    plan: Plan
+
+
+def open_data(recipe: Recipe, root: Path, report: Report | None = None) -> Opened:
+    """Sources and pools as Parquet, and the plan. Raises UsageError where they, or the recipe, don't go together."""
+    from data_services.sources import columns_available, open_source
+    from data_services.stream import plan_of
+
+    sources = tuple(open_source(source, root, report) for source in recipe.data.sources)
+    # What the finished model is scored on, too, so that a fault in it is told before training.
+    pools = {split: open_source(pool, root, report) for split, pool in pools_of(recipe).items()}
+    check_kinds(recipe, (*sources, *pools.values()))
+    check_scoring(recipe, pools)
+    by_itself = {Column.MODALITY} if any(source.kinds != TEXT for source in sources) else set()
+    if told := recipe.lacking(columns_available(source.columns for source in sources) | by_itself):
+        raise UsageError(told)
+    plan = plan_of(recipe.data, sources, recipe.seed)
+    if recipe.optimizer.warmup_steps >= plan.steps:
+        raise UsageError(
+            f"optimizer.warmup_steps ({recipe.optimizer.warmup_steps}) leaves none of the plan's {plan.steps} steps: "
+            "lower it"
+        )
+    if recipe.data.teacher is not None and by_itself:
+        raise UsageError("data.teacher: it scores texts, and a source has images or sounds; leave it out")
+    return Opened(sources, pools, plan)
 
 
 def _made_of(recipe: Recipe, sources: tuple[StoredSource, ...], teacher: Teacher | None) -> dict[str, str]:

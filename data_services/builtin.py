@@ -16,9 +16,9 @@ import sys
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 STDLIB_CODE = "stdlib-code"
 # In the order in which a text that occurs in several is awarded to one.
@@ -27,6 +27,7 @@ SPLITS = ("heldout", "validation", "train")
 CODE_VERSION = 3
 
 MIN_WORDS = 4
+NEAR = 10
 _HELD_OUT_ONE_IN = 7
 _VALIDATION_ONE_IN = 10
 _LEFT_OUT = {
@@ -95,11 +96,19 @@ def stdlib_code() -> dict[str, tuple[Pair, ...]]:
     return kept
 
 
-def rows(split: str) -> Iterator[dict[str, str]]:
-    """The pairs of a split as rows of a source."""
-    for pair in stdlib_code()[split]:
+def rows(split: str) -> Iterator[dict[str, Any]]:
+    """The pairs of a split as rows of a source, with their package and what stands near them."""
+    pairs = stdlib_code()[split]
+    for place, pair in enumerate(pairs):
         package = pair.module.partition(".")[0]
-        yield {"name": pair.name, "package": package, "query": pair.query, "positive": pair.positive}
+        own = {"name": pair.name, "package": package, "query": pair.query, "positive": pair.positive}
+        yield own | {"nearby": nearby(pairs, place)}
+
+
+def nearby(pairs: Sequence[Pair], place: int) -> list[str]:
+    """The sources of the 2 · NEAR pairs around one, of its own module mostly; those that answer its query are none."""
+    own, around = pairs[place], pairs[max(0, place - NEAR) : place + NEAR + 1]
+    return list(dict.fromkeys(p.positive for p in around if p.query != own.query and p.positive != own.positive))
 
 
 def split_modules(modules: list[str]) -> dict[str, list[str]]:

@@ -3,43 +3,27 @@ when pointed at. Colours are the page's."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-COLOURS = 6
-WIDTH, HEIGHT = 720, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 40
+from evaluation.axes import (
+    COLOURS,
+    HEIGHT,
+    WIDTH,
+    Point,
+    Scale,
+    empty,
+    figure,
+    frame,
+    legend_of,
+    number,
+    scales_of,
+    short,
+    svg,
+)
 
-Point = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Values low … high on pixels begin … end, evenly or by their logarithm."""
-
-    low: float
-    high: float
-    begin: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high, at = (math.log(x) if self.log else x for x in (self.low, self.high, value))
-        return self.begin + (at - low) / ((high - low) or 1.0) * (self.end - self.begin)
-
-    def ticks(self, most: int = 6) -> list[float]:
-        """Round values inside, at most so many."""
-        if self.log:
-            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            found = [m * 10.0**d for d in decades for m in (1, 2, 5) if self.low <= m * 10.0**d <= self.high]
-            return found if len(found) <= most else found[:: -(-len(found) // most)]
-        span = (self.high - self.low) or 1.0
-        size = 10.0 ** math.floor(math.log10(span / most))
-        step = next(m * size for m in (1, 2, 2.5, 5, 10) if span / (m * size) <= most)
-        first = math.ceil(self.low / step - 1e-9)
-        return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+DOTTED = 12  # points of a line that are shown each
 
 
 def line_chart(
@@ -48,25 +32,24 @@ def line_chart(
     """Up to six named series as coloured lines with a legend; more, as faint lines with their names on pointing."""
     points = [p for line in series.values() for p in line]
     if not points:
-        return _figure('<p class="soft">nothing to show yet</p>', caption)
-    x, y = _scales(points, log_x)
+        return empty(caption)
+    x, y = scales_of(points, log_x)
     few = len(series) <= COLOURS
     marks = []
-    for number, (name, line) in enumerate(series.items()):
+    for place, (name, line) in enumerate(series.items()):
         path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py in line)
-        style = f'class="mark" style="stroke: var(--s{number})"' if few else 'class="mark faint"'
+        style = f'class="mark" style="stroke: var(--s{place})"' if few else 'class="mark faint"'
         title = f"<title>{escape(name)}</title>"
         if len(line) > 1:
             marks.append(f'<polyline points="{path}" {style}>{title}</polyline>')
-        colour = f"var(--s{number})" if few else "var(--soft)"
-        px, py = line[-1]
-        marks.append(
-            f'<circle cx="{x(px):.1f}" cy="{y(py):.1f}" r="3" class="dot" style="fill: {colour}">{title}</circle>'
-        )
-    legend = _legend(list(series)) if few and len(series) > 1 else ""
-    return _figure(
-        _svg(_axes(x, y, x_label, y_label) + "".join(marks), HEIGHT, f"{y_label} over {x_label}") + legend, caption
-    )
+        colour = f"var(--s{place})" if few else "var(--soft)"
+        for px, py in line if few and len(line) <= DOTTED else line[-1:]:
+            marks.append(
+                f'<circle cx="{x(px):.1f}" cy="{y(py):.1f}" r="3" class="dot" style="fill: {colour}">{title}</circle>'
+            )
+    names = legend_of(list(series)) if few and len(series) > 1 else ""
+    drawing = svg(frame(x, y, x_label, y_label) + "".join(marks), HEIGHT, f"{y_label} over {x_label}")
+    return figure(drawing + names, caption)
 
 
 def point_chart(
@@ -80,8 +63,8 @@ def point_chart(
 ) -> str:
     """Named points; those in `strong` stand out and have their names beside them."""
     if not points:
-        return _figure('<p class="soft">nothing to show yet</p>', caption)
-    x, y = _scales(list(points.values()), log_x)
+        return empty(caption)
+    x, y = scales_of(list(points.values()), log_x)
     marks = []
     for name, (px, py) in sorted(points.items(), key=lambda item: item[0] in strong):
         colour, at = ("var(--s1)" if name in strong else "var(--s0)"), (x(px), y(py))
@@ -93,7 +76,31 @@ def point_chart(
             side = 'text-anchor="end"' if at[0] > WIDTH * 0.85 else ""
             marks.append(f'<text class="strong" {side} x="{at[0] + (-8 if side else 8):.1f}" y="{at[1] - 6:.1f}">')
             marks.append(f"{escape(name)}</text>")
-    return _figure(_svg(_axes(x, y, x_label, y_label) + "".join(marks), HEIGHT, f"{y_label} over {x_label}"), caption)
+    return figure(svg(frame(x, y, x_label, y_label) + "".join(marks), HEIGHT, f"{y_label} over {x_label}"), caption)
+
+
+def path_chart(points: Sequence[Point], names: Sequence[str], x_label: str, y_label: str, *, caption: str = "") -> str:
+    """A way through points in their order, each with its name on pointing; the first and the last have theirs beside
+    them."""
+    if not points:
+        return empty(caption)
+    x, y = scales_of(points)
+    path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py in points)
+    marks = [f'<polyline points="{path}" class="mark" style="stroke: var(--s0)"/>']
+    for place, ((px, py), name) in enumerate(zip(points, names, strict=True)):
+        end = place in (0, len(points) - 1)
+        colour = "var(--s1)" if end else "var(--s0)"
+        told = f"<title>{escape(name)}: {number(px)}, {number(py)}</title>"
+        size = 5 if end else 2.5
+        marks.append(
+            f'<circle cx="{x(px):.1f}" cy="{y(py):.1f}" r="{size}" class="dot" style="fill: {colour}">{told}</circle>'
+        )
+        if end:
+            left = x(px) > WIDTH * 0.7
+            side = 'text-anchor="end"' if left else ""
+            marks.append(f'<text class="strong" {side} x="{x(px) + (-9 if left else 9):.1f}" y="{y(py):.1f}"')
+            marks.append(f' dy=".35em">{escape(name)}</text>')
+    return figure(svg(frame(x, y, x_label, y_label) + "".join(marks), HEIGHT, f"{y_label} and {x_label}"), caption)
 
 
 def bar_chart(values: Mapping[str, float], *, caption: str = "", unit: str = "") -> str:
@@ -104,12 +111,12 @@ def bar_chart(values: Mapping[str, float], *, caption: str = "", unit: str = "")
     for i, (name, value) in enumerate(values.items()):
         y, length = i * row + 4, abs(value) / most * (WIDTH - names - 90)
         marks.append(
-            f'<text class="strong" x="{names - 8}" y="{y + 13}" text-anchor="end">{escape(_short(name, 32))}'
+            f'<text class="strong" x="{names - 8}" y="{y + 13}" text-anchor="end">{escape(short(name, 32))}'
             f"<title>{escape(name)}</title></text>"
             f'<rect x="{names}" y="{y}" width="{max(length, 1):.1f}" height="18" rx="2" style="fill: var(--s0)"/>'
             f'<text x="{names + length + 8:.1f}" y="{y + 13}">{number(value)}{escape(unit)}</text>'
         )
-    return _figure(_svg("".join(marks), len(values) * row + 6, caption or "bars"), caption)
+    return figure(svg("".join(marks), len(values) * row + 6, caption or "bars", wide=True), caption)
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ def parallel_coordinates(
     """
     every = [*axes, Axis(score)]
     if not rows:
-        return _figure('<p class="soft">nothing to show yet</p>', caption)
+        return empty(caption)
     height, top, bottom = 340, 34, 320
     across = Scale(0, max(len(every) - 1, 1), 70, WIDTH - 50)
     scales = [_axis_scale(axis, rows, bottom, top) for axis in every]
@@ -156,14 +163,7 @@ def parallel_coordinates(
         told = ", ".join(f"{key} {_told(value)}" for key, value in values.items())
         marks.append(f'<polyline points="{path}" {style}><title>{escape(f"{name}: {told}")}</title></polyline>')
     lines = [_upright(axis, scale, across(i)) for i, (axis, scale) in enumerate(zip(every, scales, strict=True))]
-    return _figure(_svg("".join(marks) + "".join(lines), height, f"settings and {score}"), caption)
-
-
-def number(value: float) -> str:
-    """As short as it can be read: four digits, no exponent for common sizes."""
-    if value == 0 or 1e-4 <= abs(value) < 1e5:
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    return f"{value:.2g}"
+    return figure(svg("".join(marks) + "".join(lines), height, f"settings and {score}", wide=True), caption)
 
 
 def _told(value: float | str) -> str:
@@ -185,47 +185,8 @@ def _axis_scale(axis: Axis, rows: Mapping[str, Mapping[str, float | str]], begin
 def _upright(axis: Axis, scale: Scale, x: float) -> str:
     ticks = [(float(i), name) for i, name in enumerate(axis.choices)] or [(v, number(v)) for v in scale.ticks(5)]
     labels = "".join(
-        f'<text x="{x - 6:.1f}" y="{scale(at) + 4:.1f}" text-anchor="end">{escape(_short(text, 10))}</text>'
+        f'<text x="{x - 6:.1f}" y="{scale(at) + 4:.1f}" text-anchor="end">{escape(short(text, 10))}</text>'
         for at, text in ticks
     )
-    name = f'<text class="strong" x="{x:.1f}" y="16" text-anchor="middle">{escape(_short(axis.name, 18))}</text>'
+    name = f'<text class="strong" x="{x:.1f}" y="16" text-anchor="middle">{escape(short(axis.name, 18))}</text>'
     return f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{scale.begin}" y2="{scale.end}"/>{labels}{name}'
-
-
-def _scales(points: Sequence[Point], log_x: bool) -> tuple[Scale, Scale]:
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    spare = (max(ys) - min(ys)) * 0.06 or abs(max(ys)) * 0.1 or 1.0
-    x = Scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, LEFT, WIDTH - RIGHT, log_x and min(xs) > 0)
-    return x, Scale(min(ys) - spare, max(ys) + spare, HEIGHT - BOTTOM, TOP)
-
-
-def _axes(x: Scale, y: Scale, x_label: str, y_label: str) -> str:
-    base = HEIGHT - BOTTOM
-    parts = [f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>']
-    for at in y.ticks():
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(at):.1f}" y2="{y(at):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y(at) + 4:.1f}" text-anchor="end">{number(at)}</text>')
-    parts += [f'<text x="{x(at):.1f}" y="{base + 16}" text-anchor="middle">{number(at)}</text>' for at in x.ticks()]
-    parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{base + 34}" text-anchor="middle">{escape(x_label)}</text>'
-    )
-    parts.append(f'<text class="strong" x="{LEFT}" y="8">{escape(y_label)}</text>')
-    return "".join(parts)
-
-
-def _legend(names: Sequence[str]) -> str:
-    items = (f'<span><i style="background: var(--s{i})"></i>{escape(name)}</span>' for i, name in enumerate(names))
-    return f'<div class="legend">{"".join(items)}</div>'
-
-
-def _svg(inner: str, height: int, label: str) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{inner}</svg>'
-
-
-def _figure(inner: str, caption: str) -> str:
-    told = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure><div class="scroll">{inner}</div>{told}</figure>'
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else "…" + text[-most + 1 :]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from data_services.schema import UsageError
+from evaluation.excerpts import Excerpt
 from evaluation.significance import Difference, paired_bootstrap, paired_randomisation
-from evaluation.stored import PerQuery, StoredEvaluation, TaskResult
+from evaluation.stored import Excerpts, PerQuery, StoredEvaluation, TaskResult
 
 _SAME = 1e-12  # two scores of one query that differ by less are a tie
 
@@ -32,6 +33,7 @@ class TaskComparison:
     difference, p    of b − a, bootstrap and randomisation; None where the metric is no mean over at least 2 queries
     wins, losses, ties   queries on which b is better, worse, equal
     changed          the queries that changed most, the largest change first
+    excerpts         what these queries and their hits show, by id
     """
 
     task: str
@@ -44,6 +46,12 @@ class TaskComparison:
     losses: int
     ties: int
     changed: tuple[QueryChange, ...]
+    excerpts: Excerpts = field(default_factory=Excerpts)
+
+    def shown(self, change: QueryChange) -> str:
+        """A line for a changed query: the beginning of its text, else its id."""
+        text = self.excerpts.queries.get(change.query_id, Excerpt()).text
+        return " ".join(text.split())[:80] or change.query_id
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,10 @@ class Comparison:
     suite: str
     evaluations: tuple[str, str]
     tasks: tuple[TaskComparison, ...]
+
+    @property
+    def id(self) -> str:
+        return "..".join(self.evaluations)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,6 +109,10 @@ def compare_task(
     scores_a, scores_b = (side.scores.get(name, np.zeros(0)) for side in (before, after))
     moved = scores_b - scores_a
     enough = len(moved) > 1
+    changes = tuple(_changes(before, after, name, changed))
+    ids, hits = [c.query_id for c in changes], [id for c in changes for id in (*c.hits_a, *c.hits_b)]
+    of_a, of_b = (side.excerpts(task).of(ids, hits) for side in (a, b))
+    excerpts = Excerpts({**of_b.queries, **of_a.queries}, {**of_b.documents, **of_a.documents})
     return TaskComparison(
         task=task,
         metric=name,
@@ -107,7 +123,8 @@ def compare_task(
         wins=int((moved > _SAME).sum()),
         losses=int((moved < -_SAME).sum()),
         ties=int((np.abs(moved) <= _SAME).sum()),
-        changed=tuple(_changes(before, after, name, changed)),
+        changed=changes,
+        excerpts=excerpts,
     )
 
 

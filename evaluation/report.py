@@ -33,12 +33,12 @@ def results_table(rows: Mapping[str, Mapping[str, float]], title: str | None = N
     Where a row "bm25" stands, a last column has the difference to it in the first metric. ValueError where a
     row lacks a metric that the first row has.
     """
-    return _rich(_results(rows), title)
+    return _rich(results_cells(rows), title)
 
 
 def results_text(rows: Mapping[str, Mapping[str, float]]) -> str:
     """The same as plain lines."""
-    return _plain(_results(rows))
+    return _plain(results_cells(rows))
 
 
 def gate_table(result: GateResult) -> Table:
@@ -53,19 +53,20 @@ def gate_text(result: GateResult) -> str:
 
 def comparison_table(found: Comparison) -> Table:
     """A row a task: both scores, B less A with its 95 % interval and p, and on how many queries B is better, worse."""
-    return _rich(_comparison(found), found.suite)
+    return _rich(comparison_cells(found), found.suite)
 
 
 def comparison_text(found: Comparison) -> str:
     """The same as plain lines."""
-    return _plain(_comparison(found))
+    return _plain(comparison_cells(found))
 
 
-def _comparison(found: Comparison) -> Cells:
+def comparison_cells(found: Comparison) -> Cells:
+    """Header and rows of `comparison_table`."""
     header = ["task", "metric", "A", "B", "B − A", "95 % interval", "p", "wins", "losses", "ties"]
     body = []
     for task in found.tasks:
-        row = [task.task, _label(task.metric), f"{task.a:.4f}", f"{task.b:.4f}", f"{task.b - task.a:+.4f}"]
+        row = [task.task, label(task.metric), f"{task.a:.4f}", f"{task.b:.4f}", f"{task.b - task.a:+.4f}"]
         if task.difference is not None and task.p is not None:
             interval = f"[{task.difference.low:+.4f}, {task.difference.high:+.4f}]"
             row += [interval, f"{task.p:.2g}", str(task.wins), str(task.losses), str(task.ties)]
@@ -73,15 +74,16 @@ def _comparison(found: Comparison) -> Cells:
     return header, body
 
 
-def _results(rows: Mapping[str, Mapping[str, float]]) -> Cells:
+def results_cells(rows: Mapping[str, Mapping[str, float]]) -> Cells:
+    """Header and rows of `results_table`."""
     metrics = list(next(iter(rows.values()))) if rows else []
     lacking = [(model, metric) for model, row in rows.items() for metric in metrics if metric not in row]
     if lacking:
         raise ValueError(f"row {lacking[0][0]!r} of the results has no {lacking[0][1]!r}")
-    header = ["model", *(_label(metric) for metric in metrics)]
-    body = [[_label(model), *(f"{row[metric]:.4f}" for metric in metrics)] for model, row in rows.items()]
+    header = ["model", *(label(metric) for metric in metrics)]
+    body = [[label(model), *(f"{row[metric]:.4f}" for metric in metrics)] for model, row in rows.items()]
     if _BASELINE in rows:
-        header.append(f"{_label(metrics[0])} − BM25")
+        header.append(f"{label(metrics[0])} − BM25")
         for cells, (model, row) in zip(body, rows.items(), strict=True):
             difference = row[metrics[0]] - rows[_BASELINE][metrics[0]]
             cells.append("" if model == _BASELINE else f"{difference:+.4f}")
@@ -102,7 +104,8 @@ def _gates(result: GateResult) -> Cells:
     ]
 
 
-def _label(key: str) -> str:
+def label(key: str) -> str:
+    """A metric or model as it is written: "ndcg@10" is nDCG@10."""
     family, at, cutoff = key.partition("@")
     return _NAMES.get(family, family) + at + cutoff
 

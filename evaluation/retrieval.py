@@ -114,10 +114,12 @@ class EvaluationConfig(Section):
 
 @dataclass(frozen=True)
 class Scores:
-    """metrics: mean over the queries; per_query: {name: [q] float64}, for `significance.paired_bootstrap`."""
+    """metrics: mean over the queries; per_query: {name: [q] float64}, for `significance.paired_bootstrap`; ranking:
+    [q, k] document positions, best first, -1 after the last."""
 
     metrics: dict[str, float]
     per_query: dict[str, np.ndarray]
+    ranking: np.ndarray
 
 
 def evaluate_retrieval(
@@ -146,7 +148,7 @@ def evaluate_retrieval(
         falling = np.argsort(-np.take_along_axis(scores, by_position, 1), axis=1, kind="stable")
         ranking = np.take_along_axis(ranking, np.take_along_axis(by_position, falling, 1), 1)
     values = per_query(ranking, relevant, metrics)
-    return Scores({name: float(x.mean()) for name, x in values.items()}, values)
+    return Scores({name: float(x.mean()) for name, x in values.items()}, values, ranking)
 
 
 def bm25_rows(

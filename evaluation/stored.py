@@ -2,6 +2,7 @@
 
     <home>/evaluations/<id>/result.json        what was measured, of what, on what: `Result`
     <home>/evaluations/<id>/per_query.parquet  a row for each (task, query, metric): `PerQuery`
+    <home>/evaluations/<id>/excerpts.parquet   what its queries and hits show: `Excerpts`
 
     task      string        name in the suite
     query_id  string        unique in its task
@@ -19,7 +20,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,9 +31,11 @@ import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
 from data_services.schema import RunError, Section, UsageError
+from evaluation.excerpts import Excerpt
 
 FOLDER = "evaluations"
-_RESULT, _PER_QUERY = "result.json", "per_query.parquet"
+COMPARISONS = "comparisons"
+_RESULT, _PER_QUERY, _EXCERPTS = "result.json", "per_query.parquet", "excerpts.parquet"
 _COLUMNS = pa.schema(
     [
         ("task", pa.string()),
@@ -42,6 +45,7 @@ _COLUMNS = pa.schema(
         ("hits", pa.list_(pa.string())),
     ]
 )
+_SHOWN = pa.schema([(name, pa.string()) for name in ("task", "side", "id", "text", "picture")])
 
 
 class Overlap(Section):
@@ -124,6 +128,27 @@ class PerQuery:
 
 
 @dataclass(frozen=True)
+class Excerpts:
+    """What a task's queries, and the documents among their hits, show; by their ids."""
+
+    queries: Mapping[str, Excerpt] = field(default_factory=dict)
+    documents: Mapping[str, Excerpt] = field(default_factory=dict)
+
+    def of(self, queries: Iterable[str], documents: Iterable[str]) -> Excerpts:
+        """Those of some alone."""
+        asked, found = set(queries), set(documents)
+        return Excerpts(
+            {id: shown for id, shown in self.queries.items() if id in asked},
+            {id: shown for id, shown in self.documents.items() if id in found},
+        )
+
+    def table(self, task: str) -> pa.Table:
+        sides = (("query", self.queries), ("document", self.documents))
+        rows = [(task, side, id, shown.text, shown.picture) for side, its in sides for id, shown in its.items()]
+        return pa.table(list(map(list, zip(*rows, strict=True))) or [[]] * len(_SHOWN), schema=_SHOWN)
+
+
+@dataclass(frozen=True)
 class StoredEvaluation:
     """An evaluation in its folder; the scores of single queries are read when they are asked for."""
 
@@ -149,13 +174,27 @@ class StoredEvaluation:
             ids, hits, scores[name] = found, rows["hits"].to_pylist(), rows["score"].to_numpy()
         return PerQuery(ids, scores, hits)
 
+    def excerpts(self, task: str) -> Excerpts:
+        """Empty of an evaluation that has none."""
+        path = self.folder / _EXCERPTS
+        if not path.is_file():
+            return Excerpts()
+        try:
+            rows = pq.read_table(path, filters=[("task", "=", task)], schema=_SHOWN).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise UsageError(f"evaluation {self.result.id} is damaged, evaluate again: {path}: {error}") from error
+        shown = [(row["side"], row["id"], Excerpt(row["text"], row["picture"])) for row in rows]
+        return Excerpts(*({id: its for side, id, its in shown if side == name} for name in ("query", "document")))
+
 
 def new_id() -> str:
     """Sorts by time; no two are equal."""
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
 
 
-def write(root: Path, result: Result, per_query: Mapping[str, PerQuery]) -> StoredEvaluation:
+def write(
+    root: Path, result: Result, per_query: Mapping[str, PerQuery], excerpts: Mapping[str, Excerpts] | None = None
+) -> StoredEvaluation:
     """Writes <root>/evaluations/<result.id>, whole or not at all. RunError where the disk fails."""
     folder = root / FOLDER / result.id
     making = folder.with_name(f".{result.id}.making-{os.getpid()}")
@@ -164,6 +203,8 @@ def write(root: Path, result: Result, per_query: Mapping[str, PerQuery]) -> Stor
         (making / _RESULT).write_text(result.model_dump_json(indent=2) + "\n")
         tables = [scores.table(task) for task, scores in per_query.items()]
         pq.write_table(pa.concat_tables([_COLUMNS.empty_table(), *tables]), making / _PER_QUERY)
+        shown = [its.table(task) for task, its in (excerpts or {}).items()]
+        pq.write_table(pa.concat_tables([_SHOWN.empty_table(), *shown]), making / _EXCERPTS)
         making.rename(folder)
     except OSError as error:
         raise RunError(f"the evaluation can't be written to {folder}: {error}") from error

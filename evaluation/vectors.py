@@ -6,7 +6,7 @@ Legend: n texts, D dimensions of the model, d of a variant.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -79,7 +79,8 @@ class Vectors:
             rows |= {key: len(rows) + i for i, key in enumerate(new)}
             earlier = [self._kept[side]] if side in self._kept else []
             self._kept[side] = np.concatenate([*earlier, vectors]) if earlier else vectors
-        return self._kept[side][[rows[key] for key in keys]]
+        order = [rows[key] for key in keys]
+        return self._kept[side] if order == list(range(len(rows))) else self._kept[side][order]
 
     def stored(self, texts: Sequence[Item], side: Side) -> np.ndarray:
         """As `of`, of texts that an index holds."""
@@ -109,6 +110,22 @@ class Vectors:
     def _tokens_of(self, texts: Sequence[Item], side: Side) -> list[np.ndarray]:
         """The token vectors [m, D] of each text."""
         return self._encoder.encode_tokens(texts, side)  # type: ignore[attr-defined]
+
+
+class Remembered:
+    """An encoder that encodes each item of a field once, however often it is asked; see `Encoder`."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.vectors = Vectors(encoder)
+        self.unit_vectors, self.gives_tokens = self.vectors.unit, self.vectors.tokens
+        self._encoder = encoder
+
+    def encode(self, texts: Sequence[Item], field: str) -> np.ndarray:
+        return self.vectors.of(texts, cast(Side, field))
+
+    def encode_tokens(self, texts: Sequence[Item], field: str) -> list[np.ndarray]:
+        """Of a model that has a vector for each token; these are too many to keep."""
+        return self._encoder.encode_tokens(texts, field)  # type: ignore[attr-defined]
 
 
 class VariantVectors(Vectors):

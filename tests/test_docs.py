@@ -16,7 +16,7 @@ import pytest
 from pydantic import BaseModel
 
 from cluster.config import ANY_KEY, Recipe
-from trainers.objectives.sections.numbers import Learned, Schedule
+from trainers.objectives.sections.numbers import Learned, Piece, Pieces, Schedule
 
 TREE = Path(__file__).parents[1]
 DOCS = TREE / "docs"
@@ -26,8 +26,13 @@ TABLE_HEAD = "| key | type | default | meaning |\n|---|---|---|---|\n"
 # A table under its heading, with whatever text stands between them.
 SECTION = r"(?m)^## {heading}\n(?P<text>(?:(?!## |\|).*\n)*)(?P<table>(?:\|.*\n)*)"
 # Sections that stand in the place of a number, wherever one may.
-NUMBERS: dict[type, str] = {Schedule: "A number that changes over the run", Learned: "A number that is learned"}
-WORDS = {"schedule": Schedule, "learned": Learned}
+NUMBERS: dict[type, str] = {
+    Schedule: "A number that changes over the run",
+    Pieces: "A number that changes at once",
+    Piece: "One of its pieces",
+    Learned: "A number that is learned",
+}
+WORDS = {"schedule": Schedule, "pieces": Pieces, "learned": Learned}
 TYPES = {bool: "true or false", int: "integer", float: "number", str: "text"}
 BOUNDS = {
     "gt": "> {}",

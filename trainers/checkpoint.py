@@ -140,6 +140,26 @@ def latest(root: Path) -> Checkpoint | None:
     return every[-1] if every else None
 
 
+def fork(checkpoint: Checkpoint, root: Path, lineage: Mapping[str, Any]) -> Checkpoint:
+    """The first checkpoint of another run, under its `root`: the same tensors and step, another lineage."""
+    folder = root / folder_name(checkpoint.step, secrets.token_hex(3))
+    folder.mkdir(parents=True)
+    for name in checkpoint.files:
+        if name != STATE:
+            link_or_copy(checkpoint.folder / name, folder / name)
+    write_json(folder / STATE, checkpoint.state | {"lineage": dict(lineage)})
+    files = {**checkpoint.files, STATE: described(folder / STATE)}
+    return write_manifest(folder, checkpoint.step, checkpoint.committed_at, files)
+
+
+def link_or_copy(path: str | Path, there: str | Path) -> None:
+    """A second name of a file that nobody writes to; where the file system knows none, a copy."""
+    try:
+        os.link(path, there)
+    except OSError:
+        shutil.copyfile(path, there)
+
+
 def newest_whole(root: Path, group: Group) -> Checkpoint | None:
     """The newest committed checkpoint whose every file is as it was written; what is damaged is set aside, with the
     reason. Collective: the workers read a share of the files each.

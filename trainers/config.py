@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from data_services.schema import Section
-from trainers.objectives.sections.numbers import Number, value_at
+from trainers.objectives.sections.numbers import Number, Rate, ends_of
 from trainers.tower_config import AdapterConfig, AudioConfig, FieldsConfig, ImageConfig, OwnConfig, VisionConfig
 
 PoolingMode = Literal["mean", "cls", "last", "max", "weighted_mean", "latent", "tokens"]
@@ -306,18 +306,22 @@ class MomentumConfig(Section):
     @field_validator("decay")
     @classmethod
     def _moves(cls, decay: Number) -> Number:
-        first, last = value_at(decay, 0.0), value_at(decay, 1.0)
-        if not (0 <= first < 1 and 0 <= last <= 1):
-            raise ValueError(f"{first:g} to {last:g} must lie in [0, 1], and below 1 at first: else nothing moves")
+        ends = ends_of(decay)
+        if not (ends[0] < 1 and all(0 <= value <= 1 for value in ends)):
+            told = " to ".join(f"{value:g}" for value in ends)
+            raise ValueError(f"{told} must lie in [0, 1], and below 1 at first: else nothing moves")
         return decay
 
 
 class OptimizerConfig(Section):
     """`optimizer:` AdamW with linear warm-up and a cosine to `min_lr_share`."""
 
-    lr: float = Field(2e-3, gt=0)
+    lr: Rate = Field(2e-3, description="after the warm-up, where the cosine begins; {pieces}: it changes on the way")
     embedding_lr: float | None = Field(
-        None, gt=0, description="of token embedding tables, which a tower from random weights wants larger; None: lr"
+        None,
+        gt=0,
+        description="of token embedding tables, which a tower from random weights wants larger; None: lr. Where lr "
+        "changes it does by as much",
     )
     weight_decay: float = Field(0.01, ge=0, description="on matrices only: not on norms, biases or embeddings")
     betas: tuple[float, float] = (0.9, 0.98)

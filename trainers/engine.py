@@ -114,7 +114,8 @@ class Engine:
         self.names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
         trained = {name: (p.shape, p.data) for p, name in self.names.items() if p.requires_grad}
         groups = parameter_groups(model, optimizer)
-        self._adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
+        lr = learning_rate(optimizer, 0, total_steps)  # set anew at every step
+        self._adamw = torch.optim.AdamW(groups, lr=lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
         self._deepspeed = initialize(model, self._settings(elements), self._adamw)
         self.module: Any = model
         if config.zero_stage == 3 and len(trained) < len(self.names):
@@ -271,9 +272,10 @@ class Engine:
 
     def _refuse_if_not_finite(self, grad_norm: float) -> None:
         if not math.isfinite(grad_norm):
+            rate = learning_rate(self.optimizer, self.global_steps, self.total_steps)
             raise RunError(
-                f"the gradient of step {self.global_steps} is not finite: lower optimizer.lr "
-                f"({self.optimizer.lr}), or look at the batch of that step, and resume from the last checkpoint"
+                f"the gradient of step {self.global_steps} is not finite: lower optimizer.lr ({rate:g} there), or look "
+                "at the batch of that step, and resume from the last checkpoint"
             )
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from trainers.config import OptimizerConfig
+from trainers.objectives.sections.numbers import ends_of, value_at
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -15,17 +16,18 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
 
     A pure function of the step, so a resumed run needs no scheduler state.
     """
+    highest = value_at(config.lr, step / total_steps)
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+        return highest * (step + 1) / config.warmup_steps
     progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
-    return config.lr * (config.min_lr_share + (1 - config.min_lr_share) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return highest * (config.min_lr_share + (1 - config.min_lr_share) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Trainable parameters in groups: matrices, which decay; norms and biases; embedding tables.
 
     An embedding table stays one where an output layer shares it. `lr_share` of a group is what its learning rate is
-    of `config.lr`.
+    of `config.lr`, of its first value where that changes.
     """
     modules = [m for m in model.modules() if not isinstance(m, nn.Embedding)]
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -34,7 +36,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     spared: dict[str, Any] = {"params": [], "weight_decay": 0.0, "lr_share": 1.0}
     embeddings = spared
     if config.embedding_lr is not None:
-        embeddings = {"params": [], "weight_decay": 0.0, "lr_share": config.embedding_lr / config.lr}
+        embeddings = {"params": [], "weight_decay": 0.0, "lr_share": config.embedding_lr / ends_of(config.lr)[0]}
     for name, p in model.named_parameters():
         if p.requires_grad:
             decays = p.ndim >= 2 and id(p) not in norms and not name.endswith("bias")

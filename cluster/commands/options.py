@@ -32,12 +32,12 @@ def open_console() -> Console:
     return Console()
 
 
-def check_json(file: Path | None) -> None:
+def check_json(file: Path | None, option: str = "--json") -> None:
     """Before the work, not after it: whether the result can be written."""
     from data_services.schema import UsageError
 
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise UsageError(f"--json {file}: {'this is a folder' if file.is_dir() else 'no such folder'}; name a file")
+        raise UsageError(f"{option} {file}: {'this is a folder' if file.is_dir() else 'no such folder'}; name a file")
 
 
 def write_json(file: Path | None, result: Any) -> None:

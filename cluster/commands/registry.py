@@ -20,18 +20,25 @@ def compare(
         str | None, typer.Option(metavar="SUITE", help="On which a model is evaluated, if it isn't yet.")
     ] = None,
     metric: Annotated[str | None, typer.Option(help="In the place of each task's main metric.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page, too.")] = None,
     json_file: Json = None,
 ) -> None:
     """Hold B against A: per task the difference, its 95 % interval, p, and the queries that changed most."""
-    from cluster.console import Progress, show_comparison
+    from cluster.console import Progress, show_comparison, show_lines
     from cluster.evidence import comparison
+    from cluster.reports.report import keep_comparison
+    from cluster.reports.report import report as make
 
     check_json(json_file)
+    check_json(html, "--html")
     console = open_console()
     with Progress(console) as progress:
         found = comparison.compare(a, b, suite, metric, on_progress=progress)
     write_json(json_file, found.as_dict())
+    kept = keep_comparison(found)
     show_comparison(console, found)
+    page = make(str(kept), html).path if html else None
+    show_lines(console, "", f"page    {page}" if page else f"next    gyre report {found.id}")
 
 
 def list_models(

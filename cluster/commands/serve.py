@@ -28,10 +28,12 @@ def serve(
     """Serve a model over HTTP in OpenAI's embeddings protocol; a promotion is followed while it runs."""
     check_json(json_file)
     from cluster.console import show_lines
+    from cluster.models.reference import resolve
     from cluster.serving.deployment import ServeConfig, serving, wait_for_ever
     from cluster.serving.protocol import Limits
 
     config = ServeConfig(model, host, port, replicas, batch, wait_ms, follow_s, Limits(max_body_bytes, max_texts))
+    resolve(model)  # before anything is said to start
     console = open_console()
     show_lines(console, f"starting {replicas} replica{'s' * (replicas > 1)} of {model}")
     with serving(config) as server:

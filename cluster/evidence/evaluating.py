@@ -22,7 +22,8 @@ from evaluation import mteb_adapter
 from evaluation.bias import associations
 from evaluation.geometry import stability
 from evaluation.slices import by_language, by_length
-from evaluation.stored import PerQuery, Result, StoredEvaluation, TaskResult, new_id, write
+from evaluation.stored import Excerpts, PerQuery, Result, StoredEvaluation, TaskResult, new_id, write
+from evaluation.tasks.base import excerpts_of
 from evaluation.tasks.ranking import Retrieval
 from evaluation.vectors import Side, Vectors, variant_vectors
 
@@ -58,6 +59,7 @@ class _Measured:
     suite_fingerprint: str
     tasks: dict[str, TaskResult]
     per_query: dict[str, PerQuery] = field(default_factory=dict)
+    excerpts: dict[str, Excerpts] = field(default_factory=dict)
     geometry: dict[str, dict[str, float]] = field(default_factory=dict)
     bias: dict[str, dict[str, float]] = field(default_factory=dict)
     training_data: str | None = None
@@ -99,7 +101,7 @@ def evaluate(
         bias=found.bias,
         training_data=found.training_data,
     )
-    return write(root, result, found.per_query)
+    return write(root, result, found.per_query, found.excerpts)
 
 
 def _suite(job: EvaluationJob, folder: Path, root: Path, on_progress: Progress) -> _Measure:
@@ -113,7 +115,14 @@ def _suite(job: EvaluationJob, folder: Path, root: Path, on_progress: Progress) 
         tasks = dict(scorer.tasks())
         bias = associations(scorer.vectors) if suite.bias else {}
         return _Measured(
-            suite.name, suite.fingerprint, tasks, scorer.per_query, scorer.geometry, bias, held.training_data
+            suite.name,
+            suite.fingerprint,
+            tasks,
+            scorer.per_query,
+            scorer.excerpts,
+            scorer.geometry,
+            bias,
+            held.training_data,
         )
 
     return measure
@@ -161,6 +170,7 @@ class _Scorer:
             for v in suite.variants
         }
         self.per_query: dict[str, PerQuery] = {}
+        self.excerpts: dict[str, Excerpts] = {}
         self.geometry: dict[str, dict[str, float]] = {}
 
     def tasks(self) -> Iterator[tuple[str, TaskResult]]:
@@ -173,6 +183,7 @@ class _Scorer:
     def _scored(self, task: Task) -> TaskResult:
         scores = task.score(self.vectors)
         self.per_query[task.name] = scores.per_query
+        self.excerpts[task.name] = excerpts_of(task, scores.per_query)
         others = {name: task.score(vectors) for name, vectors in self._baselines.items()}
         baselines = task.baselines() | others
         if isinstance(task, Retrieval) and not self.vectors.tokens:

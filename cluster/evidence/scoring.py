@@ -38,7 +38,8 @@ def score_everywhere(ready: Prepared) -> dict[str, Scored]:
 
 
 def score_split(recipe: Recipe, run: RunPaths, split: str, pool: StoredSource, training: StoredSource) -> Scored:
-    """The baselines, the model before training and after it. Per-query values go to the run's folder, for comparisons.
+    """The baselines, the model before training and after it. Per-query values, and what a report shows, go to the run's
+    folder.
 
     training  what a baseline of images looks at
     """
@@ -46,19 +47,29 @@ def score_split(recipe: Recipe, run: RunPaths, split: str, pool: StoredSource, t
     from cluster.models.folder import exported_encoder
     from data_services.sources import retrieval_pool
     from evaluation.both_ways import every_way
+    from evaluation.look import look
     from evaluation.significance import paired_bootstrap
+    from evaluation.vectors import Remembered
+    from trainers.checkpoint import write_json
 
     queries, documents, relevant = task = retrieval_pool(pool)
     scores = baselines(task, pool.kinds, training, recipe.evaluation)
-    for name, encoder in {"untrained": untrained(recipe, run), "trained": exported_encoder(run.export)}.items():
+    models = {
+        "untrained": Remembered(untrained(recipe, run)),
+        "trained": Remembered(exported_encoder(run.export)),
+    }
+    for name, encoder in models.items():
         scores |= every_way(name, encoder, queries, documents, relevant, recipe.evaluation)
     save_per_query(run, split, queries, {name: s.per_query for name, s in scores.items()})
-    rows = {name: s.metrics for name, s in scores.items()}
-    if "bm25" not in scores:
-        return Scored(rows, {})
     metric = f"ndcg@{recipe.evaluation.k}"
-    difference = paired_bootstrap(scores["trained"].per_query[metric], scores["bm25"].per_query[metric])
-    return Scored(rows, asdict(difference))
+    seen = look({name: (encoder, scores[name]) for name, encoder in models.items()}, *task, metric)
+    write_json(run.look(split), seen.model_dump(mode="json"))
+    rows = {name: s.metrics for name, s in scores.items()}
+    over_bm25 = {}
+    if "bm25" in scores:
+        difference = paired_bootstrap(scores["trained"].per_query[metric], scores["bm25"].per_query[metric])
+        over_bm25 = asdict(difference)
+    return Scored(rows, over_bm25)
 
 
 def baselines(

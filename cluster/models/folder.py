@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_services.schema import Encoder, Tokenize
+from data_services.schema import Encoder, RunError, Tokenize
 
 
 def fingerprint(folder: Path) -> str:
@@ -31,8 +31,20 @@ def kinds_of(folder: Path) -> tuple[str, ...]:
 
 
 @contextmanager
+def damage_told(folder: Path) -> Iterator[None]:
+    """RunError in the place of what the readers of a model's files raise where one is cut short or garbled."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise RunError(f"the model in {folder} is damaged ({told}): export or fetch it again") from error
+
+
+@contextmanager
 def open_encoder(folder: Path, device: str = "cpu") -> Iterator[Encoder]:
-    """The model of a folder as an encoder, with its prompts, length and pooling."""
+    """The model of a folder as an encoder, with its prompts, length and pooling. RunError where a file is damaged."""
     from trainers.config import ModelConfig
     from trainers.encoders.local import LocalEncoder
     from trainers.encoders.model_folder import prepare_model_folder
@@ -46,8 +58,10 @@ def open_encoder(folder: Path, device: str = "cpu") -> Iterator[Encoder]:
     config = ModelConfig(path=str(folder))
     with tempfile.TemporaryDirectory(prefix="gyre-") as place:
         made = Path(place) / "model"
-        prepare_model_folder(config, made)
-        yield LocalEncoder(build_encoder(config, made).to(device), tokenizer_of(made))
+        with damage_told(folder):
+            prepare_model_folder(config, made)
+            encoder = LocalEncoder(build_encoder(config, made).to(device), tokenizer_of(made))
+        yield encoder
 
 
 def exported_encoder(folder: Path, device: str = "cpu") -> Encoder:
@@ -56,8 +70,9 @@ def exported_encoder(folder: Path, device: str = "cpu") -> Encoder:
     from trainers.encoders.towers import Layout, load_towers
     from trainers.export import load_exported
 
-    tower = load_towers(folder) if Layout.load(folder) else load_exported(folder)
-    return LocalEncoder(tower.to(device), tokenizer_of(folder))
+    with damage_told(folder):
+        tower = load_towers(folder) if Layout.load(folder) else load_exported(folder)
+        return LocalEncoder(tower.to(device), tokenizer_of(folder))
 
 
 def tokenizer_of(folder: Path) -> Tokenize:

@@ -5,8 +5,11 @@
 
 `mlflow.pyfunc.load_model(uri).predict(texts)` embeds them as documents, with `params={"prompt_name": "query"}` as
 queries; `mlflow.sentence_transformers.load_model(uri)` is `SentenceTransformer(folder)`. Written without loading the
-weights: a model may be larger than this machine's memory. What those loaders can't load (two towers, a vector for each
-token) stays a folder, which gyre and Sentence Transformers load.
+weights: a model may be larger than this machine's memory.
+
+Two towers, and models with a vector for each token, have a pyfunc flavour alone, with `loader.py` beside them as
+code/gyre_loader.py; it takes the same prompt_name. What Sentence Transformers can't load (sounds, a user's own kinds,
+vision–language models) stays a folder, which gyre loads.
 """
 
 from __future__ import annotations
@@ -17,19 +20,21 @@ import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 MODEL_DATA = "model.sentence_transformer"  # where mlflow.sentence_transformers.load_model looks
+_LOADER = "gyre_loader"
 _NEEDED = ("mlflow", "sentence-transformers", "transformers", "torch")
 _EXAMPLE = ["how to read a file", "def read(path): ..."]
 
 
 def write_mlflow_model(export: Path, out: Path) -> None:
     """Makes `out` of an exported folder; its files are links where the file system has them, else copies."""
-    if not _one_vector(export):
+    kind = _kind(export)
+    if kind is None:
         shutil.copytree(export, out, copy_function=_link)
         return
     import mlflow.pyfunc
@@ -48,44 +53,58 @@ def write_mlflow_model(export: Path, out: Path) -> None:
     (out / "conda.yaml").write_text(yaml.safe_dump({"channels": ["conda-forge"], "dependencies": conda}))
     environment = {"python": python, "build_dependencies": build, "dependencies": ["-r requirements.txt"]}
     (out / "python_env.yaml").write_text(yaml.safe_dump(environment))
-    model = Model(signature=_signature(_dimensions(export)))
+    model = Model(signature=_signature(None if kind == "tokens" else _dimensions(export)))
     _save_example(model, _EXAMPLE, str(out))
+    by_code = kind != "one vector"
+    if by_code:
+        (out / "code").mkdir()
+        shutil.copy(Path(__file__).with_name("loader.py"), out / "code" / f"{_LOADER}.py")
     mlflow.pyfunc.add_to_model(
         model,
-        loader_module="mlflow.sentence_transformers",
+        loader_module=_LOADER if by_code else "mlflow.sentence_transformers",
         data=MODEL_DATA,
+        code="code" if by_code else None,
         conda_env="conda.yaml",
         python_env="python_env.yaml",
     )
-    model.add_flavor(FLAVOR_NAME, sentence_transformers_version=version("sentence-transformers"), code=None)
+    if not by_code:
+        model.add_flavor(FLAVOR_NAME, sentence_transformers_version=version("sentence-transformers"), code=None)
     model.save(str(out / "MLmodel"))
 
 
-def _signature(dimensions: int) -> ModelSignature:
-    """Texts in, vectors [n, D] out, and which prompt goes before the texts."""
+def _signature(dimensions: int | None) -> ModelSignature:
+    """Texts in, vectors [n, D] out, of token vectors (None) as many lists of vectors; and which prompt goes before the
+    texts."""
     import numpy as np
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+    from mlflow.types.schema import Array
 
+    ragged = ColSpec(Array(Array(DataType.double)))
     return ModelSignature(
         inputs=Schema([ColSpec("string")]),
-        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, dimensions))]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, dimensions)) if dimensions else ragged]),
         params=ParamSchema([ParamSpec("prompt_name", "string", "document")]),
     )
 
 
-def _one_vector(export: Path) -> bool:
-    """Whether SentenceTransformer(export).encode gives one vector a text, from one tower."""
+def _kind(export: Path) -> Literal["one vector", "towers", "tokens"] | None:
+    """What Sentence Transformers makes of a text: one vector, of one tower or of several, or one for each token. None
+    where it can't load the folder."""
     settings = export / "config_sentence_transformers.json"
-    if not settings.is_file() or (export / "router_config.json").exists():
-        return False
-    return json.loads(settings.read_text()).get("model_type", "SentenceTransformer") == "SentenceTransformer"
+    if not settings.is_file():
+        return None
+    if json.loads(settings.read_text()).get("model_type") == "MultiVectorEncoder":
+        return "tokens"
+    return "towers" if (export / "router_config.json").exists() else "one vector"
 
 
 def _dimensions(export: Path) -> int:
     from trainers.encoders.spec import ModelSpec
+    from trainers.encoders.towers import Layout
 
-    return ModelSpec.load(export).dim
+    layout = Layout.load(export)
+    return ModelSpec.load(export / next(iter(layout.towers.values())) if layout else export).dim
 
 
 def _link(source: str, target: str) -> None:

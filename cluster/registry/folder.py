@@ -71,7 +71,7 @@ def _fetched(mlflow: MlflowClient, version: Version, cache: Path) -> Path:
         try:
             making.mkdir(parents=True)
             mlflow.download_artifacts(version.run_id, "model", str(making))
-            _verify(exported_in(making / "model"), version)
+            verify(exported_in(making / "model"), version)
             if not target.is_dir():  # another process may have been faster
                 making.rename(target)
         finally:
@@ -79,7 +79,8 @@ def _fetched(mlflow: MlflowClient, version: Version, cache: Path) -> Path:
     return exported_in(target / "model")
 
 
-def _verify(folder: Path, version: Version) -> None:
+def verify(folder: Path, version: Version) -> None:
+    """Raises RunError where an exported folder isn't what was registered."""
     registered = version.tags.get(FINGERPRINT)
     if registered and fingerprint(folder) != registered:
         raise RunError(

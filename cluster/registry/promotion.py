@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.registry.champion import Move, champion_of, move_champion
-from cluster.registry.folder import version_folder
+from cluster.registry.folder import verify, version_folder
 from cluster.registry.store import GATE, SCORES, SIGNED, Version, find_model, find_version, registry
 from data_services.schema import Refused, UsageError
 from evaluation.gates import (
@@ -78,8 +78,9 @@ def promote(
     override  why it becomes champion although a gate says no; recorded
 
     Raises GateFailed with what failed and by how much; Refused without evidence, or where another promotion was faster;
-    UsageError for a model or version that isn't there, or a gate that can't be measured. Safe to run again, always:
-    the alias moves last, and only from the champion that the version was held against.
+    UsageError for a model or version that isn't there, or a gate that can't be measured; RunError where its files
+    aren't those that were registered. Safe to run again, always: the alias moves last, and only from the champion that
+    the version was held against.
     """
     if override is not None and not override.strip():
         raise UsageError("--override needs a reason, which is recorded")
@@ -109,6 +110,8 @@ def hold(
     chosen = find_version(mlflow, model, version)
     champion = champion_of(model)
     own = gate_of(chosen)
+    folder = version_folder(mlflow, chosen, root)
+    verify(folder, chosen)
     every = [gate for gate in (own, *gates) if gate is not None]
     results = [check_scores(gate, chosen.scores.get("validation", {})) for gate in every if gate.asks_of_run]
     evaluations: dict[str, None] = {}
@@ -122,7 +125,7 @@ def hold(
 
         tell({"kind": "phase", "text": "measuring the model"})
         facts = measure(
-            version_folder(mlflow, chosen, root),
+            folder,
             latency=any(gate.latency_p95_ms is not None for gate in every),
             parity=any(gate.export_parity is not None for gate in every),
         )

@@ -12,14 +12,17 @@ import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from ray.tune import Stopper
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.stopper import NoopStopper
 
 from cluster.search.config import Budget
+from cluster.search.population import Population
+from cluster.search.record import StudyPaths
 from cluster.search.space import Settings, Space
 from cluster.search.trial import FAILED, TIME, checks_of
 
-DEFAULT_TRIALS = 20
+DEFAULT_TRIALS, DEFAULT_POPULATION = 20, 8
 START_SHARE = 4  # a quarter of the trials is drawn at random before the estimator has a say, and at most
 MOST_AT_RANDOM = 10
 LOOK_S = 0.5  # between two looks at what was spent
@@ -68,17 +71,35 @@ class NumberedSearch(OptunaSearch):
 
 
 def how_many(space: Space) -> int:
-    """Trials of the whole search."""
+    """Trials of the whole search; of a population, whose forks come on top, its size."""
+    if space.config.algorithm == "pbt":
+        return space.config.trials or DEFAULT_POPULATION
     if space.config.algorithm == "grid":
         points = len(space.grid())
         return min(points, space.config.trials or points)
     return space.config.trials or DEFAULT_TRIALS
 
 
+def runs_of(space: Space) -> int:
+    """Trials as Ray Tune counts them: in a population each generation of a trial is one."""
+    return how_many(space) * (space.config.population.generations if space.config.algorithm == "pbt" else 1)
+
+
+def seed_of(space: Space) -> int:
+    """Of what is drawn."""
+    return space.recipe.seed % 2**31 if space.config.seed is None else space.config.seed
+
+
+def searcher_of(space: Space, study: StudyPaths, replaced: Callable[[int], None]) -> Searcher:
+    """What chooses the trials, those that a resumed search has recorded first. replaced: see `Population`."""
+    if space.config.algorithm == "pbt":
+        return Population(space, study, how_many(space), seed_of(space), replaced)
+    return search_of(space, [record.settings for record in study.trials()])
+
+
 def search_of(space: Space, recorded: list[Settings]) -> NumberedSearch:
-    """What chooses the trials; `recorded`: settings of a search that is resumed, in order."""
-    config = space.config
-    seed = space.recipe.seed % 2**31 if config.seed is None else config.seed
+    """What chooses the trials of any algorithm but pbt; `recorded`: settings of a search that is resumed, in order."""
+    config, seed = space.config, seed_of(space)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     first = space.grid() if config.algorithm == "grid" else config.start
     with warnings.catch_warnings():
@@ -96,7 +117,7 @@ def search_of(space: Space, recorded: list[Settings]) -> NumberedSearch:
 def scheduler_of(space: Space) -> TrialScheduler:
     """What ends trials early: by the first objective, against all trials that were seen at the same check."""
     config = space.config
-    if not config.stop_early:
+    if not config.stop_early or config.algorithm == "pbt":
         return FIFOScheduler()
     metric, mode = next(iter(space.objectives.items()))
     last: Any = checks_of(10**9, config)[-1][1]

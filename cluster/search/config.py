@@ -120,6 +120,18 @@ class Budget(Section):
     seconds: float | None = Field(None, gt=0, description="of the search, from its first trial on")
 
 
+class PopulationConfig(Section):
+    """`search.population:` of `algorithm: pbt`, where trials take over from each other and change on the way."""
+
+    generations: int = Field(4, ge=2, description="equal parts of a trial's steps; trials are compared after each")
+    replaced: float = Field(
+        0.25, gt=0, le=0.5, description="share of the trials that is replaced by forks of as many of the best"
+    )
+    resampled: float = Field(
+        0.25, ge=0, le=1, description="how often a fork draws a key anew, else it is multiplied by 0.8 or 1.2"
+    )
+
+
 class SearchConfig(Section):
     """`search:` trainings of this recipe with other values, and which of them goes on. `gyre train` leaves it aside."""
 
@@ -129,11 +141,13 @@ class SearchConfig(Section):
     trial: dict[str, Any] = Field(
         {}, description="dotted keys set in every trial and not in what comes out: fewer steps, a smaller model"
     )
-    algorithm: Literal["tpe", "random", "grid"] = Field(
+    algorithm: Literal["tpe", "random", "grid", "pbt"] = Field(
         "tpe",
-        description="how settings are chosen: Optuna's tree-structured Parzen estimator, at random, or all of them",
+        description="how settings are chosen: Optuna's tree-structured Parzen estimator, at random, all of them, or "
+        "population based training, where they change on the way",
     )
-    trials: int | None = Field(None, gt=0, description="None: 20; with grid, every point")
+    trials: int | None = Field(None, gt=0, description="None: 20; with grid, every point; with pbt 8, the population")
+    population: PopulationConfig = Field(PopulationConfig(), description="only `algorithm: pbt` asks")
     start: list[dict[str, Any]] = Field(
         [], description="settings to try first, each {key: value} of the space; keys left out are drawn"
     )
@@ -170,6 +184,18 @@ class SearchConfig(Section):
             raise ValueError(f"{both[0]} stands in both `trial` and `space`; remove it from one")
         if len(set(self.final_seeds)) < len(self.final_seeds):
             raise ValueError(f"final_seeds {self.final_seeds} has one twice")
+        return self
+
+    @model_validator(mode="after")
+    def _suits_its_algorithm(self) -> SearchConfig:
+        ours = self.algorithm == "pbt"
+        for key in ("stop_early", "first_check", "reduction") if ours else ("population",):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is given, and algorithm {self.algorithm} has no use for it; remove it")
+        if ours and self.trials == 1:
+            raise ValueError("trials is 1, and algorithm pbt compares those of a population; give 2 or more")
+        if ours and (conditional := next((key for key, of in self.space.items() if of.when), None)):
+            raise ValueError(f"space.{conditional}.when: algorithm pbt changes every key by itself; remove it")
         return self
 
     def _check_condition(self, key: str, other: str, values: list[Scalar]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +23,46 @@ Progress = Callable[[dict[str, Any]], None]
 
 class Journal(Callback):
     """Follows the trials of one search as Tune tells of them; events {"kind": "trial", "record", "ended", "trials",
-    "eta_s"} go to `tell` with each check and outcome that is new.
+    "counted", "eta_s"} go to `tell` with each check and outcome that is new; counted: what ends, trials or, in a
+    population, generations.
 
     tracked  the tracking store's side of it
-    trials   of the whole search
+    runs     trials of the whole search; in a population, generations of trials
     """
 
-    def __init__(self, study: StudyPaths, space: Space, tracked: Tracked, trials: int, tell: Progress) -> None:
+    def __init__(self, study: StudyPaths, space: Space, tracked: Tracked, runs: int, tell: Progress) -> None:
         self._study, self._space, self.tracked = study, space, tracked
-        self._trials, self._tell = trials, tell
+        self._runs, self._tell = runs, tell
+        self._in_population = space.config.algorithm == "pbt"
         self._earlier = {record.number: record for record in study.trials()}
-        self._began: dict[int, float] = {}
+        self._held_since: dict[int, float] = {}  # of the trials that hold workers, their start or last check
         self._since = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        self._began.setdefault(trial.config["number"], time.monotonic())
+        self._held_since[trial.config["number"]] = time.monotonic()
 
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: Mapping[str, Any], **info: Any
     ) -> None:
+        self._held_since[trial.config["number"]] = time.monotonic()
         record = self._study.trial(trial.config["number"]).read()
-        if not record.ended:
+        if not record.ended and record.checks and record.checks[-1].step < record.checks[-1].steps:
             self._show(record)
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        """In a population that may be the end of a generation only, and the trial goes on."""
         record = self._study.trial(trial.config["number"]).read()
-        if record.checks and not record.ended:
-            last = record.checks[-1]
-            self._end(record, "completed" if last.step == last.steps else "stopped")
-        elif record.outcome.state == "failed":
+        if record.outcome.state == "failed":
             self._show(record)
+        elif record.checks and not record.ended:
+            last = record.checks[-1]
+            if last.step == last.steps or not self._in_population:
+                self._end(record, "completed" if last.step == last.steps else "stopped")
+        self._held_since.pop(record.number, None)
+
+    def replaced(self, number: int) -> None:
+        """A fork takes the trial's place in the population."""
+        self._end(self._study.trial(number).read(), "stopped")
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """The trial's own process died, more often than it may."""
@@ -74,9 +84,9 @@ class Journal(Callback):
                 self._end(record, "stopped", reason)
 
     def _so_far(self, record: TrialRecord) -> float:
-        began, before = self._began.get(record.number), self._earlier.get(record.number)
-        held = workers_of(self._space, record) * (time.monotonic() - began) if began else 0.0
-        return max(record.worker_seconds, held + (before.worker_seconds if before else 0.0))
+        since = self._held_since.get(record.number)
+        held = workers_of(self._space, record) * (time.monotonic() - since) if since else 0.0
+        return record.worker_seconds + held
 
     def _end(self, record: TrialRecord, state: State, reason: str = "") -> None:
         if not record.ended:
@@ -91,11 +101,18 @@ class Journal(Callback):
             self.tracked.take(record)
         except RunError as error:
             self._tell({"kind": "note", "text": f"{error}; the search goes on without"})
-        ended = sum(r.ended for r in self._study.trials())
-        new = ended - sum(r.ended for r in self._earlier.values())
-        eta = (self._trials - ended) * (time.monotonic() - self._since) / new if new > 0 else None
-        told = {"record": record, "ended": ended, "trials": self._trials, "eta_s": eta}
+        ended = self._done(self._study.trials())
+        new = ended - self._done(self._earlier.values())
+        eta = (self._runs - ended) * (time.monotonic() - self._since) / new if new > 0 else None
+        counted = "generations" if self._in_population else "trials"
+        told = {"record": record, "ended": ended, "trials": self._runs, "counted": counted, "eta_s": eta}
         self._tell({"kind": "trial"} | told)
+
+    def _done(self, records: Iterable[TrialRecord]) -> int:
+        """Trials that ended; in a population, generations that trials trained or failed in."""
+        if self._in_population:
+            return sum(len(record.checks) + (record.outcome.state == "failed") for record in records)
+        return sum(record.ended for record in records)
 
 
 def workers_of(space: Space, record: TrialRecord) -> int:
@@ -156,6 +173,8 @@ class Tracked:
 
     def _child(self, record: TrialRecord) -> Tracker:
         tags = {"mlflow.parentRunId": self.parent.run_id, "gyre.search": self._study.search_id}
+        if record.parent:
+            tags["gyre.fork_of"] = f"trial {record.parent.trial} after step {record.parent.step}"
         name = f"{self._study.search_id}-{record.number:04d}"
         child = self._open(self._study.trial(record.number).tracker, name, tags, record.settings)
         self._children[record.number] = child

@@ -4,7 +4,8 @@ HOME/SEARCH_ID/
   search.json       the recipe with its search section, and where the command read it
   models/           config, tokenizer, initial weights: a folder for each that differs, shared by the trials
   trials/0007/      one trial
-    settings.json     what was chosen for it
+    settings.json     what was chosen for it, and the trial that it is a fork of
+    donated/          of a fork: its parent as it was then: checkpoint, metrics, mined negatives
     run/              its training, a run like any other (see RunPaths)
     checks.jsonl      a line for each validation: step, values, worker-seconds so far
     outcome.json      how it ended: state, reason
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.config import Recipe
-from cluster.paths import RunPaths, home
+from cluster.paths import Ambiguous, RunPaths, home
 from data_services.schema import UsageError
 from trainers.checkpoint import write_json
 
@@ -60,13 +61,23 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Parent:
+    """A trial of which another one is a fork, after `step` of its `steps`."""
+
+    trial: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class TrialRecord:
-    """A trial as its folder tells it."""
+    """A trial as its folder tells it. settings: those of its last step; a fork's first ones are its parent's."""
 
     number: int
     settings: dict[str, Any]
     checks: list[Check] = field(default_factory=list)
     outcome: Outcome = Outcome("running")
+    parent: Parent | None = None
 
     @property
     def ended(self) -> bool:
@@ -112,10 +123,14 @@ class TrialPaths:
     def tracker(self) -> Path:
         return self.root / "tracker.json"
 
-    def begin(self, number: int, settings: Mapping[str, Any]) -> None:
+    @property
+    def donated(self) -> RunPaths:
+        return RunPaths(self.root / "donated")
+
+    def begin(self, number: int, settings: Mapping[str, Any], parent: Parent | None = None) -> None:
         """Claims the folder for these settings. RuntimeError where it is another trial's."""
         self.root.mkdir(parents=True, exist_ok=True)
-        chosen = {"number": number, "settings": dict(settings)}
+        chosen = {"number": number, "settings": dict(settings)} | ({"parent": asdict(parent)} if parent else {})
         if self.settings.exists():
             there = json.loads(self.settings.read_text())
             if there != json.loads(json.dumps(chosen)):
@@ -124,19 +139,27 @@ class TrialPaths:
         write_json(self.settings, chosen)
 
     def add(self, check: Check) -> None:
-        with open(self.checks, "a") as file:
-            file.write(json.dumps(asdict(check)) + "\n")
+        whole = len(self._whole_lines())
+        with open(self.checks, "ab") as file:
+            file.truncate(whole)  # of what a kill cut short
+            file.write(json.dumps(asdict(check)).encode() + b"\n")
 
     def end(self, outcome: Outcome) -> None:
         write_json(self.outcome, asdict(outcome))
 
+    def _whole_lines(self) -> bytes:
+        """Of the checks. A line cut short by a kill is none."""
+        text = self.checks.read_bytes() if self.checks.exists() else b""
+        return text[: text.rfind(b"\n") + 1]
+
     def read(self) -> TrialRecord:
-        """What is known of the trial. A line cut short by a kill is none."""
+        """What is known of the trial; of a check that two attempts found, the later one's."""
         chosen = json.loads(self.settings.read_text())
-        text = self.checks.read_text() if self.checks.exists() else ""
-        checks = [Check(**json.loads(line)) for line in text[: text.rfind("\n") + 1].splitlines()]
+        found = [Check(**json.loads(line)) for line in self._whole_lines().splitlines()]
+        checks = list({check.step: check for check in found}.values())
         outcome = Outcome(**json.loads(self.outcome.read_text())) if self.outcome.exists() else Outcome("running")
-        return TrialRecord(chosen["number"], chosen["settings"], checks, outcome)
+        parent = Parent(**chosen["parent"]) if "parent" in chosen else None
+        return TrialRecord(chosen["number"], chosen["settings"], checks, outcome, parent)
 
 
 @dataclass(frozen=True)
@@ -192,6 +215,11 @@ class StudyPaths:
         """Every trial that was begun, by number."""
         return [TrialPaths(path.parent).read() for path in sorted(self.root.glob("trials/*/settings.json"))]
 
+    def ancestry(self, number: int) -> list[TrialRecord]:
+        """The trial, its parent, that one's parent, …; the first of them first."""
+        record = self.trial(number).read()
+        return [*(self.ancestry(record.parent.trial) if record.parent else []), record]
+
     def recipe(self) -> Recipe:
         return Recipe.model_validate(json.loads(self.search.read_text())["recipe"])
 
@@ -210,5 +238,5 @@ def find_search(search: str, root: Path | None = None) -> StudyPaths:
         return StudyPaths(matches[0])
     there = ", ".join(p.name for p in found[-3:]) or "there are none yet"
     if matches:
-        raise UsageError(f"search {search!r} is ambiguous: {', '.join(p.name for p in matches)}")
+        raise Ambiguous(f"search {search!r} is ambiguous: {', '.join(p.name for p in matches)}")
     raise UsageError(f"no search {search!r} under {base}; the newest there: {there}")

@@ -23,7 +23,11 @@ def search_page(space: Space, found: SearchResult) -> str:
     sections = [_summary(found, objective)]
     if len(found.objectives) > 1:
         sections.append(_front(found))
-    sections += [_settings(space, found, objective), _over_time(found, objective), _mattered(space, found, objective)]
+    if found.best and found.best.parent:
+        sections.append(_course(found, found.best))
+    sections += [_settings(space, found, objective), _over_time(found, objective)]
+    if space.config.algorithm != "pbt":  # there settings change on the way
+        sections.append(_mattered(space, found, objective))
     if TEMPERATURE in space.config.space:
         sections.append(_geometry(found))
     if found.final:
@@ -41,7 +45,7 @@ def _summary(found: SearchResult, objective: str) -> str:
         "stopped early": str(len(stopped)),
         "failed": str(found.states.get("failed", 0)),
         "worker-seconds": f"{found.worker_seconds:,.0f}",
-        "time": duration(found.seconds),
+        "time": duration(found.seconds) if found.seconds else "under way",
     }
     lines = [paragraph(f"It ended before its last trial: {found.ended_by}.")] if found.ended_by else []
     if found.best and found.command:
@@ -63,6 +67,16 @@ def _front(found: SearchResult) -> str:
         for n in found.front
     ]
     return section("Pareto front", chart, table(["trial", *found.objectives, "settings"], rows))
+
+
+def _course(found: SearchResult, best: TrialRecord) -> str:
+    """Whose fork the best trial is, and with which settings each of them went on."""
+    by_number, ancestry = {t.number: t for t in found.trials}, [best]
+    while parent := ancestry[0].parent:
+        ancestry.insert(0, by_number[parent.trial])
+    rows = [[str(t.number), str(t.parent.step if t.parent else 0), shown(t.settings)] for t in ancestry]
+    told = paragraph("It began as a fork of another trial, with that one's weights, optimizer, average and queue.")
+    return section("How the best came about", told, table(["trial", "from step", "settings"], rows))
 
 
 def _settings(space: Space, found: SearchResult, objective: str) -> str:
@@ -87,13 +101,15 @@ def _settings(space: Space, found: SearchResult, objective: str) -> str:
 
 
 def _over_time(found: SearchResult, objective: str) -> str:
-    lines = {
-        f"trial {t.number} ({t.outcome.state}): {shown(t.settings)}": [
-            (c.step, c.measured[objective]) for c in t.checks
-        ]
-        for t in found.trials
-        if t.checks
-    }
+    measured = {(t.number, c.step): c.measured[objective] for t in found.trials for c in t.checks}
+
+    def curve(trial: TrialRecord) -> list[tuple[float, float]]:
+        """A fork's begins where it left its parent's."""
+        parent = trial.parent
+        begin = [(parent.step, measured[parent.trial, parent.step])] if parent else []
+        return [*begin, *((check.step, measured[trial.number, check.step]) for check in trial.checks)]
+
+    lines = {f"trial {t.number} ({t.outcome.state}): {shown(t.settings)}": curve(t) for t in found.trials if t.checks}
     sign = 1 if found.objectives[objective] == "max" else -1
     chart = line_chart(lines, "step", objective, caption="Each trial at its checks; a short line was stopped there.")
     best: list[tuple[float, float]] = []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import yaml
 
 from cluster.config import Recipe
 from cluster.search.config import Mode
+from cluster.search.fork import course_of
 from cluster.search.record import StudyPaths, TrialRecord
 from cluster.search.space import Space
 from cluster.search.space import shown as shown_settings
@@ -83,14 +86,16 @@ def command_for(study: StudyPaths) -> str:
     return f"gyre train {shlex.quote(str(study.best))}"
 
 
-def write_best(study: StudyPaths, space: Space, best: TrialRecord) -> Recipe:
-    """best.yaml: the whole recipe with the settings of `best`, and how it came about."""
-    recipe = space.chosen_recipe(best.settings)
+def write_best(study: StudyPaths, space: Space, best: TrialRecord, steps: int) -> Recipe:
+    """best.yaml: the whole recipe with the settings of `best`, and how it came about. steps: of the whole recipe."""
+    course = course_of(study.ancestry(best.number))
+    recipe = space.chosen_recipe(course, steps)
     measured = ", ".join(f"{name} {best.last[name]:.4g}" for name in space.objectives)
     aside = [f"#   {key}: {value!r} in the trials, not here" for key, value in space.config.trial.items()]
     lines = [
         f"# Found by search {study.search_id}, trial {best.number}: {shown_settings(best.settings)}",
         f"# In the trial, after step {best.checks[-1].step} of {best.checks[-1].steps}: {measured}",
+        *(f"#   until step {b.step} of {b.steps}: {shown_settings(a.settings)}" for a, b in pairwise(course)),
         *aside,
         f"# Train it: {command_for(study)}",
     ]
@@ -106,6 +111,28 @@ def states_of(trials: Sequence[TrialRecord]) -> dict[str, int]:
     for trial in trials:
         counts[trial.outcome.state] = counts.get(trial.outcome.state, 0) + 1
     return counts
+
+
+def result_so_far(study: StudyPaths, objectives: Mapping[str, Mode]) -> SearchResult:
+    """Of a search that ended, is under way, or was interrupted, from its folder; `seconds` is 0 until it ends."""
+    trials = study.trials()
+    best = best_of(trials, objectives)
+    ended = json.loads(study.result.read_text()) if study.result.exists() else None
+    return SearchResult(
+        search_id=study.search_id,
+        folder=str(study.root),
+        objectives=dict(objectives),
+        best=best,
+        front=pareto_front(trials, objectives),
+        recipe=str(study.best) if study.best.exists() else None,
+        command=command_for(study) if study.best.exists() else None,
+        trials=trials,
+        states=states_of(trials),
+        worker_seconds=sum(trial.worker_seconds for trial in trials),
+        seconds=ended["seconds"] if ended else 0.0,
+        ended_by=ended["ended_by"] if ended else "it is under way, or was interrupted",
+        final=json.loads(study.final.read_text()) if study.final.exists() else [],
+    )
 
 
 def files_of(study: StudyPaths) -> list[Path]:

@@ -22,7 +22,7 @@ ROWS = 15
 
 
 class SearchProgress(Progress):
-    """Takes the events of a search too: {"kind": "trial", "record", "ended", "trials", "eta_s"}, see `Journal`.
+    """Takes the events of a search too: {"kind": "trial", "record", "ended", …}, see `Journal`.
 
     objective  the metric shown
     """
@@ -63,6 +63,8 @@ class SearchProgress(Progress):
 def trial_line(record: TrialRecord, objective: str) -> str:
     """`trial 7 · completed · step 60/60 · ndcg@10 0.3812 · temperature=0.043 rows=512`"""
     parts = [f"trial {record.number}", record.outcome.state]
+    if record.parent:
+        parts.append(f"fork of {record.parent.trial} after step {record.parent.step}")
     if record.checks:
         parts += [
             f"step {record.checks[-1].step}/{record.checks[-1].steps}",
@@ -75,7 +77,7 @@ def trial_line(record: TrialRecord, objective: str) -> str:
 
 def standing(event: Mapping[str, Any]) -> str:
     eta = f" · ETA {duration(event['eta_s'])}" if event["eta_s"] is not None else ""
-    return f"{event['ended']}/{event['trials']} trials{eta}"
+    return f"{event['ended']}/{event['trials']} {event['counted']}{eta}"
 
 
 def trials_table(records: list[TrialRecord], objective: str) -> Table:
@@ -110,4 +112,5 @@ def show_search(console: Console, found: SearchResult) -> None:
         )
     assert found.best is not None, "a search without one raises"
     lines.append(f"best       {trial_line(found.best, first)}")
-    show_lines(console, *lines, "", "next", f"  {found.command}")
+    more = [f"  gyre search RECIPE --resume {found.search_id}"] if found.ended_by else []
+    show_lines(console, *lines, "", "next", f"  {found.command}", *more)

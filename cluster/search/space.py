@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,15 @@ COSTS = ("seconds", "worker_seconds")
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Settings from `step` of a run's `steps` on, until the next stretch."""
+
+    settings: Settings
+    step: int = 0
+    steps: int = 1
+
+
+@dataclass(frozen=True)
 class Space:
     """What may be varied of a recipe, which has a `search` section."""
 
@@ -40,11 +49,19 @@ class Space:
 
     def trial_recipe(self, settings: Settings) -> Recipe:
         """The recipe that a trial trains. Raises UsageError for values that don't go together."""
-        return self._with({**self._for_trials, **self._values(settings)}, shown(settings))
+        return self.trial_course([Stretch(settings)])
 
-    def chosen_recipe(self, settings: Settings) -> Recipe:
-        """The recipe with these settings and nothing of `search.trial`. Raises UsageError."""
-        return self._with(self._values(settings), shown(settings))
+    def trial_course(self, course: Sequence[Stretch]) -> Recipe:
+        """The recipe of a trial whose settings change on the way. Raises UsageError."""
+        values = self._scheduled(course, course[-1].steps)
+        return self._with({**self._for_trials, **values}, shown(course[-1].settings))
+
+    def chosen_recipe(self, course: Sequence[Stretch], steps: int = 1) -> Recipe:
+        """The recipe with these settings and nothing of `search.trial`. Raises UsageError.
+
+        steps  of its run: a source's weight changes at a step. Only asked for where settings change
+        """
+        return self._with(self._scheduled(course, steps), shown(course[-1].settings))
 
     def draw(self, trial: optuna.Trial) -> None:
         """Optuna's define-by-run function: asks for every key that is on, in order."""
@@ -90,8 +107,22 @@ class Space:
             for value in of.grid if isinstance(of, Choice) else (of.low, of.high):
                 settings = {other: values[0] for other, values in self._conditions(key)} | {key: value}
                 self._with({**self._for_trials, **self._values(settings)}, f"{where}, search.space")
+            if self.config.algorithm == "pbt":
+                self._check_changes(key, where)
         for number, start in enumerate(self.config.start):
             self._check_start(start, f"{where}, search.start.{number}")
+
+    def _check_changes(self, key: str, where: str) -> None:
+        """Raises UsageError where the recipe has no schedule for the key."""
+        first, *_, last = self.config.space[key].grid
+        try:
+            self.trial_course([Stretch({key: first}), Stretch({key: last}, 1, 2)])
+        except UsageError as error:
+            raise UsageError(
+                f"{where}: search.space.{key} can't change during a run, as algorithm pbt asks: a temperature, "
+                "hardest_share, a loss's weight, momentum.decay, optimizer.lr or a source's weight can; leave it "
+                "out, or take another algorithm"
+            ) from error
 
     def _check_start(self, settings: Settings, where: str) -> None:
         for key, value in settings.items():
@@ -131,6 +162,18 @@ class Space:
         for value in of.grid:
             yield from self._combinations(keys[1:], settings | {keys[0]: value})
 
+    def _scheduled(self, course: Sequence[Stretch], steps: int) -> dict[str, Any]:
+        """What stands in the recipe for settings that change: a number where one doesn't, else its schedule."""
+        values = self._values(course[0].settings)
+        for key in values if len(course) > 1 else ():
+            changes = [(course[0], values[key])]
+            for stretch in course[1:]:
+                if (value := self._values(stretch.settings)[key]) != changes[-1][1]:
+                    changes.append((stretch, value))
+            if len(changes) > 1:
+                values[key] = _schedule(key, changes, steps)
+        return values
+
     def _values(self, settings: Settings) -> dict[str, Any]:
         """What stands in the recipe for the settings, shorter keys before those that are part of them."""
         order = [key for key in self.config.space if key in settings]
@@ -160,6 +203,14 @@ class Space:
             raise UsageError(f"{where}: {key} names no single source: {several}; write its position, from 0 on")
         position, name = found[0]
         return f"{SOURCES}.{position}{rest.removeprefix(name)}"
+
+
+def _schedule(key: str, changes: Sequence[tuple[Stretch, Any]], steps: int) -> Any:
+    """The weight of a source by step, every other number by the share of the run that is done."""
+    if key.startswith(SOURCES + "."):
+        shares = {round(steps * its.step / its.steps): value for its, value in changes}
+        return [{"from_step": step, "share": share} for step, share in shares.items()]
+    return {"pieces": [{"after": its.step / its.steps, "value": value} for its, value in changes]}
 
 
 def source_name(path: str) -> str:

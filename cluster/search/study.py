@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.config import ClusterConfig, Recipe, differences
 from cluster.fit import AT_ONCE, Progress, Stopped, handling_signals, stopped_by_signal
 from cluster.paths import run_home
-from cluster.prepare import check_sources, pools_of
+from cluster.prepare import check_sources, open_data
 from cluster.search.config import Choice, Integer
 from cluster.search.placement import cpus, trials_at_once
 from cluster.search.record import StudyPaths, find_search
@@ -23,7 +23,6 @@ from cluster.search.results import SearchResult, best_of, command_for, files_of,
 from cluster.search.space import Space
 from cluster.session import connect, nodes_to_be
 from data_services.schema import RunError, UsageError
-from data_services.sources import open_source
 from trainers.checkpoint import write_json
 
 if TYPE_CHECKING:
@@ -90,14 +89,15 @@ def search(
         nodes = nodes_to_be(most * (largest.workers + 1) if session.address else 1)
         at_once = trials_at_once(largest, nodes, most)
         tell({"kind": "phase", "text": "preparing data"})
-        for source in (*recipe.data.sources, *pools_of(recipe).values()):  # before trials that share it ask for it
-            open_source(source, root, lambda n, of: tell({"kind": "parts", "finished": n, "parts": of}))
+        # Before trials that share the data ask for it, and before each of them finds the same fault in it.
+        steps = open_data(recipe, root, lambda n, of: tell({"kind": "parts", "finished": n, "parts": of})).plan.steps
+        open_data(space.trial_recipe({}), root)
         study = study or new_study(recipe, root)
         write_json(study.search, {"recipe": recipe.model_dump(mode="json", exclude_unset=True)})
         with stopped_by_signal(resume_with(study)):
             ended_by, journal = run_trials(study, space, root, at_once, work, tell)
             best = best_of(study.trials(), space.objectives)
-            final = train_final(study, space, write_best(study, space, best), tell) if best else []
+            final = train_final(study, space, write_best(study, space, best, steps), tell) if best else []
             result = conclude(study, space, journal, ended_by, final, began)
     if result.best is None:
         reasons = [t.outcome.reason for t in result.trials if t.outcome.reason]
@@ -118,7 +118,10 @@ def new_study(recipe: Recipe, root: Path) -> StudyPaths:
 
 def check_same(study: StudyPaths, recipe: Recipe) -> None:
     """Raises UsageError where a search would go on with trials that can't be compared with those that it has."""
-    if changed := differences(study.recipe(), recipe, FREE_ON_RESUME):
+    earlier = study.recipe()
+    population = earlier.search is not None and earlier.search.algorithm == "pbt"  # of as many as it began with
+    free = tuple(key for key in FREE_ON_RESUME if not (population and key == "search.trials"))
+    if changed := differences(earlier, recipe, free):
         told = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in sorted(changed.items()))
         raise UsageError(
             f"search {study.search_id} was made with another recipe: {told}. Resume it with the recipe it was made "
@@ -142,7 +145,7 @@ def run_trials(
     """(why it ended before the last trial, else empty; its journal)."""
     from ray import tune
 
-    from cluster.search.algorithms import Ending, how_many, scheduler_of, search_of
+    from cluster.search.algorithms import Ending, how_many, runs_of, scheduler_of, searcher_of
     from cluster.search.journal import Journal, Tracked
     from cluster.search.placement import bundles
     from cluster.search.trial import Trial
@@ -151,18 +154,19 @@ def run_trials(
         if record.outcome.state == "stopped" and record.outcome.reason:
             study.trial(record.number).outcome.unlink()
     study.stop.unlink(missing_ok=True)
-    recorded = study.trials()
-    trials = how_many(space)
-    tracked = Tracked(study, space, root)
-    journal = Journal(study, space, tracked, trials, tell)
+    journal = Journal(study, space, Tracked(study, space, root), runs_of(space), tell)
     ending = Ending(space.config.budget, journal.worker_seconds, study.stop.touch)
-    tell({"kind": "phase", "text": f"search {study.search_id}: {trials} trials, {at_once} at a time"})
+    tell({"kind": "phase", "text": f"search {study.search_id}: {how_many(space)} trials, {at_once} at a time"})
 
     def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
         try:
             return tune.PlacementGroupFactory(bundles(space.trial_recipe(config["settings"]).cluster))
         except UsageError:  # the trial will say so
             return tune.PlacementGroupFactory(bundles(space.recipe.cluster))
+
+    def name(trial: Any) -> str:
+        generation = trial.config.get("generation")
+        return f"{trial.config['number']:04d}" + (f"-{generation}" if generation else "")
 
     def stop(number: int, _frame: Any) -> None:
         signal.signal(number, AT_ONCE[number])
@@ -174,13 +178,13 @@ def run_trials(
             tune.with_resources(Trial, resources),
             param_space={"study": str(study.root), "root": str(root), "work": work},
             tune_config=tune.TuneConfig(
-                search_alg=search_of(space, [record.settings for record in recorded]),
+                search_alg=searcher_of(space, study, journal.replaced),
                 scheduler=scheduler_of(space),
-                num_samples=trials,
+                num_samples=runs_of(space),
                 max_concurrent_trials=at_once,
                 reuse_actors=True,
-                trial_name_creator=lambda trial: f"{trial.config['number']:04d}",
-                trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}",
+                trial_name_creator=name,
+                trial_dirname_creator=name,
             ),
             run_config=tune.RunConfig(
                 name=time.strftime("%Y%m%d-%H%M%S"),

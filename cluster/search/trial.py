@@ -23,6 +23,7 @@ from cluster.fit import WOULD_FAIL_AGAIN
 from cluster.prepare import Prepared, make_model_folder, on_this_machine, prepare
 from cluster.search.config import SearchConfig
 from cluster.search.crew import Crew, wait
+from cluster.search.fork import course_of, take_up
 from cluster.search.placement import DATA
 from cluster.search.record import Check, Outcome, StudyPaths, TrialPaths
 from cluster.search.space import TRAINING_METRICS, Space
@@ -37,7 +38,11 @@ STEP, TIME, FAILED = "step", "check_time", "failed"
 
 
 def checks_of(steps: int, search: SearchConfig) -> list[tuple[int, float]]:
-    """(step, time) of each check of a trial of so many steps: the last step, and a `reduction`-th of each before it."""
+    """(step, time) of each check of a trial of so many steps: the last step, and a `reduction`-th of each before it;
+    in a population the end of each generation."""
+    if search.algorithm == "pbt":
+        parts = search.population.generations
+        return [(step, k) for step, k in {round(steps * k / parts): float(k) for k in range(1, parts + 1)}.items()]
     shares = [1.0]
     while shares[-1] / search.reduction >= search.first_check * (1 - 1e-9):
         shares.append(shares[-1] / search.reduction)
@@ -46,7 +51,8 @@ def checks_of(steps: int, search: SearchConfig) -> list[tuple[int, float]]:
 
 
 class Trial(Trainable):
-    """The driver of a trial: config is {"study", "root": folders, "work": "module:Name", "number", "settings"}.
+    """The driver of a trial: config is {"study", "root": folders, "work": "module:Name", "number", "settings"}; in a
+    population also "parent", if it has one, and "generation", at whose end the trial is done for Tune.
 
     What was recorded of the trial before, by a search that was interrupted, is reported again and not trained again.
     """
@@ -70,7 +76,7 @@ class Trial(Trainable):
     def step(self) -> dict[str, Any]:
         if self._recorded:
             check = self._recorded.pop(0)
-            ended = self._before.outcome.state in ("completed", "stopped") or check.step == check.steps
+            ended = self._before.outcome.state in ("completed", "stopped") or self._is_last(check)
             return self._result(check, done=ended and not self._recorded)
         if self._before.outcome.state == "failed":
             return self._failed(self._before.outcome.reason)
@@ -83,16 +89,23 @@ class Trial(Trainable):
         self._since = time.monotonic()
         self._study, self._root = StudyPaths(Path(config["study"])), Path(config["root"])
         self._paths: TrialPaths = self._study.trial(config["number"])
-        self._paths.begin(config["number"], config["settings"])
+        self._paths.begin(config["number"], config["settings"], config.get("parent"))
         self._before = self._paths.read()
-        self._recorded = list(self._before.checks)
-        self._ready: Prepared | None = None
-        self._checked = self._before.checks[-1].step if self._before.checks else 0
-        self._begun, self._at, self._deaths = False, 0, 0
         self._space = Space(self._study.recipe())
         self._search = self._space.config
+        self._generation: int | None = config.get("generation")
+        self._recorded = [check for check in self._before.checks if self._generation is None or self._is_last(check)]
+        self._ready: Prepared | None = None
+        inherited = self._before.parent.step if self._before.parent else 0
+        self._checked = self._before.checks[-1].step if self._before.checks else inherited
+        self._begun, self._at, self._deaths = False, 0, 0
         self._work: Any = import_object(config["work"], "work")  # a Work's class
         self._settings = config["settings"]
+
+    def _is_last(self, check: Check) -> bool:
+        """Whether it is the trial's last one, or that of the generation."""
+        time_of = dict(checks_of(check.steps, self._search))
+        return check.step == check.steps if self._generation is None else time_of[check.step] == self._generation
 
     def _train_on(self) -> dict[str, Any]:
         """To the next check, with a new crew where one dies. One of which a member failed isn't used again either: the
@@ -113,11 +126,12 @@ class Trial(Trainable):
     def _count_death(self, reason: str) -> None:
         self._deaths += 1
         if self._deaths > self._search.retries:
-            raise RunError(f"{reason} (tried {self._deaths} times)")
+            raise RunError(reason if self._deaths == 1 else f"{reason} (tried {self._deaths} times)")
 
     def _to_check(self) -> dict[str, Any]:
         if self._ready is None:
-            self._ready = ready_trial(self._space.trial_recipe(self._settings), self._study, self._paths, self._root)
+            course = course_of(self._study.ancestry(self._before.number))
+            self._ready = ready_trial(self._space.trial_course(course), self._study, self._paths, self._root)
         ready = self._ready
         crew = self._crew_for(ready.recipe)
         if not self._begun:
@@ -135,7 +149,7 @@ class Trial(Trainable):
         check = Check(due, steps, self._worker_seconds(), measured[0] | training_metrics(ready.run.metrics))
         self._refuse_infinite(check)
         self._paths.add(check)
-        return self._result(check, done=due == steps)
+        return self._result(check, done=self._is_last(check))
 
     def _crew_for(self, recipe: Recipe) -> Crew:
         """The crew that is there; where there is none a new one, with which nothing has begun."""
@@ -207,7 +221,10 @@ def ready_trial(recipe: Recipe, study: StudyPaths, paths: TrialPaths, root: Path
     if recipe.mine.every_steps is not None and not (paths.root / "data").exists():
         (paths.root / "data").symlink_to(root / "data")  # a miner looks for converted data beside its run
     earlier = paths.run if paths.run.recipe.exists() else None
-    return prepare(recipe, root, earlier, new=paths.run, make_model=link_model)
+    ready = prepare(recipe, root, earlier, new=paths.run, make_model=link_model)
+    if paths.donated.root.exists():
+        take_up(paths.donated, ready)
+    return ready
 
 
 def shared_model(recipe: Recipe, study: StudyPaths, sources: tuple[StoredSource, ...], root: Path) -> Path:

@@ -34,7 +34,7 @@ def corpora() -> dict[str, BuiltIn]:
     images, sounds = (texts._replace(media=(("positive", kind),)) for kind in ("image", "audio"))
     graded = texts._replace(positive_scores="scores", media=(("query", "image"),))
     return {
-        builtin.STDLIB_CODE: BuiltIn(builtin.rows, builtin.stdlib_stamp, texts, ("package",)),
+        builtin.STDLIB_CODE: BuiltIn(builtin.rows, builtin.stdlib_stamp, texts, ("package", "nearby")),
         "glyphs": BuiltIn(glyphs.rows, glyphs.stamp, images),
         "charts": BuiltIn(charts.rows, charts.stamp, graded),
         "pages": BuiltIn(pages.rows, pages.stamp, images),

@@ -12,7 +12,8 @@ import numpy as np
 
 from data_services.items import Item
 from data_services.schema import UsageError
-from evaluation.stored import PerQuery
+from evaluation.excerpts import excerpt
+from evaluation.stored import Excerpts, PerQuery
 from evaluation.vectors import Vectors
 
 
@@ -50,6 +51,14 @@ class Task:
         """The text of each single score, where a mean over some of the scores is the metric of that part."""
         return ()
 
+    def asked_items(self) -> Mapping[str, Item]:
+        """What each single score is about, by its id; empty where a score is of all texts together."""
+        return dict(zip(numbered(len(self.asked_texts)), self.asked_texts, strict=True))
+
+    def found_items(self) -> Mapping[str, Item]:
+        """What may be among a score's hits, by id."""
+        return {}
+
     def content(self) -> Any:
         """What decides the scores beside the model, as JSON."""
         raise NotImplementedError
@@ -77,6 +86,16 @@ class Task:
             {metric: float(values[metric]) for metric in self.metrics},
             PerQuery(per_query.query_ids, scores, per_query.hits),
         )
+
+
+def excerpts_of(task: Task, per_query: PerQuery) -> Excerpts:
+    """What the queries and hits of a task's single scores show."""
+    asked, found = task.asked_items(), task.found_items()
+    hits = dict.fromkeys(id for hits in per_query.hits for id in hits)
+    return Excerpts(
+        {id: excerpt(asked[id]) for id in per_query.query_ids if id in asked},
+        {id: excerpt(found[id]) for id in hits if id in found},
+    )
 
 
 def refuse_empty(name: str, **sides: Sequence[Any]) -> None:

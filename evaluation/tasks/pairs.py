@@ -5,13 +5,13 @@ Every similarity is the cosine, or the inner product for a model whose similarit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from data_services.schema import UsageError
+from data_services.schema import Item, UsageError
 from evaluation.search import rank
 from evaluation.stored import PerQuery
 from evaluation.tasks.base import Task, TaskScores, means, numbered, refuse_empty
@@ -38,6 +38,10 @@ class Pairs(Task):
 
     def content(self) -> Any:
         return [list(self.first), list(self.second), self.side]
+
+    def asked_items(self) -> Mapping[str, Item]:
+        pairs = zip(self.first, self.second, strict=True)
+        return dict(zip(numbered(len(self.first)), ({"one": a, "other": b} for a, b in pairs), strict=True))
 
     def vectors_of(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
         both = vectors.stored([*self.first, *self.second], self.side).astype(np.float64)

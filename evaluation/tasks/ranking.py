@@ -55,6 +55,12 @@ class Retrieval(Task):
         texts = [query for query in self.queries if isinstance(query, str)]
         return texts if len(texts) == len(self.queries) else ()
 
+    def asked_items(self) -> Mapping[str, Item]:
+        return dict(zip(self.query_ids, self.queries, strict=True))
+
+    def found_items(self) -> Mapping[str, Item]:
+        return dict(zip(self.document_ids, self.documents, strict=True))
+
     def geometry(self, vectors: Vectors) -> dict[str, float]:
         """`geometry.figures` of the queries and documents, as the model gives them or scaled to length 1."""
         pairs = [(q, d) for q, grades in enumerate(self.grades) for d, grade in grades.items() if grade > 0]
@@ -117,6 +123,12 @@ class Reranking(Task):
     def asked_texts(self) -> Sequence[str]:
         return self.queries
 
+    def asked_items(self) -> Mapping[str, Item]:
+        return dict(zip(self.query_ids, self.queries, strict=True))
+
+    def found_items(self) -> Mapping[str, Item]:
+        return {_name(text): text for text in self._documents}
+
     def content(self) -> Any:
         return [list(self.query_ids), list(self.queries), [sorted(c.items()) for c in self.candidates]]
 
@@ -153,5 +165,10 @@ class Reranking(Task):
         for row, order in zip(ranking, orders, strict=True):
             row[: len(order)] = order
         scores = per_query(ranking, grades, self.metrics)
-        hits = [[f"{text_id(documents[d]) % 2**64:016x}" for d in order[:HITS]] for order in orders]
+        hits = [[_name(documents[d]) for d in order[:HITS]] for order in orders]
         return self.asked(means(scores), PerQuery(self.query_ids, scores, hits))
+
+
+def _name(text: str) -> str:
+    """The id of a candidate, which its data doesn't name."""
+    return f"{text_id(text) % 2**64:016x}"

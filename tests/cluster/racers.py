@@ -3,6 +3,8 @@
 race   eight promotions of versions 2 to 9, each held against champion 1, at once: prints what became of each
 kill   a process that dies by SIGKILL at each write that a promotion makes: prints the champion and its history after
        each death, and after the same promotion is run again
+register  a process that dies by SIGKILL between a version's registration and its alias: prints the versions and aliases
+       after its death, and after the same run is registered again
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlflow.store.model_registry.sqlalchemy_store  # noqa: F401  once, and not in each process
+from mlflow import MlflowClient
 
 from cluster.registry.champion import HISTORY, champion_of, history_of, move_champion
+from cluster.registry.register import register
 from cluster.tracking import client
 from data_services.schema import Refused
 
@@ -81,5 +86,25 @@ def kill() -> list[dict[str, Any]]:
     return told
 
 
+def register_twice() -> list[dict[str, Any]]:
+    """Of the run whose id, and of the folder whose path, stand after the command's name."""
+    run_id, folder = sys.argv[2], Path(sys.argv[3])
+    rows = {"validation": {"trained": {"ndcg@10": 0.5}}, "heldout": {}}
+
+    def registering(dies: bool) -> None:
+        if dies:
+            MlflowClient.set_registered_model_alias = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        register(NAME, folder, run_id=run_id, scores=rows, gate=None, tags={})
+
+    told = []
+    for dies in (True, False):
+        _, status = os.waitpid(in_child(lambda dies=dies: registering(dies)), 0)
+        model = client().get_registered_model(NAME)
+        versions = [int(v.version) for v in client().search_model_versions(f"name='{NAME}'")]
+        aliases = {alias: int(version) for alias, version in model.aliases.items()}
+        told.append({"killed": os.WIFSIGNALED(status), "versions": versions, "aliases": aliases})
+    return told
+
+
 if __name__ == "__main__":
-    print(json.dumps({"race": race, "kill": kill}[sys.argv[1]]()))
+    print(json.dumps({"race": race, "kill": kill, "register": register_twice}[sys.argv[1]]()))

@@ -19,6 +19,8 @@ COMMANDS = {
     "mine": "DATA",
     "train": "RECIPE",
     "submit": "COMMAND",
+    "jobs": "JOB",
+    "stop": "JOB",
     "evaluate": "MODEL",
     "compare": "--suite",
     "models": "NAME",
@@ -135,11 +137,11 @@ def test_submit_hands_the_rest_of_the_line_over_untouched(gyre, monkeypatch):
         return JobResult("job_1", "FAILED", 3)
 
     monkeypatch.setattr("cluster.jobs.submit", submit)
-    code, out, _ = gyre("submit", "--address", "http://h", "train", "r.yaml", "--resume", "abc", "a.b=1", "--json", "x")
+    wanted = {"address": "http://h", "name": "nightly", "install": False, "detach": False}
+    command = ["train", "r.yaml", "--resume", "abc", "a.b=1", "--json", "x"]
+    code, out, _ = gyre("submit", "--address", "http://h", "--name", "nightly", *command)
     assert code == 3
-    assert seen == [
-        (["train", "r.yaml", "--resume", "abc", "a.b=1", "--json", "x"], {"address": "http://h", "detach": False})
-    ]
+    assert seen == [(command, wanted)]
     assert "job job_1 failed" in out
 
 
@@ -180,7 +182,7 @@ def test_train_hands_over_the_recipe_and_says_what_to_type_next(gyre, monkeypatc
     code, out, err = gyre("train", "r.yaml", "seed=7", "--resume", "small-1", "--from-step", "4", "--json", "out.json")
     assert (code, err) == (0, "")
     assert seen == [(7, "small-1", 4)]
-    for text in ("preparing [data]", "step 1/300", "step 300/300", "0.4200", "gyre query", "models:/small@candidate"):
+    for text in ("preparing [data]", "step 1/300", "step 300/300", "0.4200", "gyre query", "gyre report small-1"):
         assert text in out
     assert "step 2/300" not in out, "plain lines come every few seconds"
     assert json.loads((tmp_path / "out.json").read_text())["metrics"] == rows

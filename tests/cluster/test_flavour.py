@@ -67,6 +67,66 @@ def test_a_fresh_process_elsewhere_loads_the_exporters_vectors_with_mlflow_alone
     assert resolve("models:/tiny/1").folder == folder
 
 
+SEVERAL = """
+import json, sys
+import mlflow
+mlflow.set_tracking_uri(sys.argv[1])
+texts, found = json.load(sys.stdin), {}
+for name in ("towers", "tokens"):
+    model = mlflow.pyfunc.load_model(f"models:/{name}@champion")
+    sides = {side: model.predict(texts, params={"prompt_name": side}) for side in ("query", "document")}
+    found[name] = sides if name == "tokens" else {side: its.tolist() for side, its in sides.items()}
+    found[name]["inputs"] = model.metadata.get_input_schema().to_dict()
+assert not {"cluster", "trainers", "data_services"} & set(sys.modules)
+print(json.dumps(found))
+"""
+
+
+def several(folder, **keys):
+    """An export of two towers whose weights differ."""
+    from tests.trainers.encoders.tiny import TINY, train_tokenizer, train_tokenizer_with_mask
+    from trainers.config import ModelConfig
+    from trainers.encoders.model_folder import prepare_model_folder
+    from trainers.encoders.towers import build_towers, export_towers, prepare_towers
+
+    config = ModelConfig(config=TINY, max_tokens=40, towers="separate", **keys)
+    train = train_tokenizer_with_mask if config.query_length else train_tokenizer
+    prepare_model_folder(config, folder / "model", train)
+    prepare_towers(config, folder / "model")
+    towers = build_towers(config, folder / "model").eval()
+    scrambled(towers.document)
+    return export_towers(towers.state_dict(), folder / "model", folder / "out")
+
+
+def test_two_towers_and_token_vectors_load_elsewhere_with_mlflow_too(root, tmp_path):
+    exports = {
+        "towers": several(tmp_path / "towers", query_prompt="find: "),
+        "tokens": several(tmp_path / "tokens", pooling="tokens", token_dim=8, query_length=12),
+    }
+    for name, folder in exports.items():
+        run_id = Tracker.start("exp", name, {}, root).run_id
+        register(name, folder, run_id=run_id, scores={"validation": {}, "heldout": {}}, gate=None, tags={})
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", SEVERAL, tracking_uri(root)],
+        input=json.dumps(TEXTS),
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if not k.startswith(("GYRE_", "PYTHON"))},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for field in ("query", "document"):
+        ours = exported_encoder(exports["towers"]).encode(TEXTS, field)
+        np.testing.assert_allclose(found["towers"][field], ours, atol=1e-5)
+        tokens = exported_encoder(exports["tokens"]).encode_tokens(TEXTS, field)  # type: ignore[attr-defined]
+        for got, want in zip(found["tokens"][field], tokens, strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-5)
+    assert found["towers"]["inputs"] == [{"type": "string", "required": True}]
+    assert resolve("models:/tokens@champion").folder.name == "model.sentence_transformer"
+
+
 def test_the_facts_of_an_export(export):
     facts = measure(export, parity=True)
     assert facts.safetensors >= 1

@@ -138,26 +138,28 @@ def test_a_version_goes_there_and_comes_back_whole(team, add, server):
     assert model_folder("models:/whole@champion")[0].is_dir()
 
 
-def test_of_promotions_at_once_one_wins_and_the_others_are_told(add, monkeypatch):
-    monkeypatch.setattr(lock, "SETTLE_S", 2.0)
-    for _ in range(4):
-        add("race")
+@pytest.mark.parametrize("many", [3, pytest.param(8, marks=pytest.mark.proof)])
+def test_of_promotions_at_once_one_wins_and_the_others_are_told(add, monkeypatch, many):
+    name = f"race-of-{many}"
+    monkeypatch.setattr(lock, "SETTLE_S", 2.0 if many == 3 else 5.0)
+    for _ in range(many + 1):
+        add(name)
     told = {}
 
     def run(version):
         try:
-            told[version] = move_champion(client(), "race", version, 1, {}).previous
+            told[version] = move_champion(client(), name, version, 1, {}).previous
         except Refused as refused:
             told[version] = str(refused)
 
-    threads = [threading.Thread(target=run, args=(version,)) for version in range(2, 5)]
+    threads = [threading.Thread(target=run, args=(version,)) for version in range(2, many + 2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     (winner,) = (version for version, what in told.items() if what == 1)
-    assert champion("race") == winner
-    assert [entry["version"] for entry in history_of(client().get_registered_model("race"))] == [1, winner]
+    assert champion(name) == winner
+    assert [entry["version"] for entry in history_of(client().get_registered_model(name))] == [1, winner]
     assert all("nothing was moved" in what for version, what in told.items() if version != winner)
 
 

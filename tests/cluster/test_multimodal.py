@@ -88,6 +88,22 @@ def test_towers_of_texts_and_images_train_and_are_scored_both_ways(dual):
     assert "trained recall@5" in table.column_names
 
 
+def test_a_run_keeps_what_its_page_shows_pictures_included(dual):
+    from cluster.reports.evidence import read_run
+    from cluster.reports.run import run_page
+
+    ready, _, _ = dual
+    found = read_run(ready.run)
+    look = found.looks["heldout"]
+    assert {"modality_gap", "uniformity_queries", "uniformity_documents"} <= set(look.geometry["trained"])
+    assert sum(look.similarities["trained"].positives) == 8
+    assert sum(look.similarities["trained"].negatives) == 8 * 7
+    shown = [*look.best, *look.worst]
+    assert len(shown) == 8
+    assert all(example.answer.picture and hit.item.picture for example in shown for hit in example.hits)
+    assert run_page(found).count("data:image/png;base64,") >= 8
+
+
 def test_a_picture_looks_for_pictures_and_texts_and_a_source_of_them_is_embedded(dual, data, tmp_path):
     from cluster.embedding import EmbeddingJob, embed_source
     from cluster.models import query

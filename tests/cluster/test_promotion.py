@@ -14,16 +14,16 @@ from cluster.evidence.suites import open_suite
 from cluster.models import fingerprint
 from cluster.registry import GateFailed, list_models, model_folder, promote, rollback
 from cluster.registry.champion import history_of
-from cluster.tracking import client
+from cluster.tracking import Tracker, client
 from data_services.schema import UsageError
 from evaluation.gates import GateConfig
 from evaluation.stored import PerQuery, Result, TaskResult, write
 from tests.e2e.commands import TREE
 
 
-def racers(what):
+def racers(what, *arguments):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cluster.racers", what],
+        [sys.executable, "-m", "tests.cluster.racers", what, *arguments],
         cwd=TREE,
         env=os.environ,
         capture_output=True,
@@ -55,6 +55,16 @@ def test_a_promotion_killed_at_any_write_has_moved_nothing_and_is_safe_to_run_ag
     *killed, again = racers("kill")
     assert [(k["signal"], k["champion"], k["history"]) for k in killed] == [(9, 1, [1])] * 3
     assert again == {"at": "again", "previous": 1, "champion": 2, "history": [1, 2]}
+
+
+def test_a_registration_killed_before_its_alias_is_whole_when_it_is_run_again(root, tmp_path):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    run_id = Tracker.start("exp", "run", {}, root).run_id
+    killed, again = racers("register", run_id, str(folder))
+    assert killed == {"killed": True, "versions": [1], "aliases": {}}
+    assert again == {"killed": False, "versions": [1], "aliases": {"candidate": 1, "champion": 1}}
 
 
 def test_an_override_is_recorded_and_only_where_a_gate_said_no(root, add):
@@ -112,6 +122,16 @@ def test_a_gate_on_the_model_looks_at_its_files(root, add):
         ("weights", "0 safetensors", False),
         ("licence", "none", False),
     ]
+
+
+def test_a_version_whose_files_were_changed_is_not_promoted(root, add, gyre):
+    add(0.35)
+    add(0.36)
+    folder, _ = model_folder("models:/small/2")
+    (folder / "config.json").write_text("{}")
+    code, _, err = gyre("promote", "small", "2")
+    assert (code, "aren't those that were registered" in err) == (1, True), err
+    assert list_models("small")[1].aliases == ("champion",)
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from cluster.embedding import load_encoder
-from cluster.registry import promote, register
+from cluster.registry import model_folder, promote, register
 from cluster.serving.deployment import ServeConfig, serving
 from cluster.serving.endpoint import Endpoint, digest
 from cluster.serving.model import ServedModel, Work
 from cluster.serving.protocol import Limits
-from cluster.tracking import Tracker
-from data_services.schema import UsageError
+from cluster.tracking import Tracker, client
+from data_services.schema import RunError, UsageError
 from tests.e2e.commands import PATIENCE_S
 from tests.trainers.encoders.tiny import scrambled, tiny
 from trainers.export import export_sentence_transformer
@@ -198,6 +198,20 @@ def test_a_registry_that_is_away_leaves_the_old_version_in_place(served, monkeyp
     assert served.encode([Work(("read",), "query")])[0].model == "tiny/1"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     wait_until(lambda: not served.trouble)
+
+
+def test_a_new_version_whose_files_are_damaged_leaves_the_old_one_in_place(served):
+    weights = model_folder("models:/tiny/2")[0] / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink()  # it may be a link to the export
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(RunError, match="aren't those that were registered"):
+        promote("tiny", 2)
+    client().set_registered_model_alias("tiny", "champion", "2")
+    wait_until(lambda: "is damaged (" in served.trouble)
+    assert served.encode([Work(("read",), "query")])[0].model == "tiny/1"
+    weights.write_bytes(whole)
+    wait_until(lambda: served.encode([Work(("read",), "query")])[0].model == "tiny/2")
 
 
 def test_requests_together_get_what_they_would_get_alone(served):

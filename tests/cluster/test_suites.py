@@ -164,6 +164,6 @@ def test_the_shipped_suites_are_whole(tmp_path):
     assert shipped() == ["builtin:code"]
     suite = open_suite("builtin:code", None, None, tmp_path)
     assert {task.kind for task in suite.tasks} == {
-        "retrieval", "bitext_mining", "classification", "clustering", "zero_shot"
+        "retrieval", "reranking", "bitext_mining", "classification", "clustering", "zero_shot"
     }  # fmt: skip
     assert read_suite(Path(__file__).parents[2] / "evaluation/suites/code.yaml").name == suite.name

@@ -23,6 +23,15 @@ def test_the_json_says_what_was_made_where_and_how_good_it_is(whole, shell):
     assert result["run_id"] in ended.out
 
 
+def test_the_run_has_a_page_with_its_curves_scores_and_queries(whole, shell):
+    ended = shell("report", "mini")
+    assert ended.code == 0, ended
+    html = (shell.run_folder("mini") / "report.html").read_text()
+    for text in ("Scores on heldout", "95 % interval", "Negative queue", "Queries it answers best and worst", "torch"):
+        assert text in html, text
+    assert html.count("<svg") > 10
+
+
 def test_each_step_is_in_the_metrics_file_once(whole, shell):
     steps = steps_in(shell.metrics("mini"))
     assert [s["step"] for s in steps] == list(range(STEPS))

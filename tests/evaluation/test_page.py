@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.charts import Axis, Scale, bar_chart, line_chart, number, parallel_coordinates, point_chart
-from evaluation.page import command, page, paragraph, section, table, tiles
+from evaluation.axes import Scale, number
+from evaluation.charts import Axis, bar_chart, line_chart, parallel_coordinates, path_chart, point_chart
+from evaluation.distributions import histogram_chart, interval_chart
+from evaluation.page import columns, command, example, item, page, paragraph, section, table, tiles
 
 EVIL = "<script>alert('&')</script>"
-VOID = {"meta"}
+VOID = {"meta", "img"}
 finite = st.floats(-1e6, 1e6, allow_nan=False).filter(lambda x: x == 0 or abs(x) > 1e-6)
 
 
@@ -23,12 +25,19 @@ def everything():
         line_chart({f"l{i}": [(1, i), (2, i)] for i in range(9)}, "x", "y"),
         point_chart({EVIL: (1, 2), "b": (10, 3)}, "x", "y", strong=[EVIL], log_x=True),
         bar_chart({EVIL: 0.5, "none": 0.0}),
+        path_chart([(1, 2), (2, 1)], [EVIL, "b"], EVIL, "y", caption=EVIL),
+        path_chart([], [], "x", "y"),
+        histogram_chart({EVIL: [0, 3, 1], "b": [0, 0, 2]}, -1, 1, EVIL, caption=EVIL),
+        histogram_chart({"a": [0, 0]}, -1, 1, "x"),
+        interval_chart({EVIL: (-0.1, 0.0, 0.2), "b": (0.1, 0.2, 0.3)}, EVIL, caption=EVIL),
+        interval_chart({}, "x"),
         parallel_coordinates(
             [Axis("t", True), Axis("q", choices=("0", EVIL))], {"a": {"t": 0.1, "q": EVIL, "s": 1}}, "s"
         ),
     ]
     blocks = [paragraph(EVIL), command(EVIL), tiles({EVIL: EVIL}), table([EVIL, "n"], [[EVIL, "1.5"], ["b", "−2"]])]
-    return page(EVIL, [section(EVIL, *blocks, *charts)], EVIL)
+    shown = example(item(EVIL, EVIL, EVIL), item(EVIL, "", "", True), item("x", EVIL, "", False))
+    return page(EVIL, [section(EVIL, *blocks, shown, columns(*charts))], EVIL)
 
 
 class Nesting(HTMLParser):
@@ -53,7 +62,7 @@ def test_a_page_is_well_formed_escapes_what_it_is_given_and_fetches_nothing():
     assert parser.open == []
     assert "script" not in parser.seen
     assert {"svg", "table", "figure", "h2", "pre"} <= parser.seen
-    assert not re.search(r"(src|href|url\(|@import|https?:)", html)
+    assert not re.search(r"(src=\"(?!data:)|href|url\(|@import|https?:)", html)
     assert "prefers-color-scheme: dark" in html
     assert "@media print" in html
 
@@ -75,6 +84,23 @@ def test_marks_lie_inside_the_chart(points):
         coordinates += [tuple(map(float, pair.split(","))) for pair in line.get("points").split()]
     assert coordinates
     assert all(-0.1 <= x <= width + 0.1 and -0.1 <= y <= height + 0.1 for x, y in coordinates)
+
+
+@given(st.lists(st.integers(0, 50), min_size=2, max_size=30).filter(any), st.floats(-3, 0), st.floats(0.5, 3))
+def test_a_histogram_has_a_step_for_each_bin_with_something_and_its_heights_are_shares(counts, low, span):
+    chart = histogram_chart({"a": counts}, low, low + span, "x")
+    (area,) = re.findall(r'<polygon points="([^"]+)"', chart)
+    corners = [tuple(map(float, pair.split(","))) for pair in area.split()]
+    heights = [corners[0][1] - y for _, y in corners[1:-1:2]]
+    seen = [i for i, count in enumerate(counts) if count]
+    shown = counts[seen[0] : seen[-1] + 1]
+    assert len(heights) == len(shown)
+    assert [h * max(shown) for h in heights] == pytest.approx([c * max(heights) for c in shown], abs=0.3 * max(shown))
+
+
+def test_an_interval_that_leaves_zero_out_stands_out_by_its_side():
+    html = interval_chart({"better": (0.1, 0.2, 0.3), "worse": (-0.3, -0.2, -0.1), "either": (-0.1, 0, 0.1)}, "x")
+    assert re.findall(r'class="mark" style="stroke: var\((--\w+)\)', html) == ["--s2", "--s5", "--soft"]
 
 
 @given(finite, finite)
@@ -101,6 +127,8 @@ def test_a_bar_is_as_long_as_its_value():
     assert lengths[0] == pytest.approx(2 * lengths[1])
 
 
-@pytest.mark.parametrize(("value", "text"), [(0, "0"), (0.123456, "0.1235"), (12345.6, "12,346"), (1e-7, "1e-07")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.123456, "0.1235"), (12345.6, "12,346"), (1e-7, "1e-07"), (1.5e9, "1.5 G")]
+)
 def test_numbers_are_short(value, text):
     assert number(value) == text

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from trainers.collectives import Group
-from trainers.negative_queue import QueueRows, side_of
+from trainers.negative_queue import side_of
 from trainers.objectives.blocks import Block
 from trainers.objectives.embedded import Embedded, LossShare, number, scores_of, wide
 from trainers.objectives.keys import Keys
@@ -178,7 +178,7 @@ class Contrastive:
         blocks = [Block(vectors[kept], documents[kept], masks, fresh=online, diagonal=True, columns=columns)]
         if self._section.among_queries:
             blocks.append(Block(embedded.queries, queries, self._masks, diagonal=True))
-        blocks += [self._stored(rows) for name, rows in sorted(embedded.queues.items()) if side_of(name) == "documents"]
+        blocks += self._stored(embedded, "documents")
         return self._exchange(embedded, embedded.queries, queries, blocks, temperature)
 
     def _documents_move(self, embedded: Embedded) -> bool:
@@ -220,17 +220,22 @@ class Contrastive:
             blocks.append(Block(embedded.positives, keys, self._masks, diagonal=True))
         if self._section.batch_negatives == "none":
             blocks.append(Block(embedded.queries[:0], queries[:0], diagonal=True))
-        blocks += [self._stored(rows) for name, rows in sorted(embedded.queues.items()) if side_of(name) == "queries"]
+        blocks += self._stored(embedded, "queries")
         if not blocks:
             return None
         return self._exchange(embedded, embedded.positives, keys, blocks, temperature)
 
-    def _stored(self, rows: QueueRows) -> Block:
-        """A queue's rows. They are the momentum encoder's, hence their own reference."""
-        keys, rule = replace(rows.keys, numbers=rows.numbers), self._section.false_negatives
-        if rule is not None and rule.reference is not None:
-            keys = replace(keys, reference=rows.vectors)
-        return Block(rows.vectors, keys, self._masks, fresh=False, share=self._section.hardest_share)
+    def _stored(self, embedded: Embedded, side: str) -> list[Block]:
+        """The rows of a side's queues. They are the momentum encoder's, hence their own reference."""
+        rule, share = self._section.false_negatives, value_at(self._section.hardest_share, embedded.progress)
+        blocks = []
+        for name, rows in sorted(embedded.queues.items()):
+            if side_of(name) == side:
+                keys = replace(rows.keys, numbers=rows.numbers)
+                if rule is not None and rule.reference is not None:
+                    keys = replace(keys, reference=rows.vectors)
+                blocks.append(Block(rows.vectors, keys, self._masks, fresh=False, share=share))
+        return blocks
 
     def _reduce(
         self,

@@ -11,8 +11,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-FAILS, NAN, DIES_ONCE, HANGS, SLOW, STUCK = 11, 12, 13, 14, 15, 16
+from cluster.search.crew import TrainingWork
+
+FAILS, NAN, DIES_ONCE, HANGS, PACED, STUCK, TOO_LARGE = 11, 12, 13, 14, 15, 16, 17
 BEST = 0.1
+PACE = "pace.json"  # in the search's folder: how far each trial that is PACED may go; one that isn't there, not at all
 
 
 class Surface:
@@ -38,6 +41,11 @@ class Surface:
     def saved(self) -> Any:
         return self.run.root / "at"
 
+    def pace(self) -> int:
+        trial = self.run.root.parent
+        paces = trial.parent.parent / PACE
+        return json.loads(paces.read_text()).get(trial.name, 0) if paces.exists() else 0
+
     def advance(self, until: int) -> dict[str, float]:
         import torch
         import torch.distributed as dist
@@ -45,6 +53,8 @@ class Surface:
         seed, value = self.recipe.seed, worth(self.recipe.objective.temperature, until)
         if seed == FAILS:
             raise ValueError("this one always fails")
+        if seed == TOO_LARGE:
+            raise torch.OutOfMemoryError("tried to allocate 9 TiB")
         if seed == DIES_ONCE and not (self.run.root / "died").exists():
             (self.run.root / "died").touch()
             os._exit(1)
@@ -53,10 +63,10 @@ class Surface:
         while seed == STUCK and not (self.run.root / "stuck").exists():  # until it is taken up again
             time.sleep(1)
         for _ in range(until - self.step):
+            while seed == PACED and self.step >= self.pace():
+                time.sleep(0.05)
             dist.all_reduce(torch.ones(1))  # they are in one process group
             self.step += 1
-            if seed == SLOW:
-                time.sleep(0.5)
         if self.first:
             self.saved.write_text(str(self.step))
             rates = {"loss": 1.0, "seconds": 0.1, "pairs_per_s": 1.0, "tokens_per_s": 1.0}
@@ -67,6 +77,16 @@ class Surface:
 
     def end(self) -> None:
         pass
+
+
+class Counted(TrainingWork):
+    """Training that tells which process did it."""
+
+    def begin(self, ready: Any, shard: Any, search: Any) -> int:
+        if os.environ["RANK"] == "0":
+            with open(ready.run.root / "begun.jsonl", "a") as file:
+                file.write(json.dumps({"pid": os.getpid()}) + "\n")
+        return super().begin(ready, shard, search)
 
 
 def worth(temperature: float, step: int) -> float:

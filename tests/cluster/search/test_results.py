@@ -75,6 +75,9 @@ def test_a_record_is_read_as_it_was_written_and_a_cut_line_is_none(tmp_path):
     text = paths.checks.read_text()
     paths.checks.write_text(text[:-10])
     assert paths.read().checks == [first]
+    paths.add(second)
+    paths.add(second)  # of an attempt that lived on for a moment
+    assert paths.read().checks == [first, second]
     paths.end(Outcome("failed", "why", 7.0))
     assert paths.read().outcome.reason == "why"
     assert paths.read().worker_seconds == 7.0

@@ -7,7 +7,7 @@ import optuna
 import pytest
 
 from cluster.config import parse_recipe
-from cluster.search.space import Space, shown, source_name
+from cluster.search.space import Space, Stretch, shown, source_name
 from data_services.schema import UsageError
 
 BASE = {
@@ -86,7 +86,7 @@ def test_a_grid_has_every_combination_once_and_nothing_that_is_off():
 def test_what_only_the_trials_have_is_not_in_the_recipe_found():
     space = made(trial={"data.steps": 12, "model.config.hidden": 16})
     settings = drawn(space, 1)[0]
-    trial, chosen = space.trial_recipe(settings), space.chosen_recipe(settings)
+    trial, chosen = space.trial_recipe(settings), space.chosen_recipe([Stretch(settings)])
     assert (trial.data.steps, trial.model.config.hidden) == (12, 16)
     assert (chosen.data.steps, chosen.model.config.hidden) == (90, 32)
     assert trial.evaluation.heldout is None
@@ -100,7 +100,7 @@ WRONG = {
         {"objective.temprature": UNIFORM}, {}, "unknown key objective.temprature; did you mean objective.temperature?"
     ),
     "an end out of range": (
-        {"momentum.decay": UNIFORM | {"high": 1.5}}, {}, "momentum.decay: 1.5 to 1.5 must lie in [0, 1]"
+        {"momentum.decay": UNIFORM | {"high": 1.5}}, {}, "momentum.decay: 1.5 must lie in [0, 1]"
     ),
     "a value of a choice": ({"queue.rows": {"kind": "choice", "values": [64, -1]}}, {}, "queue.rows is -1"),
     "a source that isn't there": ({"data.sources.nil.weight": UNIFORM}, {}, "the sources are nli, stdlib-code"),

@@ -63,26 +63,33 @@ def begun(found):
 
 def test_trials_of_every_fate_and_the_search_goes_on(ray_here, recipe):
     seeds = {"kind": "choice", "values": [0, surface.NAN, surface.DIES_ONCE, surface.FAILS]}
-    start = [{"seed": seed, "objective.temperature": 0.2} for seed in seeds["values"]]
-    space = {"objective.temperature": TEMPERATURE, "seed": seeds}
-    found = search(recipe(space=space, trials=4, start=start, retries=1, stop_early=False), work=WORK)
-    reasons = {t.settings["seed"]: (t.outcome.state, t.outcome.reason) for t in found.trials}
+    start = [{"seed": seed, "objective.temperature": 0.2, "optimizer.warmup_steps": 2} for seed in seeds["values"]]
+    start.append(start[0] | {"optimizer.warmup_steps": 50})
+    warmup = {"kind": "int", "low": 0, "high": 50}
+    space = {"objective.temperature": TEMPERATURE, "seed": seeds, "optimizer.warmup_steps": warmup}
+    found = search(recipe(space=space, trials=5, start=start, retries=1, stop_early=False), work=WORK)
+    assert found.trials[4].outcome.state == "failed"
+    assert found.trials[4].outcome.reason.startswith("optimizer.warmup_steps (50) leaves none of the plan's 9 steps")
+    reasons = {t.settings["seed"]: (t.outcome.state, t.outcome.reason) for t in found.trials[:4]}
     assert reasons[0] == ("completed", "")
     assert reasons[surface.NAN] == ("failed", "ndcg@10 is nan at step 1")
     assert reasons[surface.DIES_ONCE] == ("completed", "")
     assert reasons[surface.FAILS] == ("failed", "this one always fails")
-    assert found.states == {"completed": 2, "failed": 2}
+    assert found.states == {"completed": 2, "failed": 3}
     assert found.best is not None
     assert found.best.settings["seed"] == 0
     assert all(t.worker_seconds > 0 for t in found.trials)
 
 
 @pytest.mark.proof
-def test_a_trial_that_hangs_is_ended_and_a_search_without_any_result_has_failed(ray_here, recipe, root):
-    space = {"seed": {"kind": "choice", "values": [surface.HANGS, surface.HANGS + 100]}}
-    settings = {"space": space, "trials": 1, "start": [{"seed": surface.HANGS}], "stalled_s": 4, "retries": 0}
+def test_trials_that_hang_or_are_too_large_are_ended_and_a_search_without_any_result_has_failed(ray_here, recipe, root):
+    space = {"seed": {"kind": "choice", "values": [surface.HANGS, surface.TOO_LARGE]}}
+    start = [{"seed": seed} for seed in space["seed"]["values"]]
+    settings = {"space": space, "trials": 2, "start": start, "stalled_s": 4, "retries": 0}
     with pytest.raises(RunError, match=r"no trial of search .* came to a check; the first: no step for 4 s"):
         search(recipe(**settings), work=WORK)
+    (study,) = (StudyPaths(path) for path in root.glob("mini-search-*"))
+    assert study.trials()[1].outcome.reason == "tried to allocate 9 TiB"
 
 
 def test_bad_trials_are_stopped_and_their_workers_go_straight_to_the_next(ray_here, recipe):
@@ -98,6 +105,10 @@ def test_bad_trials_are_stopped_and_their_workers_go_straight_to_the_next(ray_he
     assert found.best == found.trials[0]
     processes = {line["pid"] for lines in begun(found).values() for line in lines}
     assert len(processes) == 1, "one crew did all of them"
+    deadline = time.monotonic() + 60
+    while ray_here.available_resources().get("CPU") != 4:
+        assert time.monotonic() < deadline, "its workers and their placement group are still there"
+        time.sleep(0.1)
     told = [e for e in events if e["kind"] == "trial"]
     assert [e["record"].number for e in told] == sorted(e["record"].number for e in told)
     assert told[-1]["ended"] == told[-1]["trials"] == 6

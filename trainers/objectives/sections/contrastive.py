@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from data_services.schema import Section
-from trainers.objectives.sections.numbers import LearnedTemperature, Term
+from trainers.objectives.sections.numbers import LearnedTemperature, Share, Term
 
 
 class Positives(Section):
@@ -82,7 +82,7 @@ class ContrastiveSection(Term):
 
     kind: Literal["contrastive"] = "contrastive"
     temperature: LearnedTemperature = Field(
-        0.05, description="divides the similarity; a schedule {start, end}, or {start} alone: learned"
+        0.05, description="divides the similarity; a schedule, {start, end} or {pieces}; {start} alone: learned"
     )
     similarity: Literal["inner_product", "squared_distance", "max_sim"] = Field(
         "inner_product", description="max_sim: late interaction, for model.pooling: tokens"
@@ -129,7 +129,9 @@ class ContrastiveSection(Term):
     positive_encoding: Literal["online", "momentum"] = Field(
         "online", description="which encoding of its positive a query is drawn to"
     )
-    hardest_share: float = Field(1.0, gt=0, le=1, description="exact share of the queue, the hardest rows, that counts")
+    hardest_share: Share = Field(
+        1.0, description="exact share of the queue, the hardest rows, that counts: above 0, at most 1; or a schedule"
+    )
     tile: int = Field(4096, gt=0, description="candidates scored at once; changes memory, not the result")
 
     @property

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
 from data_services.schema import Section
 
@@ -26,38 +27,86 @@ class Schedule(Section):
         return self.start + (self.end - self.start) * way
 
 
+class Piece(Section):
+    """What a number is from some point of the run on."""
+
+    after: float = Field(ge=0, lt=1, description="share of the run that is done; 0 for the first piece")
+    value: float = Field(description="from there on, to the next piece")
+
+
+class Pieces(Section):
+    """A number that stays as it is and then changes at once: what population based training finds."""
+
+    pieces: list[Piece] = Field(min_length=1, description="its values, in order")
+
+    @field_validator("pieces")
+    @classmethod
+    def _ascend(cls, pieces: list[Piece]) -> list[Piece]:
+        starts = [piece.after for piece in pieces]
+        if starts[0] != 0 or any(b <= a for a, b in pairwise(starts)):
+            raise ValueError(f"they begin after {starts} of the run: the first after 0, each later one after the last")
+        return pieces
+
+    def at(self, progress: float) -> float:
+        """Its value when `progress` (0 to 1) of the run is done."""
+        return [piece.value for piece in self.pieces if piece.after <= progress][-1]
+
+
 class Learned(Section):
     """A number that is trained with the weights."""
 
     start: float = Field(description="its first value")
 
 
-Number = float | Schedule
+Number = float | Schedule | Pieces
 
 
 def value_at(number: Number, progress: float) -> float:
     """A number or schedule when `progress` of the run is done."""
-    return number.at(progress) if isinstance(number, Schedule) else number
+    return number if isinstance(number, int | float) else number.at(progress)
+
+
+def ends_of(number: Number | Learned) -> list[float]:
+    """The values between which it stays, its first one first; of a learned one that is all that is known."""
+    match number:
+        case Schedule():
+            return [number.start, number.end]
+        case Pieces():
+            return [piece.value for piece in number.pieces]
+        case Learned():
+            return [number.start]
+    return [number]
 
 
 def _above_zero(number: Number | Learned) -> Number | Learned:
-    if isinstance(number, Schedule):
-        least = min(number.start, number.end)
-    else:
-        least = number.start if isinstance(number, Learned) else number
+    least = min(ends_of(number))
     if least <= 0:
         raise ValueError(f"a temperature of {least:g} is none to divide by: give one above 0")
     return number
 
 
+def _a_rate(number: float | Pieces) -> float | Pieces:
+    if (least := min(ends_of(number))) <= 0:
+        raise ValueError(f"a rate of {least:g} teaches nothing: give one above 0")
+    return number
+
+
+def _a_share(number: Number) -> Number:
+    if wrong := next((value for value in ends_of(number) if not 0 < value <= 1), None):
+        raise ValueError(f"a share is above 0 and at most 1, not {wrong:g}")
+    return number
+
+
 Temperature = Annotated[Number, AfterValidator(_above_zero)]
 LearnedTemperature = Annotated[Number | Learned, AfterValidator(_above_zero)]
+Rate = Annotated[float | Pieces, AfterValidator(_a_rate)]
+Share = Annotated[Number, AfterValidator(_a_share)]
 
 
 class Term(Section):
     """What every loss has."""
 
-    weight: Number = Field(1.0, description="of this term in the sum; a number, or a schedule {start, end}")
+    weight: Number = Field(1.0, description="of this term in the sum; a number, or a schedule {start, end} or {pieces}")
 
     @property
     def needs_momentum(self) -> bool:
