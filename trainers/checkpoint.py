@@ -142,6 +142,8 @@ def latest(root: Path) -> Checkpoint | None:
 
 def fork(checkpoint: Checkpoint, root: Path, lineage: Mapping[str, Any]) -> Checkpoint:
     """The first checkpoint of another run, under its `root`: the same tensors and step, another lineage."""
+    if checkpoint.unreadable:
+        raise RunError(f"checkpoint {checkpoint.folder} is damaged: {checkpoint.unreadable}")
     folder = root / folder_name(checkpoint.step, secrets.token_hex(3))
     folder.mkdir(parents=True)
     for name in checkpoint.files:
