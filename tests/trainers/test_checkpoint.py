@@ -36,7 +36,7 @@ def tensors(value):
 
 def of_two_workers(root, steps):
     """Checkpoints of two workers, made by one process as each worker in turn would."""
-    own = store(root)
+    own = store(root, keep=9)
     for step in steps:
         own.save(step, tensors(step), {"step": step})
         folder = latest(root).folder
