@@ -110,11 +110,12 @@ def encode(encoder: TextEncoder, batch: Batch, groups: Sequence[np.ndarray]) -> 
     import torch
 
     from data_services.schema import Ragged
+    from trainers.encoders.inputs import TowerInputs
 
     texts, padded = Ragged.concat([batch.queries, batch.documents]), 0
     for group in groups:
         ids, mask = (torch.from_numpy(x) for x in texts.take(group).padded())
-        vectors = encoder(ids, mask)
+        vectors = encoder(TowerInputs(ids, mask))
         vectors.backward(torch.ones_like(vectors))
         padded += ids.numel()
     encoder.zero_grad()

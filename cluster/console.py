@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
     from cluster.data_plan import PlannedBatch
-    from cluster.doctor import Diagnosis
+    from cluster.doctor import Diagnosis, Finding
     from cluster.embedding import EmbeddingResult
     from cluster.models import QueryResult, SavedStep
     from cluster.registry import Move, Version
@@ -178,13 +178,25 @@ def show_trained(console: Console, result: Mapping[str, Any], root: Path) -> Non
         None,
         (
             elsewhere,
-            f'gyre query "parse a date from a string" --model models:/{registered}@candidate',
+            *_queries(f"models:/{registered}@candidate", Path(result["export"])),
             f"gyre models {registered}",
             f"gyre report {result['run_id']}",
             f"mlflow ui --backend-store-uri {tracking_uri(root)}",
         ),
     ):
         console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _queries(model: str, export: Path) -> Iterator[str]:
+    """What to ask a model, by what it encodes."""
+    from cluster.models.folder import kinds_of
+
+    kinds = kinds_of(export)
+    if kinds == ("text",):
+        yield f'gyre query "parse a date from a string" --model {model}'
+    elif "image" in kinds:
+        yield f'gyre query "WHAT THE PICTURE SHOWS" --over FOLDER --model {model}'
+        yield f"gyre query --image PICTURE.png --over FOLDER --model {model}"
 
 
 def show_evaluation(console: Console, found: StoredEvaluation) -> None:
@@ -314,7 +326,11 @@ def show_diagnosis(console: Console, found: Diagnosis) -> None:
     versions = ((name, version or "not installed") for name, version in found.versions.items())
     show_table(console, ("package", "version"), versions)
     console.print(f"{found.cores} cores, {found.memory_gib:.1f} GiB memory", highlight=False)
-    rows = [(f.what, _MARKS[f.verdict], escape(f.value), escape(f.remedy)) for f in found.findings]
+    show_findings(console, found.findings)
+
+
+def show_findings(console: Console, findings: Iterable[Finding]) -> None:
+    rows = [(f.what, _MARKS[f.verdict], escape(f.value), escape(f.remedy)) for f in findings]
     show_table(console, ("what", "", "found", "what to do"), rows)
 
 

@@ -13,14 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
 from cluster.copied import check_store, find_or_fetch
 from cluster.doctor import environment
-from cluster.evidence.scoring import score_everywhere
+from cluster.evidence.scoring import Scored, score_everywhere
 from cluster.evidence.watching import keep_best
 from cluster.fit import Progress, Stopped, stopped_by_signal, training
 from cluster.model_card import CardFacts, write_card
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 
 # What the driver needs once it is connected, seconds of imports; starting Ray is mostly waiting.
 IMPORTED_AHEAD = ("torch", "transformers.modeling_utils", "mlflow", "ray.train.torch")
+# Of `geometry` and `probes` on the terminal; result.json has all.
+SHOWN = {
+    "geometry": ("alignment", "uniformity_queries", "uniformity_documents", "modality_gap"),
+    "probes": ("probe_accuracy", "knn_accuracy", "majority"),
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class TrainResult:
 
     metrics, validation  {"bm25" | "untrained" | "trained": {metric: value}} on the held-out and validation split
     over_bm25            {split: nDCG of trained less BM25, its 95 % interval `low`, `high`, and `p`}, paired bootstrap
+    geometry, probes     {split: {"untrained" | "trained": {figure: value}}}, where `evaluation:` asks for them
     """
 
     run_id: str
@@ -59,6 +65,8 @@ class TrainResult:
     seconds: dict[str, float]
     world_size: int
     zero_stage: int
+    geometry: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    probes: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -208,7 +216,7 @@ def conclude(ready: Prepared, tracker: Tracker, tell: Progress, began: float, fi
     evaluation = recipe.evaluation
     validation, heldout = (scores.get(split or "", {}) for split in (evaluation.validation, evaluation.heldout))
     if heldout:
-        tell({"kind": "table", "title": f"{evaluation.heldout} split", "rows": heldout})
+        tell_scores(scored[evaluation.heldout or ""], f"{evaluation.heldout} split", tell)
     tell({"kind": "phase", "text": "registering"})
     newest = latest(run.checkpoints)
     assert newest is not None, "a finished run has its last checkpoint"
@@ -245,11 +253,22 @@ def conclude(ready: Prepared, tracker: Tracker, tell: Progress, began: float, fi
         seconds={"to_first_step": first_step - began, "total": time.time() - began},
         world_size=recipe.cluster.workers,
         zero_stage=recipe.engine.zero_stage,
+        geometry={split: found.geometry for split, found in scored.items() if found.geometry},
+        probes={split: found.probes for split, found in scored.items() if found.probes},
     )
     write_json(run.result, result.as_dict())
     tracker.log_artifacts(run.recipe)
     tracker.log_artifacts(run.result)
     return result
+
+
+def tell_scores(scored: Scored, title: str, tell: Progress) -> None:
+    """The table, and below it what the recipe asks of the vectors."""
+    tell({"kind": "table", "title": title, "rows": scored.rows})
+    for name, figures in SHOWN.items():
+        rows = {model: {key: row[key] for key in figures} for model, row in getattr(scored, name).items()}
+        if rows:
+            tell({"kind": "table", "title": f"{name}, {title}", "rows": rows})
 
 
 def throughput(metrics: Path) -> dict[str, float]:

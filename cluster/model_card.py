@@ -69,8 +69,10 @@ def _card(folder: Path) -> ModelCard | None:
 
     if not (folder / CARD).is_file():
         return None
+    text = (folder / CARD).read_text()
+    text = text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}"  # else the hub's library warns
     try:
-        return ModelCard.load(folder / CARD, ignore_metadata_errors=True)
+        return ModelCard(text, ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{folder / CARD} has metadata that isn't YAML: {str(error).splitlines()[0]}") from error
 

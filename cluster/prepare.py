@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from data_services.store import Report, StoredSource
     from data_services.stream import Reader
     from data_services.teacher import Progress, Teacher
+    from evaluation.retrieval import EvaluationConfig
     from trainers.config import ModelConfig
 
     MakeModel = Callable[[Recipe, Path, tuple[StoredSource, ...]], str]
@@ -190,8 +191,10 @@ def pools_of(recipe: Recipe) -> dict[str, SourceConfig]:
     evaluation, first = recipe.evaluation, recipe.data.sources[0]
     splits, pool = [s for s in (evaluation.validation, evaluation.heldout) if s], evaluation.pool
     if pool is None or isinstance(pool, str):
-        return {split: first.texts_alone(pool or first.path, split) for split in splits}
-    return {split: SourceConfig(split=split, **pool.model_dump()) for split in splits}
+        found = {split: first.texts_alone(pool or first.path, split) for split in splits}
+    else:
+        found = {split: SourceConfig(split=split, **pool.model_dump()) for split in splits}
+    return {split: source.model_copy(update={"label": evaluation.classes}) for split, source in found.items()}
 
 
 def check_sources(recipe: Recipe, root: Path) -> None:
@@ -230,6 +233,21 @@ def check_scoring(recipe: Recipe, pools: Mapping[str, StoredSource]) -> None:
     if recipe.evaluation.prompts and nameless:
         told = f"the queries of {nameless.name} are no texts to name classes by; leave it out"
         raise UsageError(f"evaluation.prompts: {told}")
+    if recipe.model.pooling == "tokens" and (key := next(_of_vectors(recipe.evaluation), None)):
+        raise UsageError(f"evaluation.{key}: an item has a vector for each token, and it takes one; leave it out")
+    if recipe.evaluation.classes is not None:
+        from data_services.sources import pool_classes
+        from evaluation.probes import common_classes
+
+        for pool in pools.values():
+            common_classes(pool_classes(pool).numbers)
+
+
+def _of_vectors(evaluation: EvaluationConfig) -> Iterator[str]:
+    """Keys that ask for figures of single vectors."""
+    yield from ("prompts",) if evaluation.prompts else ()
+    yield from ("geometry",) if evaluation.geometry else ()
+    yield from ("classes",) if evaluation.classes else ()
 
 
 _KEY_OF = {"image": "image", "audio": "audio", "parts": "fields"}  # of a kind's tower in `model:`

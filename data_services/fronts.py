@@ -96,23 +96,26 @@ class AudioFront:
     """A `Tokenize` of sounds: `frames` [F, bands] float32, log-mel.
 
     halvings  so many times the tower halves the frames: it computes one token for 2^halvings of them
+    whole     whether it does so for as many frames as a sound may have, whatever it has
     """
 
     mel: Mel
     halvings: int
+    whole: bool = False
 
     @classmethod
     def of(cls, folder: Path) -> AudioFront:
         """By the folder's gyre_audio.json."""
         config = json.loads((folder / AUDIO_SETTINGS).read_text())
         most = max(1, int(config["max_seconds"] * config["rate"] / config["hop"]))
-        return cls(Mel(config["rate"], config["mels"], config["window"], config["hop"], most), config["layers"])
+        mel = Mel(config["rate"], config["mels"], config["window"], config["hop"], most)
+        return cls(mel, 1, whole=True) if config.get("encoder") else cls(mel, config["layers"])
 
     def __call__(self, items: Sequence[Item], field: str, tasks: Sequence[int] | None = None) -> Inputs:
         """Raises Undecodable where one is damaged, or no sound."""
         frames = [self.frames(item) for item in items]
         offsets = np.cumsum([0, *map(len, frames)])
-        tokens = [-(-len(its) >> self.halvings) for its in frames]
+        tokens = [-(-(self.mel.max_frames if self.whole else len(its)) >> self.halvings) for its in frames]
         every = Ragged(np.concatenate(frames), offsets)
         return Inputs(np.zeros(sum(tokens), np.int32), np.cumsum([0, *tokens]), {FRAMES: every})
 

@@ -32,7 +32,8 @@ class Judged(NamedTuple):
 
 def read_judged(source: SourceConfig, home: Path) -> Judged:
     """A BEIR folder with its whole corpus and the grades of its qrels; of any other source every positive is a
-    document, of grade 1 for its query, and texts that are equal are one query or document.
+    document, of grade 1 for its query (of images and sounds as `retrieval_pool` grades), and texts that are equal are
+    one query or document.
 
     Raises UsageError for what isn't there, is malformed, or is named by the qrels and missing.
     """
@@ -136,7 +137,10 @@ def _items(stored: StoredSource) -> Judged:
     pool = retrieval_pool(stored)
     queries, documents = ({f"{item_id(item) % 2**64:016x}": item for item in side} for side in pool[:2])
     names = list(documents)
-    grades = {query: {names[d]: 1.0 for d in some} for query, some in zip(queries, pool.relevant, strict=True)}
+    grades = {
+        query: {names[d]: grade for d, grade in some.items()}
+        for query, some in zip(queries, pool.relevant, strict=True)
+    }
     return Judged(queries, documents, grades)
 
 

@@ -20,9 +20,10 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
@@ -275,30 +276,64 @@ def check_quarantine(stored: StoredSource, share: float) -> None:
 
 
 class RetrievalPool(NamedTuple):
-    """queries, unique by id; documents, unique by id; for each query the positions of its documents."""
+    """queries, unique by id; documents, unique by id; for each query the grades of its documents by position."""
 
     queries: list[Item]
     documents: list[Item]
-    relevant: list[set[int]]
+    relevant: list[dict[int, float]]
 
 
 def retrieval_pool(source: StoredSource) -> RetrievalPool:
-    """The source as a retrieval task: every positive is a candidate for every query; first come first."""
+    """The source as a retrieval task: every positive is a candidate for every query; first come first.
+
+    Scores that are whole numbers of 1 or more are grades; where one of them isn't (a teacher's), every grade is 1.
+    """
     table = source.table()
     items = items_of(table[Column.QUERY], source.kinds.query)
     answers = items_of(pc.list_flatten(table[Column.POSITIVES]), source.kinds.document)
     ids, ends = table[Column.QUERY_ID].to_pylist(), np.cumsum(pc.list_value_length(table[Column.POSITIVES]).to_numpy())
-    of_answers = pc.list_flatten(table[Column.POSITIVE_IDS]).to_pylist()
+    of_answers, grades = pc.list_flatten(table[Column.POSITIVE_IDS]).to_pylist(), _grades(table)
     queries: dict[int, Item] = {}
     documents: dict[int, Item] = {}
     positions: dict[int, int] = {}
-    relevant: dict[int, set[int]] = {}
+    relevant: dict[int, dict[int, float]] = {}
     for query, item, begin, end in zip(ids, items, [0, *ends[:-1].tolist()], ends.tolist(), strict=True):
         queries.setdefault(query, item)
-        for its, document in zip(of_answers[begin:end], answers[begin:end], strict=True):
+        judged = relevant.setdefault(query, {})
+        for its, document, grade in zip(of_answers[begin:end], answers[begin:end], grades[begin:end], strict=True):
             documents.setdefault(its, document)
-            relevant.setdefault(query, set()).add(positions.setdefault(its, len(positions)))
+            place = positions.setdefault(its, len(positions))
+            judged[place] = max(grade, judged.get(place, grade))
     return RetrievalPool(list(queries.values()), list(documents.values()), list(relevant.values()))
+
+
+def _grades(table: pa.Table) -> list[float]:
+    """Of every row's positives, end to end."""
+    scores = np.ones(len(pc.list_flatten(table[Column.POSITIVE_IDS])))
+    if Column.POSITIVE_SCORES in table.column_names:
+        given = pc.list_flatten(table[Column.POSITIVE_SCORES]).to_numpy()
+        scores = given if len(given) == len(scores) and ((given >= 1) & (given % 1 == 0)).all() else scores
+    return scores.tolist()
+
+
+class PoolClasses(NamedTuple):
+    """side     that of the items which are no texts; where both sides are alike, the documents
+    numbers  of each of its items in `retrieval_pool`: equal where the rows' labels are, UNKNOWN where there is none
+    """
+
+    side: Literal["query", "document"]
+    numbers: list[int]
+
+
+def pool_classes(source: StoredSource) -> PoolClasses:
+    """By the rows' `label`; an item that stands in several rows has the first one's."""
+    table, numbers = source.table(), dict[int, int]()
+    of_queries = source.kinds.document == "text" and source.kinds.query != "text"
+    ids = table[Column.QUERY_ID].to_pylist() if of_queries else table[Column.POSITIVE_IDS].to_pylist()
+    for its, label in zip(ids, table[Column.LABEL].to_pylist(), strict=True):
+        for each in [its] if of_queries else its:
+            numbers.setdefault(each, label)
+    return PoolClasses("query" if of_queries else "document", list(numbers.values()))
 
 
 class Corpus(NamedTuple):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_services.schema import Encoder, Item, UsageError
+from evaluation.metrics import Grades
 from evaluation.retrieval import (
     EvaluationConfig,
     Scores,
@@ -29,7 +30,7 @@ def every_way(
     encoder: Encoder,
     queries: Sequence[Item],
     documents: Sequence[Item],
-    relevant: Sequence[set[int]],
+    relevant: Sequence[Grades],
     config: EvaluationConfig,
 ) -> dict[str, Scores]:
     """Rows of a model: queries that look for documents and, as `config` asks, the way back and by prompts.
@@ -49,12 +50,12 @@ def every_way(
     return rows
 
 
-def reversed_relevance(relevant: Sequence[set[int]], documents: int) -> list[set[int]]:
-    """[n] of each document the queries that it answers. UsageError where it answers none."""
-    back: list[set[int]] = [set() for _ in range(documents)]
-    for query, positions in enumerate(relevant):
-        for document in positions:
-            back[document].add(query)
+def reversed_relevance(relevant: Sequence[Grades], documents: int) -> list[dict[int, float]]:
+    """[n] of each document the queries that it answers, with the grades. UsageError where it answers none."""
+    back: list[dict[int, float]] = [{} for _ in range(documents)]
+    for query, grades in enumerate(relevant):
+        for document, grade in grades.items():
+            back[document][query] = grade
     alone = next((document for document, its in enumerate(back) if not its), None)
     if alone is not None:
         raise UsageError(f"document {alone} answers no query: the way back can't be scored, set both_ways to false")
@@ -95,7 +96,7 @@ def _by_prompts(
 def pixel_rows(
     queries: Sequence[Item],
     documents: np.ndarray,
-    relevant: Sequence[set[int]],
+    relevant: Sequence[Grades],
     known_queries: Sequence[Item],
     known_documents: np.ndarray,
     config: EvaluationConfig,

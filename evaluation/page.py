@@ -62,7 +62,7 @@ svg text.strong { fill: var(--ink); }
   font-size: .875rem; min-width: 0; }
 .item.right { border-left-color: var(--s2); } .item.wrong { border-left-color: var(--s5); }
 .item pre { background: none; padding: 0; margin: .2rem 0 0; max-height: 12em; overflow: hidden; font-size: .8rem; }
-.item img { display: block; margin: .3rem 0; max-width: 100%; background: #fff; border-radius: 4px; }
+.item img { display: block; margin: .3rem 0; max-width: 100%; min-width: 3.5rem; background: #fff; border-radius: 4px; }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em; }
 @media print { :root { color-scheme: light; } body { max-width: none; padding: 0; font-size: 11pt; }
   figure, tr, .tile, .item { break-inside: avoid; } h2 { break-after: avoid; }

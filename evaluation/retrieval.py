@@ -70,6 +70,17 @@ class EvaluationConfig(Section):
         description="rows also for zero-shot classification of the documents, whose classes are the queries: the mean "
         "vector of these prompts, with {} in the place of the query",
     )
+    geometry: bool = Field(
+        False,
+        description="result.json also says what the vectors of each model look like: how near pairs are, how even each "
+        "side lies, the gap between the two",
+    )
+    classes: str | None = Field(
+        None,
+        min_length=1,
+        description="field of the pool's rows: result.json also says how well a linear probe and the nearest "
+        "neighbours tell it by an item's vector",
+    )
     bm25: BM25Config = _BM25
     bm25_tuned: BM25Config | None = Field(None, description="a second baseline row, with parameters of your own")
 

@@ -230,14 +230,16 @@ def _metrics_of_a_step() -> dict[str, float]:
     engine: Any = SimpleNamespace(
         device=torch.device("cpu"),
         module=SimpleNamespace(
-            tower=SimpleNamespace(gives_tokens=False, packed=False, flops_per_token=lambda length: 1.0),
+            tower=SimpleNamespace(
+                gives_tokens=False, packed=False, of=lambda tower: SimpleNamespace(flops_per_token=lambda length: 1.0)
+            ),
             learned_names=(),
             head=None,
         ),
         total_steps=1,
         compute_dtype=torch.float32,
         train=lambda: None,
-        forward=lambda input_ids, **_: (torch.eye(8)[input_ids[:, 0]], torch.zeros(0), torch.zeros(0)),
+        forward=lambda inputs: (torch.eye(8)[inputs.ids[:, 0]], torch.zeros(0), torch.zeros(0)),
         backward=lambda *_, **__: None,
         step=lambda: SimpleNamespace(grad_norm=1.0, lr=0.1),
     )

@@ -16,6 +16,12 @@ def card_of(spec: ModelSpec, base: str) -> str:
 {_VISION}
 {spec.architecture}, {spec.pooling} pooling, {spec.dim} dimensions, {spec.max_tokens} tokens.
 {rests}"""
+    if spec.filler is not None:
+        return f"""# A text embedding model trained with gyre
+
+{_FILLED}
+{spec.architecture}, {spec.dim} dimensions; every text is filled up to {spec.max_tokens} tokens, which all count.
+"""
     if not spec.in_sentence_transformers:
         call = "encode_tokens" if spec.pooling == "tokens" else "encode"
         lines = _GYRE.replace("KIND", spec.reads).replace("CALL", call)
@@ -61,6 +67,17 @@ from data_services.schema import Media
 
 model = exported_encoder(Path("the folder above"))
 vectors = model.CALL([Media("KIND", Path("FILE").read_bytes())], "document")
+```
+"""
+_FILLED = """With gyre:
+
+```python
+from pathlib import Path
+
+from cluster.models import exported_encoder
+
+model = exported_encoder(Path("this folder"))
+queries = model.encode(["a cat on a chair"], "query")
 ```
 """
 _VISION = """With gyre:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from data_services.ragged import arrays_of
 from data_services.schema import SIDES, UNKNOWN, Batch, Ragged
-from trainers.encoders.arrays import lengths_of
+from trainers.encoders.inputs import TowerInputs, lengths_of
 from trainers.objectives.keys import Keys
 
 
@@ -20,36 +19,15 @@ from trainers.objectives.keys import Keys
 class Chunk:
     """Items encoded together.
 
-    ids, mask      [n, L] int64
-    prompt_tokens  [n] int64
-    queries        [n] bool, which are queries
-    rows           [n] the items' places among the batch's queries and documents
-    arrays         what a tower reads besides tokens: by name the items' rows end to end [T, ...], and under
-                   `lengths_of(name)` [n] how many are each item's
-    tower          which of several towers encodes them; None: there is one
+    inputs  what their tower reads of them
+    rows    [n] the items' places among the batch's queries and documents
 
     A chunk without items still runs through the model, as one token that nothing reads and empty arrays: every worker
     must make the same number of calls, or the others wait for it in a collective.
     """
 
-    ids: Tensor
-    mask: Tensor
-    prompt_tokens: Tensor
-    queries: Tensor
+    inputs: TowerInputs
     rows: Tensor
-    arrays: Mapping[str, Tensor] = field(default_factory=dict)
-    tower: int | None = None
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        inputs: dict[str, Any] = {
-            "input_ids": self.ids,
-            "attention_mask": self.mask,
-            "prompt_tokens": self.prompt_tokens,
-            "queries": self.queries,
-        }
-        inputs |= {"arrays": self.arrays} if self.arrays else {}
-        return inputs if self.tower is None else inputs | {"tower": self.tower}
 
     def gradient(self, of_batch: Tensor, like: Tensor) -> Tensor:
         """[n, D] of [b+d, D], or [n, L, D] of [b+d, L or more, D], as the chunk's output `like`; zeros where the
@@ -101,7 +79,17 @@ def chunk_of(
         arrays[name] = there(array.values)
         arrays[lengths_of(name)] = there(array.lengths if len(items) else np.zeros(1, np.int64))
     ids, mask = tokens.padded()
-    return Chunk(there(ids), there(mask), there(prompt_tokens), there(queries), there(rows), arrays, tower)
+    inputs = TowerInputs(there(ids), there(mask), there(prompt_tokens), there(queries), arrays, tower)
+    return Chunk(inputs, there(rows))
+
+
+def rows_by_tower(batch: Batch) -> dict[int | None, np.ndarray]:
+    """By tower, the places of its items among the batch's queries and documents."""
+    rows: dict[int | None, list[np.ndarray]] = {}
+    towers = [None] * len(batch.chunks) if batch.chunk_towers is None else batch.chunk_towers.tolist()
+    for chunk, tower in zip(batch.chunks, towers, strict=True):
+        rows.setdefault(tower, []).append(chunk)
+    return {tower: np.concatenate(chunks) for tower, chunks in rows.items()}
 
 
 def in_batch_order(encoded: Sequence[Tensor], chunks: Sequence[Chunk], texts: int) -> Tensor:

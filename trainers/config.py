@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from data_services.schema import Section
 from trainers.objectives.sections.numbers import Number, Rate, ends_of
-from trainers.tower_config import AdapterConfig, AudioConfig, FieldsConfig, ImageConfig, OwnConfig, VisionConfig
+from trainers.tower_config import AdapterConfig, AudioConfig, FieldsConfig, ImageConfig, OwnConfig, Sizes, VisionConfig
 
 PoolingMode = Literal["mean", "cls", "last", "max", "weighted_mean", "latent", "tokens"]
 Activation = Literal["none", "tanh", "relu", "gelu", "silu"]
@@ -25,15 +25,11 @@ def _as_a_word(value: Any) -> Any:
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_a_word)]
 
 
-class FromConfig(Section):
+class FromConfig(Sizes):
     """A tower built from a config with random weights, and a BPE tokenizer trained on the training split."""
 
     architecture: str = Field("qwen3", description="a causal or masked model_type known to transformers")
-    hidden: int = Field(256, gt=0, description="width of the residual stream")
-    layers: int = Field(2, gt=0)
-    heads: int = Field(4, gt=0)
     head_dim: int | None = Field(None, gt=0, multiple_of=2, description="None: hidden / heads")
-    intermediate: int = Field(768, gt=0, description="width of the feed-forward layer")
     dropout: float = Field(0.1, ge=0, lt=1, description="share of hidden units dropped in training")
     vocabulary: int = Field(8192, gt=300, description="tokens of the trained BPE, special ones included")
     lexical_init: bool = Field(

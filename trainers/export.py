@@ -106,7 +106,7 @@ def _write(
     _write_json(out / "config.json", config | {"dtype": "float32"})
     base = _write_backbone(weights, spec, model_folder, out, model)
     readout = _chosen(weights, READOUT, readout_shapes(spec))
-    if spec.reads != "text" and readout:
+    if readout and not (spec.reads == "text" and spec.in_sentence_transformers):
         _save(readout, out / READOUT_FILE)
     if spec.in_sentence_transformers:
         _write_modules(spec, readout, out)

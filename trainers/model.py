@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainers.encoders.inputs import TowerInputs
+
 TOWER = "tower."  # before the tower's names in `Trained.state_dict()`
 
 
@@ -34,16 +36,16 @@ class Trained(nn.Module):
         self.tower, self.head = tower, head
         self.learned = Scalars(learned) if learned else None
 
-    def forward(self, **inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, inputs: TowerInputs) -> tuple[Tensor, Tensor, Tensor]:
         """A chunk's inputs -> (what the tower makes of them, learned scalars [k], the head's sum over the chunk and its
         number of terms [2]); the last two are empty where there is none, the last in eval mode too."""
-        vectors = self.tower(**inputs)
+        vectors = self.tower(inputs)
         learned = vectors.new_zeros(0) if self.learned is None else self.learned()
-        return vectors, learned, self._auxiliary(**inputs) if self.head and self.training else vectors.new_zeros(0)
+        return vectors, learned, self._auxiliary(inputs) if self.head and self.training else vectors.new_zeros(0)
 
-    def _auxiliary(self, input_ids: Tensor, attention_mask: Tensor, prompt_tokens: Tensor, **_: Any) -> Tensor:
-        altered, targets = self.head.alter(input_ids, attention_mask, prompt_tokens)
-        total, count = self.head(self.tower.token_states(altered, attention_mask), targets)
+    def _auxiliary(self, inputs: TowerInputs) -> Tensor:
+        altered, targets = self.head.alter(inputs.ids, inputs.mask, inputs.prompt_tokens)
+        total, count = self.head(self.tower.token_states(altered, inputs.mask), targets)
         return torch.stack([total, count.to(total)])
 
     @property

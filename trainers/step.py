@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from data_services.schema import Batch
-from trainers.chunks import Chunk, chunks_of, in_batch_order, keys_of
+from trainers.chunks import Chunk, chunks_of, in_batch_order, keys_of, rows_by_tower
 from trainers.collectives import Group
-from trainers.encoders.towers import Towers
+from trainers.encoders.inputs import TowerInputs
 from trainers.objectives.embedded import Counts, Embedded, Objective
 from trainers.objectives.keys import Keys
 from trainers.objectives.masked_lm import HeadLoss, share_of_head
@@ -102,18 +102,15 @@ class ContrastiveStep:
     def flops(self, batch: Batch) -> float:
         """Floating-point operations of this worker's items, see `Tower.flops_per_token`."""
         lengths = np.concatenate([batch.queries.lengths, batch.documents.lengths])
-        tower = self.engine.module.tower
-        if batch.chunk_towers is None:
-            return float(lengths.sum() * tower.flops_per_token(lengths.mean()))
-        total = 0.0
-        for number in set(batch.chunk_towers.tolist()):
-            at = np.concatenate([c for c, its in zip(batch.chunks, batch.chunk_towers, strict=True) if its == number])
-            total += float(lengths[at].sum() * tower.flops_per_token(lengths[at].mean(), number)) if len(at) else 0.0
+        tower, total = self.engine.module.tower, 0.0
+        for number, rows in rows_by_tower(batch).items():
+            its = lengths[rows]
+            total += float(its.sum() * tower.of(number).flops_per_token(its.mean())) if len(its) else 0.0
         return total
 
     def _encode(self, step: int, index: int, chunk: Chunk) -> Outputs:
         torch.manual_seed(key(self.seed, step, self.group.rank, index))
-        return self.engine.forward(**chunk.inputs)
+        return self.engine.forward(inputs=chunk.inputs)
 
     def _loss_backward(self, embedded: Embedded, fresh: Fresh) -> dict[str, float]:
         """Fills the gradients of the embeddings [b+d, D] and the learned scalars [k] with that of the whole batch's
@@ -202,7 +199,7 @@ class ContrastiveStep:
         encoded = []
         for i, chunk in enumerate(chunks):
             torch.manual_seed(key(self.seed, batch.step, self.group.rank, i, "momentum"))
-            encoded.append(self.memory.encoder.forward(**chunk.inputs)[0])
+            encoded.append(self.memory.encoder.forward(inputs=chunk.inputs)[0])
         b, d = len(batch.queries), len(batch.documents)
         queries, documents = in_batch_order(encoded, chunks, b + d).split([b, d])
         found: Fresh = {"queries": (queries, keys[0]), "documents": (documents, keys[1])}
@@ -225,7 +222,7 @@ class ContrastiveStep:
         lengths = torch.zeros(len(batch.queries) + len(batch.documents), dtype=torch.int64, device=self.engine.device)
         for chunk in chunks:
             if len(chunk.rows):
-                lengths[chunk.rows] = tower.token_counts(**chunk.inputs)
+                lengths[chunk.rows] = tower.token_counts(chunk.inputs)
         return lengths
 
     def _agreed(self, batch: Batch) -> Counts:
@@ -279,10 +276,10 @@ def graph_bytes(engine: Engine, length: int) -> float:
 
     ids = torch.zeros(2, length, dtype=torch.int64, device=engine.device)
     most, tower = 0.0, engine.module.tower
-    for number in range(len(tower.names)) if isinstance(tower, Towers) else [None]:
+    for number in tower.numbers:
         kept.clear()
-        chunk = Chunk(ids, torch.ones_like(ids), ids[:, 0], ids[:, 0] == 0, ids[:, 0], tower=number)
+        inputs = TowerInputs(ids, torch.ones_like(ids), ids[:, 0], ids[:, 0] == 0, tower=number)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            vectors, *_ = engine.forward(**chunk.inputs)
+            vectors, *_ = engine.forward(inputs=inputs)
         most = max(most, sum(kept.values()) / len(vectors))
     return most

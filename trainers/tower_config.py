@@ -32,24 +32,36 @@ class AdapterConfig(Section):
     )
 
 
-class ImageFromConfig(Section):
+class Sizes(Section):
+    """Of any transformer built with random weights."""
+
+    hidden: int = Field(256, gt=0, description="width of the residual stream")
+    layers: int = Field(2, gt=0, description="of attention and feed-forward")
+    heads: int = Field(4, gt=0, description="of the attention")
+    intermediate: int = Field(768, gt=0, description="width of the feed-forward layer")
+
+
+class EncoderSizes(Sizes):
+    """Of one whose heads share its width."""
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> EncoderSizes:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
+        return self
+
+
+class ImageFromConfig(EncoderSizes):
     """A vision transformer built from a config with random weights."""
 
     architecture: str = Field("siglip_vision_model", description="a vision model_type known to transformers")
     image_size: int = Field(224, gt=0, description="pixels of a side; images are resized to it")
     patch_size: int = Field(16, gt=0, description="pixels of a patch's side")
-    hidden: int = Field(256, gt=0, description="width of the residual stream")
-    layers: int = Field(4, gt=0, description="of attention and feed-forward")
-    heads: int = Field(4, gt=0, description="of the attention")
-    intermediate: int = Field(768, gt=0, description="width of the feed-forward layer")
 
     @model_validator(mode="after")
     def _whole_patches(self) -> ImageFromConfig:
-        if self.image_size % self.patch_size or self.hidden % self.heads:
-            raise ValueError(
-                f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size}), and hidden "
-                f"({self.hidden}) of heads ({self.heads})"
-            )
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})")
         return self
 
 
@@ -80,8 +92,15 @@ class ImageConfig(Section):
 
 
 class AudioConfig(Section):
-    """`model.audio:` a small convolutional tower for sounds beside the text tower, from random weights."""
+    """`model.audio:` a tower for sounds beside the text tower: small and convolutional, or the encoder of a Whisper."""
 
+    path: str | None = Field(
+        None, description="folder or hub id of a Whisper, whose encoder and spectrogram this takes; sizes are its own"
+    )
+    encoder: EncoderSizes | None = Field(
+        None, description="a Whisper's encoder of these sizes from random weights, in the place of convolutions"
+    )
+    freeze: list[str] = Field([], description="patterns of weight names that training leaves alone: backbone.*")
     rate: int = Field(16_000, gt=0, description="samples a second that sounds are resampled to")
     mels: int = Field(64, gt=0, description="bands of the log-mel spectrogram")
     window: int = Field(400, gt=0, description="samples of a frame")
@@ -90,6 +109,15 @@ class AudioConfig(Section):
     hidden: int = Field(128, gt=0, description="channels of each layer")
     layers: int = Field(3, gt=0, description="convolutions, each of which halves the frames")
     kernel: int = Field(5, gt=0, description="frames that a convolution sees")
+
+    @model_validator(mode="after")
+    def _one_architecture(self) -> AudioConfig:
+        given = self.model_fields_set - {"freeze"}
+        if self.path is not None and (more := sorted(given - {"path"})):
+            raise ValueError(f"{more[0]}: a Whisper at `path` has sizes of its own; leave it out")
+        if self.encoder is not None and (more := sorted(given & {"hidden", "layers", "kernel"})):
+            raise ValueError(f"{more[0]} is of convolutions; `encoder` has the sizes of a Whisper's: leave it out")
+        return self
 
 
 class FieldsConfig(Section):
@@ -115,15 +143,11 @@ class OwnConfig(Section):
         return self
 
 
-class VisionFromConfig(Section):
+class VisionFromConfig(EncoderSizes):
     """The vision part of a vision–language model from random weights."""
 
     patch_size: int = Field(14, gt=0, description="pixels of a patch's side")
     merge: int = Field(2, gt=0, description="so many patches by so many become one token")
-    hidden: int = Field(128, gt=0, description="width of the residual stream")
-    layers: int = Field(2, gt=0, description="of attention and feed-forward")
-    heads: int = Field(4, gt=0, description="of the attention")
-    intermediate: int = Field(256, gt=0, description="width of the feed-forward layer")
 
 
 class VisionConfig(Section):

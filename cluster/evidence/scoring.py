@@ -16,15 +16,18 @@ if TYPE_CHECKING:
     from data_services.sources import RetrievalPool
     from data_services.store import StoredSource
     from evaluation.retrieval import EvaluationConfig, Scores
+    from evaluation.vectors import Vectors
 
 
 @dataclass(frozen=True)
 class Scored:
     """rows: {"bm25" | "bm25_tuned" | "untrained" | "trained": {metric: value}}, of pairs of two kinds also those of
-    `evaluation.both_ways`; over_bm25: see TrainResult, empty where there is no BM25."""
+    `evaluation.both_ways`; the others: see TrainResult, over_bm25 is empty where there is no BM25."""
 
     rows: dict[str, dict[str, float]]
     over_bm25: dict[str, float]
+    geometry: dict[str, dict[str, float]]
+    probes: dict[str, dict[str, float]]
 
 
 def score_everywhere(ready: Prepared) -> dict[str, Scored]:
@@ -69,7 +72,17 @@ def score_split(recipe: Recipe, run: RunPaths, split: str, pool: StoredSource, t
     if "bm25" in scores:
         difference = paired_bootstrap(scores["trained"].per_query[metric], scores["bm25"].per_query[metric])
         over_bm25 = asdict(difference)
-    return Scored(rows, over_bm25)
+    asked = recipe.evaluation
+    probes = {name: _probed(encoder.vectors, task, pool) for name, encoder in models.items()} if asked.classes else {}
+    return Scored(rows, over_bm25, seen.geometry if asked.geometry else {}, probes)
+
+
+def _probed(vectors: Vectors, task: RetrievalPool, pool: StoredSource) -> dict[str, float]:
+    from data_services.sources import pool_classes
+    from evaluation.probes import probe_accuracies
+
+    side, classes = pool_classes(pool)
+    return probe_accuracies(vectors.of(task.queries if side == "query" else task.documents, side), classes)
 
 
 def baselines(

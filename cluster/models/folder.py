@@ -24,10 +24,15 @@ def fingerprint(folder: Path) -> str:
 
 def kinds_of(folder: Path) -> tuple[str, ...]:
     """Of items that a model on this machine encodes."""
+    from trainers.encoders.spec import SPEC_FILE, ModelSpec
     from trainers.encoders.towers import Layout
+    from trainers.encoders.vision_language import READS
 
     layout = Layout.load(folder)
-    return tuple(layout.towers) if layout and layout.by == "kind" else ("text",)
+    if layout and layout.by == "kind":
+        return tuple(layout.towers)
+    reads = ModelSpec.load(folder).reads if (folder / SPEC_FILE).exists() else "text"
+    return ("text", "image", "parts") if reads == READS else ("text",)
 
 
 @contextmanager

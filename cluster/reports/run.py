@@ -114,9 +114,9 @@ def _training(found: RunEvidence) -> str:
 
 
 def _speed(steps: Steps) -> str:
-    charts = list(_curves(steps, [name for name in SPEED if name != "mfu" or steps.total("mfu")]))
-    if not charts:
+    if not len(steps.numbers):
         return ""
+    charts = list(_curves(steps, [name for name in SPEED if _moves(steps, name)]))
     shares = {"padding": steps.curve("padding_share"), "waiting for data": _wait_share(steps)}
     caption = "Padding: of the tokens computed. Waiting: of the step's time, on the slowest worker."
     charts.insert(1, line_chart({k: v for k, v in shares.items() if v}, "step", "share", caption=caption))
@@ -235,5 +235,9 @@ def _moves(steps: Steps, name: str) -> bool:
 def _by_model(what: str, figures: Mapping[str, Mapping[str, float]]) -> str:
     """A row a figure, a column a model."""
     names = list(dict.fromkeys(name for its in figures.values() for name in its))
-    rows = [[n.replace("_", " "), *(number(its[n]) if n in its else "" for its in figures.values())] for n in names]
+    rows = [[_spelled(n), *(number(its[n]) if n in its else "" for its in figures.values())] for n in names]
     return table([what, *figures], rows)
+
+
+def _spelled(figure: str) -> str:
+    return figure.replace("block_", "pairs found by block ").replace("_", " ")

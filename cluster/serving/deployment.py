@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -109,12 +109,12 @@ def _started(config: ServeConfig, root: Path, threads: int, token: str | None) -
 
 
 def wait_for_ever() -> None:
-    """Until the process is interrupted."""
-    try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        return
+    """Until SIGINT or SIGTERM, after which the server is taken down as usual."""
+    from cluster.fit import handling_signals
+
+    asked = threading.Event()
+    with handling_signals(lambda number, frame: asked.set()):
+        asked.wait()
 
 
 def _check(config: ServeConfig, token: str | None) -> None:

@@ -35,7 +35,7 @@ def corpora() -> dict[str, BuiltIn]:
     graded = texts._replace(positive_scores="scores", media=(("query", "image"),))
     return {
         builtin.STDLIB_CODE: BuiltIn(builtin.rows, builtin.stdlib_stamp, texts, ("package", "nearby")),
-        "glyphs": BuiltIn(glyphs.rows, glyphs.stamp, images),
+        "glyphs": BuiltIn(glyphs.rows, glyphs.stamp, images, ("category",)),
         "charts": BuiltIn(charts.rows, charts.stamp, graded),
         "pages": BuiltIn(pages.rows, pages.stamp, images),
         "tones": BuiltIn(tones.rows, tones.stamp, sounds),

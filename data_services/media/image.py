@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from data_services.media.kinds import kind_of
 from data_services.schema import Undecodable
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageCms
 
 # Pillow reads more, among it formats that start other programs (EPS) or name other files.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -56,9 +57,9 @@ def image_size(data: bytes) -> Size:
 def decode_image(data: bytes, least_side: int | None = None) -> np.ndarray:
     """The image [H, W, 3] uint8, upright by its EXIF orientation, the first frame of an animation.
 
-    What is transparent is laid on white; 16 bits a channel are cut to 8; CMYK, grey and palettes become RGB. Colour
-    profiles aren't applied. least_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter
-    side keeps so many pixels: what is resized to that afterwards needs no more.
+    What is transparent is laid on white; 16 bits a channel are cut to 8; CMYK, grey and palettes become RGB; colours
+    of another profile that the file brings become sRGB's. least_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its
+    size, as long as its shorter side keeps so many pixels: what is resized to that afterwards needs no more.
 
     Raises Undecodable where the bytes are no image of `FORMATS`, are truncated or damaged, too large, too small or
     too long.
@@ -140,10 +141,43 @@ def _rgb(image: Image.Image) -> Image.Image:
             raise Undecodable("the image has 32-bit pixels, whose range isn't known: write it with 8 bits")
         image = Image.fromarray((levels >> 8).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = _in_srgb(image.convert("RGBA"), image.info)
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
+    image = _in_srgb(image.convert("RGB") if image.mode == "P" else image, image.info)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _in_srgb(image: Image.Image, info: Mapping[Any, Any]) -> Image.Image:
+    """The image by the ICC profile that its file brings; as it is without one, or with one that isn't sound."""
+    from PIL import ImageCms
+
+    transform = _to_srgb(info.get("icc_profile") or b"", image.mode)
+    if transform is None:
+        return image
+    try:
+        found = ImageCms.applyTransform(image, transform)
+    except ImageCms.PyCMSError:
+        return image
+    assert found is not None, "it isn't done in place"
+    return found
+
+
+@lru_cache(maxsize=32)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """What brings an image's colours to sRGB; None where they are sRGB's already, or the profile isn't of this mode."""
+    from PIL import ImageCms
+
+    if not profile or mode not in ("RGB", "RGBA", "L", "CMYK"):
+        return None
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(own):
+            return None
+        target = "RGBA" if mode == "RGBA" else "RGB"
+        return ImageCms.buildTransform(own, ImageCms.createProfile("sRGB"), mode, target)
+    except (ImageCms.PyCMSError, OSError):
+        return None
 
 
 # Sizes.

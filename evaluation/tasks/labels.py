@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_services.schema import UsageError
+from evaluation.probes import linear_probe, nearest_labels
 from evaluation.search import rank
 from evaluation.stored import PerQuery
 from evaluation.tasks.base import Task, TaskScores, means, numbered, refuse_empty
@@ -44,9 +44,8 @@ class Labelled(Task):
 class Classification(Labelled):
     """A classifier of labelled vectors, tried on others.
 
-    accuracy, f1          logistic regression (scikit-learn's, L2 with C = 1, to convergence); f1 is the macro mean
-    knn_accuracy, knn_f1  the label that most of the `neighbours` nearest texts have; of equally frequent ones that of
-                          the nearer text
+    accuracy, f1          by `probes.linear_probe`; f1 is the macro mean
+    knn_accuracy, knn_f1  by `probes.nearest_labels` of so many `neighbours`
     """
 
     train_texts: Sequence[str]
@@ -80,24 +79,14 @@ class Classification(Labelled):
         train, test = both[: len(self.train_texts)], both[len(self.train_texts) :]
         predicted = {}
         if {"accuracy", "f1"} & set(self.metrics):
-            predicted[""] = self._probed(train, test)
+            predicted[""] = linear_probe(train, self.train_labels, test)
         if {"knn_accuracy", "knn_f1"} & set(self.metrics):
-            predicted["knn_"] = self._of_neighbours(train, test)
+            predicted["knn_"] = nearest_labels(train, self.train_labels, test, self.neighbours)
         right, f1 = {}, {}
         for prefix, labels in predicted.items():
             right[f"{prefix}accuracy"] = _right(labels, self.labels)
             f1[f"{prefix}f1"] = macro_f1(self.labels, labels)
         return self.asked(means(right) | f1, PerQuery(numbered(len(self.texts)), right))
-
-    def _probed(self, train: np.ndarray, test: np.ndarray) -> list[str]:
-        from sklearn.linear_model import LogisticRegression
-
-        probe = LogisticRegression(max_iter=5000).fit(train.astype(np.float64), list(self.train_labels))
-        return list(probe.predict(test.astype(np.float64)))
-
-    def _of_neighbours(self, train: np.ndarray, test: np.ndarray) -> list[str]:
-        found, _ = rank(test, train, min(self.neighbours, len(train)))
-        return [Counter(self.train_labels[i] for i in row).most_common(1)[0][0] for row in found]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from cluster.prepare import prepare
 from data_services.schema import Media, UsageError
 from tests.trainers.encoders.test_image import picture, png
 
-PAIRS = 48
+PAIRS = 56
 TEXT = {"hidden": 32, "layers": 1, "heads": 2, "intermediate": 48, "vocabulary": 320, "dropout": 0.0}
 IMAGE = {"image_size": 16, "patch_size": 8, "hidden": 24, "layers": 1, "heads": 2, "intermediate": 40}
 DUAL = {"config": TEXT, "image": {"config": IMAGE}, "max_tokens": 24}
@@ -33,8 +33,9 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     pictures = [png(picture(i, 20 + i % 9, 24)).data for i in range(PAIRS)]
     captions = [f"picture number {i} of {['red', 'blue', 'green'][i % 3]} squares" for i in range(PAIRS)]
-    for split, rows in (("train", slice(0, 32)), ("validation", slice(32, 40)), ("heldout", slice(40, PAIRS))):
+    for split, rows in (("train", slice(0, 32)), ("validation", slice(32, 44)), ("heldout", slice(44, PAIRS))):
         columns = {"query": captions[rows], "positive": pa.array(pictures[rows], pa.binary())}
+        columns["even"] = [str(i % 2) for i in range(PAIRS)][rows]
         (folder / "photos").mkdir(exist_ok=True)
         pq.write_table(pa.table(columns), folder / "photos" / f"{split}.parquet")
     texts = [{"query": f"what is {i}?", "positive": f"it is the number {i}"} for i in range(32)]
@@ -68,7 +69,9 @@ def trained(recipe, home):
 def dual(data, tmp_path_factory):
     home = tmp_path_factory.mktemp("dual")
     (home / "home").mkdir()
-    return *trained(written(data, home, DUAL, momentum={"export": True}), home / "home"), home / "home"
+    evaluation = {"recall_at": [5], "both_ways": True, "prompts": ["{}", "a {}"], "geometry": True, "classes": "even"}
+    recipe = written(data, home, DUAL, momentum={"export": True}, evaluation=evaluation)
+    return *trained(recipe, home / "home"), home / "home"
 
 
 def test_towers_of_texts_and_images_train_and_are_scored_both_ways(dual):
@@ -84,8 +87,19 @@ def test_towers_of_texts_and_images_train_and_are_scored_both_ways(dual):
     assert {"recall@1", "recall@5", "recall@10"} <= set(scored.rows["trained"])
     assert scored.over_bm25 == {}
     table = pq.read_table(ready.run.evaluation("heldout"))
-    assert table.num_rows == 8
+    assert table.num_rows == 12
     assert "trained recall@5" in table.column_names
+
+
+def test_vectors_of_either_side_and_the_classes_of_images_are_told_where_the_recipe_asks(dual):
+    _, scored, _ = dual
+    assert set(scored.geometry) == set(scored.probes) == {"untrained", "trained"}
+    assert {"alignment", "uniformity_queries", "uniformity_documents", "modality_gap"} <= set(
+        scored.geometry["trained"]
+    )
+    assert scored.geometry["trained"]["modality_gap"] > 0
+    assert scored.probes["trained"]["classes"] == 2
+    assert scored.probes["trained"]["majority"] == 0.5
 
 
 def test_a_run_keeps_what_its_page_shows_pictures_included(dual):
@@ -96,10 +110,10 @@ def test_a_run_keeps_what_its_page_shows_pictures_included(dual):
     found = read_run(ready.run)
     look = found.looks["heldout"]
     assert {"modality_gap", "uniformity_queries", "uniformity_documents"} <= set(look.geometry["trained"])
-    assert sum(look.similarities["trained"].positives) == 8
-    assert sum(look.similarities["trained"].negatives) == 8 * 7
+    assert sum(look.similarities["trained"].positives) == 12
+    assert sum(look.similarities["trained"].negatives) == 12 * 11
     shown = [*look.best, *look.worst]
-    assert len(shown) == 8
+    assert len(shown) == 10
     assert all(example.answer.picture and hit.item.picture for example in shown for hit in example.hits)
     assert run_page(found).count("data:image/png;base64,") >= 8
 
@@ -127,8 +141,8 @@ def test_a_picture_looks_for_pictures_and_texts_and_a_source_of_them_is_embedded
         query(None, model, str(tmp_path / "over"), root=home, image=tmp_path / "over" / "broken.png")
     source = SourceConfig(path=str(data / "photos"), split="heldout")
     corpus = embed_source(EmbeddingJob(model, source, tmp_path / "vectors", workers=1), home).corpus
-    assert corpus.rows == 8
-    np.testing.assert_allclose(np.linalg.norm(corpus.vectors(0, 8), axis=1), 1, atol=1e-3)
+    assert corpus.rows == 12
+    np.testing.assert_allclose(np.linalg.norm(corpus.vectors(0, 12), axis=1), 1, atol=1e-3)
 
 
 def test_a_vision_language_model_learns_from_texts_and_images_in_turn(data, tmp_path):
@@ -148,12 +162,53 @@ def test_a_vision_language_model_learns_from_texts_and_images_in_turn(data, tmp_
     assert {len(set(rows)) for rows in tasks} == {1}  # each batch of one source
     assert len({rows[0] for rows in tasks}) == 2
     assert {"trained", "untrained"} <= set(scored.rows)
-    from cluster.models import exported_encoder
+    from cluster.models import exported_encoder, query
 
     both = exported_encoder(ready.run.export).encode(
         ["a text", Media("image", png(picture(3, 20, 24)).data)], "document"
     )
     assert both.shape == (2, 64)
+    (tmp_path / "over").mkdir()
+    for i in range(2):
+        (tmp_path / "over" / f"{i}.png").write_bytes(png(picture(i, 20, 24)).data)
+    model, root = str(ready.run.export), tmp_path / "home"
+    found = query(None, model, str(tmp_path / "over"), k=1, root=root, image=tmp_path / "over" / "1.png")
+    assert found.hits[0].name == "1.png"
+
+
+def train_in_parts(task, reader, stops):
+    """On a rank: a run that ends after each of these steps and goes on from its checkpoint in new objects."""
+    import torch.distributed as dist
+
+    from cluster.worker import Training
+    from data_services.stream import LocalStream
+
+    for stop in stops:
+        stream = LocalStream(reader, dist.get_world_size(), dist.get_rank(), task.recipe.engine.budget_tokens)
+        assert Training(task).run(stream, stop) == stop
+
+
+@pytest.mark.parametrize(
+    ("model", "stage"),
+    [(DUAL, 2), pytest.param(DUAL, 3, marks=pytest.mark.proof), pytest.param(VLM, 3, marks=pytest.mark.proof)],
+)
+def test_a_run_over_images_goes_on_with_the_losses_of_one_that_was_never_stopped(gloo, data, tmp_path, model, stage):
+    from tests.e2e.plain import plain_run
+
+    more = {"queue": {"rows": 20}, "engine": {"precision": "fp32", "budget_tokens": 64, "zero_stage": stage}}
+    runs = []
+    for name, stops in (("whole", [4]), ("parts", [2, 4])):
+        (tmp_path / name).mkdir()
+        recipe = written(data, tmp_path / name, model, **more)
+        told = json.loads(recipe.read_text())
+        told["data"]["steps"] = 4
+        recipe.write_text(json.dumps(told))
+        ready, task = plain_run(recipe, tmp_path / name)
+        gloo(2, train_in_parts, task, ready.reader, stops)
+        steps = [json.loads(line) for line in ready.run.metrics.read_text().splitlines()]
+        runs.append([(step["step"], step["loss"], step["grad_norm"]) for step in steps])
+    assert [step for step, *_ in runs[0]] == [0, 1, 2, 3]
+    assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize(

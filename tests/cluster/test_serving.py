@@ -2,6 +2,8 @@
 
 import base64
 import json
+import os
+import signal
 import threading
 import time
 import urllib.error
@@ -15,7 +17,7 @@ from starlette.routing import Route
 
 from cluster.embedding import load_encoder
 from cluster.registry import model_folder, promote, register
-from cluster.serving.deployment import ServeConfig, serving
+from cluster.serving.deployment import ServeConfig, serving, wait_for_ever
 from cluster.serving.endpoint import Endpoint, digest
 from cluster.serving.model import ServedModel, Work
 from cluster.serving.protocol import Limits
@@ -221,6 +223,21 @@ def test_requests_together_get_what_they_would_get_alone(served):
         np.testing.assert_allclose(together.vectors, alone.vectors, atol=1e-6)
         assert (together.tokens, together.refused) == (alone.tokens, alone.refused)
     assert "input[0] has " in served.encode(works)[1].refused
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_waits_for_either_signal_and_then_goes_on_to_shut_down(number):
+    before = signal.getsignal(number)
+
+    def send():
+        wait_until(lambda: signal.getsignal(number) != before)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    wait_for_ever()
+    sender.join()
+    assert signal.getsignal(number) == before
 
 
 def test_an_open_address_needs_a_token_and_a_port_must_be_free(root, monkeypatch):

@@ -10,7 +10,14 @@ from pydantic import ValidationError
 
 from data_services import builtin
 from data_services.schema import UNKNOWN, Column, UsageError, text_id
-from data_services.sources import SourceConfig, builtin_corpus, columns_available, open_source, retrieval_pool
+from data_services.sources import (
+    SourceConfig,
+    builtin_corpus,
+    columns_available,
+    open_source,
+    pool_classes,
+    retrieval_pool,
+)
 
 # The id of the first of these rows when this was written: no release may change it.
 FIRST_ID = "0db211d0252e771e0f850ca7566db32d"
@@ -387,4 +394,21 @@ def test_a_retrieval_pool_is_unique_by_text(tmp_path):
     pool = retrieval_pool(opened(path, tmp_path / "home"))
     assert pool.queries == ["a", "b", "c"]
     assert pool.documents == ["x", "y", "z"]
-    assert pool.relevant == [{0, 1, 2}, {1}, {0}]
+    assert pool.relevant == [{0: 1, 1: 1, 2: 1}, {1: 1}, {0: 1}]
+
+
+@pytest.mark.parametrize(("scores", "grades"), [([[3, 1], [2]], {0: 3, 1: 2}), ([[0.9, 1], [2]], {0: 1, 1: 1})])
+def test_whole_scores_are_grades_of_which_the_best_counts_and_others_are_not(tmp_path, scores, grades):
+    rows = [{"query": "a", "positive": ["x", "y"]}, {"query": "a", "positive": ["y"]}]
+    path = write_jsonl(tmp_path / "a.jsonl", [row | {"s": its} for row, its in zip(rows, scores, strict=True)])
+    assert retrieval_pool(opened(path, tmp_path / "home", positive_scores="s")).relevant == [grades]
+
+
+def test_items_have_the_class_of_the_first_row_they_stand_in(tmp_path):
+    rows = [("a", ["x", "y"], "one"), ("b", ["y"], "two"), ("a", ["z"], "two")]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"query": q, "positive": p, "topic": t} for q, p, t in rows])
+    source = opened(path, tmp_path / "home", label="topic")
+    side, (first, second, third) = pool_classes(source)
+    assert side == "document"
+    assert first == second != third
+    assert retrieval_pool(source).documents == ["x", "y", "z"]

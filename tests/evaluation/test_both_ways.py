@@ -27,7 +27,7 @@ class Letters:
 
 def test_a_model_is_scored_there_back_and_by_prompts():
     documents = [f"{animal}.png" for animal in [*ANIMALS, "cat"]]
-    relevant = [{0, 4}, {1}, {2}, {3}]
+    relevant = [{0: 1, 4: 1}, {1: 1}, {2: 1}, {3: 1}]
     encoder = Letters(confused={"fox": "dog"})
     rows = every_way("trained", encoder, ANIMALS, documents, relevant, CONFIG)
     assert list(rows) == ["trained", "trained back", "trained by prompts"]
@@ -41,8 +41,8 @@ def test_a_model_is_scored_there_back_and_by_prompts():
 
 def test_relevance_is_turned_and_a_document_that_answers_nothing_is_refused():
     with pytest.raises(UsageError, match="document 1 answers no query"):
-        reversed_relevance([{0, 2}, {0}], 3)
-    assert reversed_relevance([{0, 2}, {0}, {1}], 3) == [{0, 1}, {2}, {0}]
+        reversed_relevance([{0: 1, 2: 1}, {0: 1}], 3)
+    assert reversed_relevance([{0: 3, 2: 1}, {0: 2}, {1: 1}], 3) == [{0: 3, 1: 2}, {2: 1}, {0: 1}]
 
 
 def test_pixels_find_what_a_known_picture_of_a_like_name_shows():
@@ -50,11 +50,11 @@ def test_pixels_find_what_a_known_picture_of_a_like_name_shows():
     known, pictures = ["red cat", "red dog", "red eel"], shapes + 5
     noisy = shapes[[2, 0]] * 3 + 1  # brighter and of more contrast, the same shapes
     rows = pixel_rows(
-        ["blue eel", "blue cat"], noisy, [{0}, {1}], known, pictures, EvaluationConfig(k=1, both_ways=True)
+        ["blue eel", "blue cat"], noisy, [{0: 1}, {1: 1}], known, pictures, EvaluationConfig(k=1, both_ways=True)
     )
     assert rows["nearest pixels"].metrics["recall@1"] == 1.0
     assert rows["nearest pixels back"].metrics["recall@1"] == 1.0
-    unknown = pixel_rows(["nothing", "blue cat"], noisy, [{0}, {1}], known, pictures, EvaluationConfig(k=1))
+    unknown = pixel_rows(["nothing", "blue cat"], noisy, [{0: 1}, {1: 1}], known, pictures, EvaluationConfig(k=1))
     assert unknown["nearest pixels"].metrics["recall@1"] == 0.5
 
 

@@ -14,7 +14,7 @@ class Doubling(nn.Module):
 
 def test_nothing_learned_is_nothing_added():
     model = Trained(Doubling(), {})
-    vectors, learned, auxiliary = model(x=torch.ones(2, 3))
+    vectors, learned, auxiliary = model(torch.ones(2, 3))
     assert auxiliary.shape == (0,)
     assert vectors.tolist() == [[2, 2, 2]] * 2
     assert learned.shape == (0,)
@@ -24,7 +24,7 @@ def test_nothing_learned_is_nothing_added():
 
 def test_learned_scalars_come_in_order_with_gradient_and_start_unrounded_in_bf16():
     model = Trained(Doubling(), {"log_temperature": -2.6592600, "bias": -10.0}).bfloat16()
-    _, learned, _ = model(x=torch.ones(1, 1))
+    _, learned, _ = model(torch.ones(1, 1))
     assert learned.tolist() == pytest.approx([-2.6592600, -10.0], abs=1e-6)
     learned.sum().backward()
     assert model.learned.moved.grad.tolist() == [1, 1]

@@ -17,6 +17,7 @@ from trainers.chunks import keys_of
 from trainers.collectives import Group
 from trainers.config import AdapterConfig, EngineConfig, MomentumConfig, OptimizerConfig, QueueConfig
 from trainers.encoders.adapters import add_adapter
+from trainers.encoders.inputs import TowerInputs
 from trainers.model import Trained
 from trainers.objectives.compose import Sum
 from trainers.objectives.embedded import Embedded
@@ -39,11 +40,11 @@ class Tower(nn.Module):
         self.out = nn.Linear(DIM, DIM)
         self.dropout = nn.Dropout(dropout)
 
-    gives_tokens = False
+    gives_tokens, numbers = False, (None,)
 
-    def forward(self, input_ids, attention_mask, prompt_tokens=None, queries=None):
-        hidden = self.dropout(torch.tanh(self.out(self.norm(self.table(input_ids)))))
-        mask = attention_mask[..., None].to(hidden.dtype)
+    def forward(self, inputs):
+        hidden = self.dropout(torch.tanh(self.out(self.norm(self.table(inputs.ids)))))
+        mask = inputs.mask[..., None].to(hidden.dtype)
         return F.normalize(((hidden * mask).sum(1) / mask.sum(1)).float().to(_wide(hidden)), dim=-1)
 
 
@@ -97,7 +98,7 @@ def twin_gradients(batch, with_queue, kind="full"):
 
     def encode(texts):
         ids, mask = (torch.from_numpy(x) for x in texts.padded())
-        return model.tower(ids, mask)
+        return model.tower(TowerInputs(ids, mask))
 
     queries, documents = encode(batch.queries), encode(batch.documents)
     query_keys, document_keys = keys_of(batch, None, torch.device("cpu"))
@@ -236,7 +237,7 @@ def queue_after_a_step():
     step, group = make_step(0, False, True)
     mine = share_batch(batch_of(0), group.size, 24)[group.rank]
     ids, mask = (torch.from_numpy(x) for x in mine.documents.padded())
-    expected, *_ = step.memory.encoder.forward(input_ids=ids, attention_mask=mask)
+    expected, *_ = step.memory.encoder.forward(inputs=TowerInputs(ids, mask))
     step(mine)
     newest = step.memory.queues.rows(1)["documents"]
     order = newest.numbers.argsort()

@@ -1,8 +1,9 @@
-"""The tower of sounds: convolutions over a log-mel spectrogram, each of which halves the frames, and their mean.
+"""The tower of sounds: convolutions over a log-mel spectrogram, each of which halves the frames, and their mean; or
+the encoder of a Whisper (`whisper.py`).
 
-    gyre_audio.json        `AudioConfig`
+    gyre_audio.json        `AudioConfig`, with the sizes of a pretrained one
     gyre_model.json        ModelSpec
-    model.safetensors      of an export, by the names of `AudioEncoder.state_dict()`
+    model.safetensors      of an export, or where it begins as another model's, by the names of the tower's state_dict()
 
 Shapes: n sounds, F frames end to end, M bands, H channels, D dimensions.
 """
@@ -19,7 +20,8 @@ from torch.nn import functional as F
 
 from data_services.schema import UsageError
 from trainers.config import ModelConfig
-from trainers.encoders.arrays import lengths_of
+from trainers.encoders.freezing import freeze
+from trainers.encoders.inputs import lengths_of
 from trainers.encoders.spec import ModelSpec
 from trainers.encoders.tower import MediaTower
 from trainers.tower_config import AudioConfig
@@ -83,21 +85,55 @@ def prepare(config: ModelConfig, folder: Path, texts: ModelSpec) -> None:
     assert audio is not None, "asked for by a recipe that has one"
     if texts.pooling == "tokens":
         raise UsageError("model.audio: a sound has one vector, but model.pooling is tokens; choose another")
+    if audio.path is not None:
+        from safetensors.torch import save_file
+
+        from trainers.encoders.whisper import pretrained
+
+        audio, weights = pretrained(audio)
+        save_file(weights, folder / WEIGHTS)
+    hidden, tokens = _sizes(audio)
+    of_convolutions = {"hidden", "layers", "kernel"} if audio.encoder else set()
+    (folder / SETTINGS).write_text(audio.model_dump_json(indent=2, exclude=of_convolutions) + "\n")
+    ModelSpec.of_media("audio", hidden, texts.dim, tokens, texts.normalize).save(folder)
+
+
+def _sizes(audio: AudioConfig) -> tuple[int, int]:
+    """(width of the states, how many a sound has at most)"""
+    if audio.encoder is not None:
+        from trainers.encoders.whisper import positions
+
+        return audio.encoder.hidden, positions(audio)
     frames = int(audio.max_seconds * audio.rate / audio.hop)
-    spec = ModelSpec.of_media("audio", audio.hidden, texts.dim, max(1, -(-frames >> audio.layers)), texts.normalize)
-    (folder / SETTINGS).write_text(audio.model_dump_json(indent=2) + "\n")
-    spec.save(folder)
+    return audio.hidden, max(1, -(-frames >> audio.layers))
 
 
-def build(config: ModelConfig, folder: Path) -> AudioEncoder:
+def build(config: ModelConfig, folder: Path) -> MediaTower:
     """See `Modality.build`."""
-    return AudioEncoder(AudioConfig.model_validate_json((folder / SETTINGS).read_text()), ModelSpec.load(folder))
+    assert config.audio is not None, "asked for by a recipe that has one"
+    tower = _tower(folder)
+    freeze(tower, config.audio.freeze, "model.audio.freeze")
+    return tower
 
 
-def load(folder: Path, attention: str = "auto") -> AudioEncoder:
+def load(folder: Path, attention: str = "auto") -> MediaTower:
     """See `Modality.load`."""
+    return _tower(folder).eval()
+
+
+def _tower(folder: Path) -> MediaTower:
+    """With the folder's weights where it has some; a readout that they lack is drawn from the current generator."""
     from safetensors.torch import load_file
 
-    encoder = AudioEncoder(AudioConfig.model_validate_json((folder / SETTINGS).read_text()), ModelSpec.load(folder))
-    encoder.load_state_dict(load_file(folder / WEIGHTS))
-    return encoder.eval()
+    config, spec = AudioConfig.model_validate_json((folder / SETTINGS).read_text()), ModelSpec.load(folder)
+    if config.encoder is None:
+        tower: MediaTower = AudioEncoder(config, spec)
+    else:
+        from trainers.encoders.whisper import WhisperTower
+
+        tower = WhisperTower(config, spec)
+    if (folder / WEIGHTS).exists():
+        found = tower.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+        assert not found.unexpected_keys, found.unexpected_keys
+        assert all(name.startswith("readout.") for name in found.missing_keys), found.missing_keys
+    return tower

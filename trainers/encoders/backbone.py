@@ -203,6 +203,9 @@ def _model_class(config: PretrainedConfig) -> Any:
     """The class that AutoModel would build, None where it comes from remote code."""
     from transformers import AutoModel
 
+    from trainers.encoders.clip import make_known
+
+    make_known(config)
     return AutoModel._model_mapping.get(type(config), None)
 
 
@@ -212,7 +215,10 @@ def _tower_config(tower: FromConfig, tokenizer: PreTrainedTokenizerBase, max_tok
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-    if tower.architecture not in CONFIG_MAPPING_NAMES or tower.architecture not in MODEL_MAPPING_NAMES:
+    from trainers.encoders.clip import FILLED
+
+    known = tower.architecture in MODEL_MAPPING_NAMES or tower.architecture in FILLED
+    if tower.architecture not in CONFIG_MAPPING_NAMES or not known:
         near = difflib.get_close_matches(tower.architecture, list(MODEL_MAPPING_NAMES), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"model.config.architecture: transformers knows no model_type {tower.architecture!r}{hint}")
@@ -223,8 +229,8 @@ def _tower_config(tower: FromConfig, tokenizer: PreTrainedTokenizerBase, max_tok
             f"{tower.hidden / tower.heads:g} for each; it must be a whole, even number"
         )
     default = AutoConfig.for_model(tower.architecture)
-    known = set(default.to_dict()) | set(default.attribute_map)
-    if tower.head_dim and "head_dim" not in known:
+    names = set(default.to_dict()) | set(default.attribute_map)
+    if tower.head_dim and "head_dim" not in names:
         raise UsageError(f"model.config.head_dim: {tower.architecture} always has hidden / heads; leave it out")
     wanted: dict[str, Any] = {
         "num_key_value_heads": tower.heads,
@@ -246,7 +252,7 @@ def _tower_config(tower: FromConfig, tokenizer: PreTrainedTokenizerBase, max_tok
         hidden_size=tower.hidden,
         num_hidden_layers=tower.layers,
         num_attention_heads=tower.heads,
-        **{name: value for name, value in wanted.items() if name in known},
+        **{name: value for name, value in wanted.items() if name in names},
     )
 
 

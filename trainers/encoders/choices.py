@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from data_services.schema import UsageError
 from trainers.config import LatentConfig, ModelConfig, PoolingMode
 from trainers.encoders.backbone import added_dropout, check_checkpointing, longest_text
+from trainers.encoders.clip import FILLED
 from trainers.encoders.direction import set_direction
 from trainers.encoders.freezing import frozen_names
 from trainers.encoders.spec import Dense, Latent, ModelSpec
@@ -34,6 +35,7 @@ def spec_of(
     use = config.head.use if config.head else "kept"
     of_tokens = settings if pooling == "tokens" else None
     query_length = _first(config.query_length, of_tokens and of_tokens.query_length)
+    filled = model.config.model_type in FILLED
     return ModelSpec(
         architecture=model.config.model_type,
         pooling=pooling,
@@ -54,6 +56,8 @@ def spec_of(
         mask_id=None if query_length is None else _mask_id(tokenizer),
         skipped=_skipped(config, of_tokens, tokenizer),
         reads="text" if config.vision is None else "vision",
+        own_pooling=filled,
+        filler=tokenizer.pad_token_id if filled else None,
         template=config.vision.template if config.vision else None,
     )
 
@@ -78,6 +82,16 @@ def check(config: ModelConfig, spec: ModelSpec, model: PreTrainedModel, tokenize
         ),
         (config.latent and not spec.latent, f"latent: is for pooling latent, and it is {spec.pooling}; remove it"),
         (spec.hidden % heads, f"latent.heads: {spec.hidden} hidden units can't be dealt to {heads} heads"),
+        (
+            spec.own_pooling and (config.pooling or spec.layers or spec.mean_layers > 1 or config.token_dropout),
+            f"pooling: {spec.architecture} pools by itself, over all its places; remove it, layers, mean_layers and "
+            "token_dropout",
+        ),
+        (
+            spec.filler is not None and tokenizer.padding_side == "left",
+            f"path: the tokenizer pads {spec.architecture} on the left, and gyre fills its texts on the right; set "
+            "padding_side in tokenizer_config.json to right if it was trained so",
+        ),
         (spec.layers and spec.mean_layers > 1, "layers: has no meaning beside mean_layers; remove one of them"),
         (config.adapter and config.freeze, "freeze: model.adapter already leaves the tower's weights alone; remove it"),
         (spec.mean_layers > layers + 1, f"mean_layers: {spec.mean_layers}, but the model has {layers} layers"),

@@ -1,7 +1,13 @@
-"""The text part of a pretrained CLIP as a text tower: the state of a text's last token, projected."""
+"""The text parts of pretrained duals as text towers.
+
+CLIP's vector of a text is the projected state of its last token. SigLIP, and SigLIP 2 where its images are of one
+resolution, were trained on texts that are filled up to one length with padding, which counts; theirs is the state at
+the last place, by the architecture's head.
+"""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +16,9 @@ from trainers.encoders.sentence_transformer import Settings
 from trainers.encoders.spec import Dense
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+FILLED = {"siglip_text_model": "siglip"}  # architecture: module of transformers
 
 
 def is_dual(model: PreTrainedModel) -> bool:
@@ -19,14 +27,15 @@ def is_dual(model: PreTrainedModel) -> bool:
 
 
 def text_part(model: PreTrainedModel, source: Path) -> tuple[PreTrainedModel, Settings]:
-    """Its text tower, and how it makes a vector of a text. UsageError of a model that does so otherwise than CLIP."""
+    """Its text tower, and how it makes a vector of a text. UsageError of a model that does so in a way of its own."""
     whole: Any = model
-    if model.config.model_type != "clip":
+    filled = whole.text_model.config.model_type in FILLED
+    if model.config.model_type != "clip" and not filled:
         raise UsageError(
-            f"model.path: the text part of {model.config.model_type} in {source} reads padding too, as gyre doesn't: "
-            "give a text model, and this one as model.image.path"
+            f"model.path: gyre doesn't know how {model.config.model_type} in {source} makes a vector of a text: give a "
+            "text model, and this one as model.image.path"
         )
-    projection = whole.text_projection.weight
+    projection = None if filled else whole.text_projection.weight
     return whole.text_model, Settings(
         folder=source,
         transformer="",
@@ -35,10 +44,22 @@ def text_part(model: PreTrainedModel, source: Path) -> tuple[PreTrainedModel, Se
         max_tokens=whole.config.text_config.max_position_embeddings,
         prompts={},
         normalize=True,
-        head=(Dense(projection.shape[1], projection.shape[0], bias=False),),
+        head=() if projection is None else (Dense(projection.shape[1], projection.shape[0], bias=False),),
         latent=None,
         mean_layers=1,
         query_length=None,
         skipped=[],
         projection=projection,
+        part=True,
     )
+
+
+def make_known(config: PretrainedConfig) -> None:
+    """Lets AutoModel build SigLIP's text part, of which transformers' list has the vision part alone."""
+    from transformers import AutoModel
+
+    if (name := FILLED.get(config.model_type)) is not None:
+        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        AutoModel.register(
+            type(config), getattr(module, type(config).__name__.replace("Config", "Model")), exist_ok=True
+        )

@@ -10,14 +10,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainers.config import ModelConfig
-from trainers.encoders.arrays import lengths_of
+from trainers.encoders.inputs import TowerInputs, lengths_of
 from trainers.encoders.spec import ModelSpec
 from trainers.encoders.tower import Tower
 from trainers.tower_config import FieldsConfig
@@ -43,47 +43,26 @@ class FieldsTower(Tower):
         self.log_weights = nn.Parameter(start, requires_grad=config.learned)
         self.towers: dict[str, Tower] = {}
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_tokens: Tensor | None = None,
-        queries: Tensor | None = None,
-        arrays: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, inputs: TowerInputs) -> Tensor:
         """What the loss sees, [n, D] float32 of length one; the zero vector of an item without parts."""
-        return self._sum(arrays or {}, input_ids, queries, training=True)
+        return self._sum(inputs, training=True)
 
-    def embed(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_tokens: Tensor | None = None,
-        queries: Tensor | None = None,
-        arrays: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        return self._sum(arrays or {}, input_ids, queries, training=False)
+    def embed(self, inputs: TowerInputs) -> Tensor:
+        return self._sum(inputs, training=False)
 
-    def token_counts(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_tokens: Tensor | None = None,
-        queries: Tensor | None = None,
-        arrays: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        return attention_mask.sum(1)
+    def token_counts(self, inputs: TowerInputs) -> Tensor:
+        return inputs.mask.sum(1)
 
     def flops_per_token(self, length: float) -> float:
         """The mean over the towers of the parts: which tokens are whose isn't counted."""
         return sum(tower.flops_per_token(length) for tower in self.towers.values()) / len(self.towers)
 
-    def _sum(self, arrays: Mapping[str, Tensor], input_ids: Tensor, queries: Tensor | None, training: bool) -> Tensor:
-        total = input_ids.new_zeros(len(input_ids), self.dim, dtype=torch.float32)
+    def _sum(self, inputs: TowerInputs, training: bool) -> Tensor:
+        n = len(inputs.ids)
+        total = inputs.ids.new_zeros(n, self.dim, dtype=torch.float32)
         for name, weight in zip(self.names, self.log_weights.float().exp(), strict=True):
-            own = {key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(f"{name}.")}
-            for kind, of_kind in _by_kind(own, self.towers).items():
-                total = total + weight * self._vectors(kind, of_kind, queries, len(input_ids), training)
+            for kind, own in _by_kind(_below(inputs.arrays, name), self.towers).items():
+                total = total + weight * self._vectors(kind, own, inputs.queries, n, training)
         return F.normalize(total, dim=-1)
 
     def _vectors(self, kind: str, own: Mapping[str, Tensor], queries: Tensor | None, n: int, training: bool) -> Tensor:
@@ -91,9 +70,10 @@ class FieldsTower(Tower):
         lengths = next(own[key] for key in own if key.endswith(lengths_of("")))
         there = lengths.nonzero()[:, 0]
         inputs = _inputs(kind, own, lengths, there)
-        inputs["queries"] = None if queries is None else queries[there] if len(there) else queries[:1]
+        if queries is not None:
+            inputs = replace(inputs, queries=queries[there] if len(there) else queries[:1])
         tower = self.towers[kind]
-        found = tower(**inputs) if training else tower.embed(**inputs)
+        found = tower(inputs) if training else tower.embed(inputs)
         if not len(there):
             return 0.0 * found.sum() + found.new_zeros(n, self.dim)
         return found.new_zeros(n, self.dim).index_copy(0, there, found)
@@ -101,24 +81,25 @@ class FieldsTower(Tower):
 
 def _by_kind(own: Mapping[str, Tensor], towers: Mapping[str, Tower]) -> dict[str, dict[str, Tensor]]:
     """A part's arrays by kind, which stands between its name and the array's: `KIND.ARRAY`."""
-    return {
-        kind: its
-        for kind in towers
-        if (its := {key.removeprefix(f"{kind}."): x for key, x in own.items() if key.startswith(f"{kind}.")})
-    }
+    return {kind: its for kind in towers if (its := _below(own, kind))}
 
 
-def _inputs(kind: str, own: Mapping[str, Tensor], lengths: Tensor, there: Tensor) -> dict[str, Any]:
+def _below(arrays: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Those whose names begin with `name.`, by what follows."""
+    return {key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(f"{name}.")}
+
+
+def _inputs(kind: str, own: Mapping[str, Tensor], lengths: Tensor, there: Tensor) -> TowerInputs:
     """What a part's tower is called with, for the items that have it; for one of nothing where none does."""
     if kind == "text":
         rows = own[TOKENS].long().split(lengths[there].tolist()) if len(there) else [lengths.new_zeros(1)]
         ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         counts = lengths[there] if len(there) else lengths.new_ones(1)
         mask = (torch.arange(ids.shape[1], device=ids.device) < counts[:, None]).long()
-        return {"input_ids": ids, "attention_mask": mask, "prompt_tokens": torch.zeros_like(counts)}
+        return TowerInputs(ids, mask, prompt_tokens=torch.zeros_like(counts))
     some = lengths.new_ones(max(1, len(there)), 1)
     arrays = {key: x[there] if key.endswith(lengths_of("")) and len(there) else x for key, x in own.items()}
-    return {"input_ids": some * 0, "attention_mask": some, "arrays": arrays}
+    return TowerInputs(some * 0, some, arrays=arrays)
 
 
 def prepare(config: ModelConfig, folder: Path, texts: ModelSpec) -> None:

@@ -24,6 +24,7 @@ from trainers.config import ModelConfig, PoolingMode
 from trainers.encoders.adapters import add_adapter
 from trainers.encoders.backbone import check_checkpointing, checkpoint_gradients, load_backbone
 from trainers.encoders.freezing import freeze
+from trainers.encoders.inputs import TowerInputs
 from trainers.encoders.model_folder import READOUT_FILE, read_readout, resolve
 from trainers.encoders.spec import Dense, ModelSpec
 from trainers.encoders.tower import MediaTower
@@ -50,7 +51,7 @@ class ImageEncoder(MediaTower):
     def __init__(self, backbone: PreTrainedModel, spec: ModelSpec, preprocessing: Mapping[str, Any]) -> None:
         super().__init__(backbone, spec)
         self._scaling = scaling(preprocessing)  # no buffers: the engine would round them to bf16
-        self._blank = _image_shape(backbone)
+        self._blank = _image_shape(preprocessing, backbone)
 
     def read(self, arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The states of the last layer, or the one that the backbone pools; all are pooled."""
@@ -73,8 +74,12 @@ def scaling(preprocessing: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return (rescale / std).float().view(3, 1, 1), (-mean / std).float().view(3, 1, 1)
 
 
-def _image_shape(backbone: PreTrainedModel) -> tuple[int, int, int]:
-    size = backbone.config.image_size
+def _image_shape(preprocessing: Mapping[str, Any], backbone: PreTrainedModel) -> tuple[int, int, int]:
+    """(3, height, width) that images are brought to, the architecture's own where that has no such sides."""
+    size = preprocessing.get("crop_size" if preprocessing.get("do_center_crop") else "size")
+    if isinstance(size, Mapping):
+        size = (size["height"], size["width"]) if {"height", "width"} <= set(size) else None
+    size = size or backbone.config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     return 3, height, width
 
@@ -88,7 +93,7 @@ def prepare(config: ModelConfig, folder: Path, texts: ModelSpec) -> None:
     assert image is not None, "asked for by a recipe that has one"
     with torch.random.fork_rng(devices=[]):  # the weights drawn here only probe the architecture
         backbone, preprocessing, projection = _origin(image, folder)
-        spec = _spec(image, backbone, projection, texts)
+        spec = _spec(image, backbone, _image_shape(preprocessing, backbone), projection, texts)
     if image.gradient_checkpointing:
         check_checkpointing(backbone)
     if image.path is None:
@@ -144,15 +149,27 @@ def _config(wanted: ImageFromConfig, pooling: str | None) -> Any:
     return AutoConfig.for_model(wanted.architecture, **sizes)
 
 
-def _spec(image: ImageConfig, backbone: PreTrainedModel, projection: Tensor | None, texts: ModelSpec) -> ModelSpec:
+def _spec(
+    image: ImageConfig,
+    backbone: PreTrainedModel,
+    shape: tuple[int, int, int],
+    projection: Tensor | None,
+    texts: ModelSpec,
+) -> ModelSpec:
     hidden, dim = backbone.config.hidden_size, texts.dim
     pretrained = image.path is not None and type(backbone).__name__.startswith(("CLIP", "Siglip"))
     tokens = texts.pooling == "tokens"
     chosen = image.pooling or ("tokens" if tokens else "own" if pretrained else "mean")
     if (chosen == "tokens") != tokens:
         raise UsageError(f"model.image.pooling: {chosen}, but model.pooling is {texts.pooling}; tokens go with tokens")
-    with torch.inference_mode():
-        output = backbone.eval()(pixel_values=torch.zeros(1, *_image_shape(backbone)))
+    try:
+        with torch.inference_mode():
+            output = backbone.eval()(pixel_values=torch.zeros(1, *shape))
+    except (ValueError, RuntimeError) as error:  # by architecture
+        raise UsageError(
+            f"model.image.path: {image.path}: {PREPROCESSOR} brings images to {shape[1]} x {shape[2]} pixels, which "
+            f"the model doesn't read ({str(error).splitlines()[0]}); they don't belong together"
+        ) from error
     if chosen == "own" and getattr(output, "pooler_output", None) is None:
         raise UsageError(f"model.image.pooling: own, but {backbone.config.model_type} doesn't pool; choose mean or cls")
     pooling: PoolingMode = "mean" if chosen == "own" else chosen
@@ -203,7 +220,7 @@ def _leave_unread(encoder: ImageEncoder) -> None:
     trained = [(name, p) for name, p in encoder.named_parameters() if p.requires_grad]
     training = encoder.training
     with torch.random.fork_rng(devices=[]):
-        total = encoder.eval()(nowhere, nowhere).sum()
+        total = encoder.eval()(TowerInputs(nowhere, nowhere)).sum()
     encoder.train(training)
     found = torch.autograd.grad(total, [p for _, p in trained], allow_unused=True)
     for (_, parameter), gradient in zip(trained, found, strict=True):

@@ -59,8 +59,8 @@ class LocalEncoder:
                 for tower, rows in self._batches(items):
                     prompts, queries = np.full(len(rows), prompt), np.full(len(rows), field.endswith("query"))
                     inputs = chunk_of(items.take(rows), prompts, queries, device, rows, tower).inputs
-                    counts = self.encoder.token_counts(**inputs)
-                    batches.append((rows, self.encoder.embed(**inputs).cpu().numpy(), counts.cpu().numpy()))
+                    counts = self.encoder.token_counts(inputs)
+                    batches.append((rows, self.encoder.embed(inputs).cpu().numpy(), counts.cpu().numpy()))
         finally:
             self.encoder.train(training)
         return batches

@@ -60,7 +60,7 @@ def _prepare(config: ModelConfig, folder: Path, train_tokenizer: TrainTokenizer 
     spec = spec_of(config, settings, model, tokenizer)
     check(config, spec, model, tokenizer)
     as_it_is = config.init_from is None and not config.trust_remote_code  # remote code lies beside the weights
-    as_it_is &= settings is None or settings.projection is None  # a part of a model has weights of its own
+    as_it_is &= settings is None or not settings.part  # whose weights lie among those of the whole
     if as_it_is and (source is None or _copy_weights(source, folder)):
         model.config.save_pretrained(folder)
     else:
@@ -84,7 +84,8 @@ def _save_readout(config: ModelConfig, spec: ModelSpec, settings: Settings | Non
     weights = {}
     if settings is not None:
         own = settings.projection
-        weights = read_weights(settings) if own is None else {"head.0.weight": own.detach().clone()}
+        weights = {} if settings.part else read_weights(settings)
+        weights |= {} if own is None else {"head.0.weight": own.detach().clone()}
     if config.init_from is not None:
         weights |= read_readout(Path(config.init_from))
     wanted = readout_shapes(spec)

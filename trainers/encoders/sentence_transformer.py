@@ -61,7 +61,8 @@ class Settings:
     folder       the root
     transformer  folder of the backbone and tokenizer, below the root ("" is the root itself)
     skipped      words without a vector in documents
-    projection   of a CLIP, whose folder says all this otherwise; None of a Sentence Transformers folder
+    projection   of a CLIP's text part, None of others
+    part         whether it is the text part of a CLIP or SigLIP, whose folder says all this otherwise
     """
 
     folder: Path
@@ -77,6 +78,7 @@ class Settings:
     query_length: int | None
     skipped: list[str]
     projection: Tensor | None = None
+    part: bool = False
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class ModelSpec:
     code               of a user's own modality, its import path
     template           of "vision", order of the parts of an item; None: as the source names them
     own_pooling        the backbone's own pooled vector stands in the place of its token vectors
+    filler             the token with which every text is filled up to max_tokens, and which counts; None: none is
     """
 
     architecture: str
@@ -82,6 +83,7 @@ class ModelSpec:
     own_pooling: bool = False
     code: str | None = None
     template: str | None = None
+    filler: int | None = None
 
     @classmethod
     def of_media(cls, reads: str, hidden: int, dim: int, tokens: int, normalize: bool = True) -> ModelSpec:
@@ -104,9 +106,11 @@ class ModelSpec:
 
     @property
     def in_sentence_transformers(self) -> bool:
-        """Whether that format can say what the tower does: of images one vector each, of other kinds nothing, and a
-        vision–language model it would show images in another template."""
-        return self.reads == "text" or (self.reads == "image" and self.pooling != "tokens")
+        """Whether that format can say what the tower does: of texts all but padding that counts, of images one vector
+        each, of other kinds nothing, and a vision–language model it would show images in another template."""
+        if self.reads == "text":
+            return self.filler is None
+        return self.reads == "image" and self.pooling != "tokens"
 
     @property
     def hidden(self) -> int:

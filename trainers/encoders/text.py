@@ -21,6 +21,7 @@ from trainers.encoders.adapters import adapt
 from trainers.encoders.backbone import checkpoint_gradients, load_backbone
 from trainers.encoders.cpu_kernels import Dropout, fuse_norms
 from trainers.encoders.freezing import freeze
+from trainers.encoders.inputs import TowerInputs
 from trainers.encoders.late_interaction import fill_queries, without_skipped
 from trainers.encoders.model_folder import read_readout
 from trainers.encoders.pooling import hide_tokens, pooled_tokens
@@ -50,65 +51,42 @@ class TextEncoder(Tower):
         if dropout:
             self._drop_block_outputs()
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_tokens: Tensor | None = None,
-        queries: Tensor | None = None,
-        arrays: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, inputs: TowerInputs) -> Tensor:
         """What the loss sees, [n, training_dim] float32; of several layers the vectors side by side, each of length
         one (unless the spec says otherwise). With pooling "tokens" [n, L, D], each text's `token_counts` first and
         zeros behind them.
 
-        input_ids, attention_mask  [n, L] int64
-        prompt_tokens              [n] int64, leading tokens that are the prompt; needed where the spec leaves the
-                                   prompt out of pooling
-        queries                    [n] bool, which texts are queries; needed where `spec.needs_queries`
-        arrays                     what else the chunk holds, of which texts have nothing
-
         A text that pools no token is the zero vector, as in Sentence Transformers.
         """
-        ids, mask, pooled = self._inputs(input_ids, attention_mask, prompt_tokens, queries)
+        ids, mask, pooled = self._tokens(inputs)
         if self.training and self.token_dropout:
             mask, pooled = hide_tokens(mask, pooled, self.token_dropout, self.spec.pooling)
-        hidden = self._hidden(ids, mask, self.spec.layers, arrays or {})
+        hidden = self._hidden(ids, mask, self.spec.layers, inputs.arrays)
         return torch.cat([self.readout(layer, pooled, training=True) for layer in hidden], dim=-1)
 
-    def embed(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_tokens: Tensor | None = None,
-        queries: Tensor | None = None,
-        arrays: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
+    def embed(self, inputs: TowerInputs) -> Tensor:
         """The model's vectors [n, D], or [n, L, D], of what `forward` takes."""
-        ids, mask, pooled = self._inputs(input_ids, attention_mask, prompt_tokens, queries)
-        (hidden,) = self._hidden(ids, mask, (), arrays or {})
+        ids, mask, pooled = self._tokens(inputs)
+        (hidden,) = self._hidden(ids, mask, (), inputs.arrays)
         return self.readout(hidden, pooled, training=False)
 
-    def token_counts(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_tokens: Tensor | None = None,
-        queries: Tensor | None = None,
-        arrays: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
+    def token_counts(self, inputs: TowerInputs) -> Tensor:
         """[n] int64, how many of a text's tokens are pooled: with pooling "tokens" the vectors that it has."""
-        return self._inputs(input_ids, attention_mask, prompt_tokens, queries)[2].sum(1)
+        return self._tokens(inputs)[2].sum(1)
 
-    def _inputs(
-        self, ids: Tensor, mask: Tensor, prompt_tokens: Tensor | None, queries: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _tokens(self, inputs: TowerInputs) -> tuple[Tensor, Tensor, Tensor]:
         """(ids, mask, pooled) [n, L]: the tokens that the backbone reads and those that are pooled."""
-        spec = self.spec
+        spec, ids, mask = self.spec, inputs.ids, inputs.mask
+        prompt_tokens, queries = inputs.prompt_tokens, inputs.queries
         if spec.pool_prompt:
             prompt_tokens = None
         elif prompt_tokens is None and any(spec.prompts.values()):
             raise ValueError("prompt_tokens [n] is needed: this model leaves its prompts out of pooling")
+        if spec.filler is not None:
+            every = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+            ids, mask = fill_queries(ids, mask, every, spec.max_tokens, spec.filler)
+        if spec.own_pooling:
+            return ids, mask, torch.ones_like(mask[:, :1], dtype=torch.bool)
         if not spec.needs_queries:
             return ids, mask, pooled_tokens(mask, spec.pooling, prompt_tokens)
         if queries is None:
@@ -122,6 +100,8 @@ class TextEncoder(Tower):
     def _hidden(self, ids: Tensor, mask: Tensor, layers: Sequence[int], arrays: Mapping[str, Tensor]) -> list[Tensor]:
         """Token vectors [n, L, H] of each of `layers`, or of the mean of the last ones where there are none."""
         several, seen = self.spec.mean_layers, self._seen(ids, arrays)
+        if self.spec.own_pooling:
+            return [self.backbone(input_ids=ids, attention_mask=mask).pooler_output[:, None]]
         if not layers and several == 1:
             return [packed.run(self.backbone, ids, mask, self.packed, **seen).last_hidden_state]
         states = packed.run(self.backbone, ids, mask, self.packed, output_hidden_states=True, **seen).hidden_states
@@ -133,6 +113,8 @@ class TextEncoder(Tower):
 
     def token_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[n, L, H] of the last layer, for losses on token states; input_ids, attention_mask [n, L] int64."""
+        if self.spec.own_pooling:
+            raise UsageError(f"a loss on token states can't be had of {self.spec.architecture}, which pools by itself")
         (states,) = self._hidden(input_ids, attention_mask, (), {})
         return states
 

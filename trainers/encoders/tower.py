@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trainers.encoders.heads import Readout
+from trainers.encoders.inputs import TowerInputs
 from trainers.encoders.spec import ModelSpec
 
 
@@ -30,27 +31,22 @@ class Tower(nn.Module):
         self.spec = spec
         self.packed = False
 
-    def token_counts(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_tokens: Tensor | None = None,
-        queries: Tensor | None = None,
-        arrays: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
+    def token_counts(self, inputs: TowerInputs) -> Tensor:
         """[n] int64, how many of an item's tokens are pooled: with pooling "tokens" the vectors that it has."""
         raise NotImplementedError
 
-    def embed(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_tokens: Tensor | None = None,
-        queries: Tensor | None = None,
-        arrays: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
+    def embed(self, inputs: TowerInputs) -> Tensor:
         """The model's vectors [n, D], or [n, L, D], of what `forward` takes."""
         raise NotImplementedError
+
+    @property
+    def numbers(self) -> tuple[int | None, ...]:
+        """What `TowerInputs.tower` may be."""
+        return (None,)
+
+    def of(self, tower: int | None) -> Tower:
+        """The one of that number: itself."""
+        return self
 
     @property
     def gives_tokens(self) -> bool:
@@ -95,40 +91,19 @@ class MediaTower(Tower):
     """A tower of items that are no texts: what it reads of a chunk are the arrays."""
 
     def read(self, arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """A chunk's arrays (`trainers.chunks.Chunk`) -> (states [n, L, H], which of them are pooled [n, L] bool).
+        """A chunk's arrays (`TowerInputs`) -> (states [n, L, H], which of them are pooled [n, L] bool).
 
         Where the chunk has no items, and so the arrays no rows, those of any one item, a blank image say: every worker
         must run the weights.
         """
         raise NotImplementedError
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_tokens: Tensor | None = None,
-        queries: Tensor | None = None,
-        arrays: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, inputs: TowerInputs) -> Tensor:
         """What the loss sees, [n, D] float32; with pooling "tokens" [n, L, D], a vector a state."""
-        return self.readout(*self.read(arrays or {}), training=True)
+        return self.readout(*self.read(inputs.arrays), training=True)
 
-    def embed(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_tokens: Tensor | None = None,
-        queries: Tensor | None = None,
-        arrays: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        return self.readout(*self.read(arrays or {}), training=False)
+    def embed(self, inputs: TowerInputs) -> Tensor:
+        return self.readout(*self.read(inputs.arrays), training=False)
 
-    def token_counts(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_tokens: Tensor | None = None,
-        queries: Tensor | None = None,
-        arrays: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        return attention_mask.sum(1)
+    def token_counts(self, inputs: TowerInputs) -> Tensor:
+        return inputs.mask.sum(1)

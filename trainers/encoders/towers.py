@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from data_services.schema import UsageError
 from trainers.encoders import fields
 from trainers.encoders.backbone import saved_shapes
+from trainers.encoders.inputs import TowerInputs
 from trainers.encoders.modality import modality_of
 from trainers.encoders.model_folder import prepare_model_folder
 from trainers.encoders.spec import TOWERS_FILE, ModelSpec
@@ -68,7 +69,7 @@ class Layout:
 
 
 class Towers(nn.Module):
-    """Encoders of one width, called as one of them is, with the number of the tower."""
+    """Encoders of one width, called as one of them is; `TowerInputs.tower` says which."""
 
     def __init__(self, towers: Mapping[str, Tower]) -> None:
         super().__init__()
@@ -78,19 +79,23 @@ class Towers(nn.Module):
         if isinstance(parts := towers.get(fields.READS), fields.FieldsTower):
             parts.towers = {name: tower for name, tower in towers.items() if tower is not parts}
 
-    def forward(self, tower: int, **inputs: Any) -> Tensor:
-        """What its tower makes of a chunk, see `TextEncoder.forward`."""
-        return self.of(tower)(**inputs)
+    def forward(self, inputs: TowerInputs) -> Tensor:
+        """What its tower makes of a chunk, see `Tower`."""
+        return self.of(inputs.tower)(inputs)
 
-    def embed(self, tower: int, **inputs: Any) -> Tensor:
-        """See `TextEncoder.embed`."""
-        return self.of(tower).embed(**inputs)
+    def embed(self, inputs: TowerInputs) -> Tensor:
+        return self.of(inputs.tower).embed(inputs)
 
-    def token_counts(self, tower: int, **inputs: Any) -> Tensor:
-        """[n] int64, see `TextEncoder.token_counts`."""
-        return self.of(tower).token_counts(**inputs)
+    def token_counts(self, inputs: TowerInputs) -> Tensor:
+        return self.of(inputs.tower).token_counts(inputs)
 
-    def of(self, tower: int) -> Tower:
+    @property
+    def numbers(self) -> tuple[int | None, ...]:
+        """What `TowerInputs.tower` may be."""
+        return tuple(range(len(self.names)))
+
+    def of(self, tower: int | None) -> Tower:
+        assert tower is not None, "chunks are cut by tower"
         return self[self.names[tower]]
 
     def __getitem__(self, name: str) -> Tower:
@@ -119,10 +124,6 @@ class Towers(nn.Module):
     @property
     def parameter_count(self) -> int:
         return sum(self[name].parameter_count for name in self.names)
-
-    def flops_per_token(self, length: float, tower: int = 0) -> float:
-        """As `TextEncoder.flops_per_token`, of a token of that tower."""
-        return self.of(tower).flops_per_token(length)
 
 
 def prepare_towers(config: ModelConfig, folder: Path) -> None:

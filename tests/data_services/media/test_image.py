@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from data_services.media.image import bounded, decode_image, fitted, image_size, resized
 from data_services.schema import Undecodable
@@ -71,6 +71,30 @@ def test_palettes_grey_bilevel_and_cmyk_become_rgb():
     assert (decode_image(encoded(Image.new("1", (6, 6), 1))) == 255).all()
     found = decode_image(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"))[8, 8]
     assert np.abs(found.astype(int) - (254, 0, 0)).max() < 6
+
+
+def swapped_profile() -> bytes:
+    """An ICC profile whose red is sRGB's blue and the other way round."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"----", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"----", b"bXYZ", 1)
+    return swapped.replace("sRGB".encode("utf-16-be"), "BGR ".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_of_another_profile_become_srgbs(mode):
+    image, alpha = Image.fromarray(SCENE).quantize(16), Image.new("L", SCENE.shape[1::-1], 255)
+    image = image if mode == "P" else image.convert(mode)
+    if mode == "RGBA":
+        image.putalpha(alpha)
+    plain = decode_image(encoded(image)).astype(int)
+    found = decode_image(encoded(image, icc_profile=swapped_profile())).astype(int)
+    assert np.abs(found - plain[..., ::-1]).max() <= 2
+    assert np.abs(found - plain).max() > 50
+
+
+@pytest.mark.parametrize("profile", [ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"nonsense"])
+def test_a_profile_of_srgb_and_one_that_is_broken_change_nothing(profile):
+    np.testing.assert_array_equal(decode_image(encoded(SCENE, icc_profile=profile)), SCENE)
 
 
 def test_sixteen_bits_are_cut_to_eight_and_ranges_that_are_not_known_are_refused():

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from tests.trainers.encoders.tiny import padded, tiny
 from trainers.encoders import cpu_kernels
 from trainers.encoders.backbone import load_backbone
+from trainers.encoders.inputs import TowerInputs
 from trainers.encoders.text import TextEncoder
 
 
@@ -83,11 +84,11 @@ def test_the_encoder_with_cpu_kernels_is_the_same_function_with_the_same_gradien
     fast, spec = tiny(tmp_path / "m")
     plain = TextEncoder(load_backbone(tmp_path / "m", "eager"), spec).eval()
     plain.load_state_dict(fast.state_dict())
-    ids, mask = padded([5, 17])
+    inputs = TowerInputs(*padded([5, 17]))
     gradient = torch.randn(2, 32)
     for encoder in (fast, plain):
-        encoder(ids, mask).backward(gradient)
-    torch.testing.assert_close(fast(ids, mask), plain(ids, mask), rtol=1e-5, atol=1e-6)
+        encoder(inputs).backward(gradient)
+    torch.testing.assert_close(fast(inputs), plain(inputs), rtol=1e-5, atol=1e-6)
     for (name, a), b in zip(fast.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
 

@@ -7,6 +7,7 @@ from data_services.schema import UsageError
 from tests.trainers.encoders.tiny import TINY, of, padded, tiny, train_tokenizer
 from trainers.config import ModelConfig
 from trainers.encoders.freezing import frozen_names
+from trainers.encoders.inputs import TowerInputs
 from trainers.encoders.model_folder import prepare_model_folder
 
 
@@ -46,7 +47,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_with_dropout_and_keeps_
         torch.manual_seed(3)
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
-            vectors = encoder.train()(ids, mask)
+            vectors = encoder.train()(TowerInputs(ids, mask))
         vectors.backward(torch.linspace(-1, 1, vectors.numel()).view_as(vectors))
         kept.append(sum(t.numel() for t in saved))
         gradients.append([p.grad for p in encoder.parameters()])

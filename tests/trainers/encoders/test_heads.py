@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from tests.trainers.encoders.tiny import padded, tiny
 from trainers.encoders.heads import ACTIVATIONS, Head
+from trainers.encoders.inputs import TowerInputs
 from trainers.encoders.latent_attention import LatentAttention
 from trainers.encoders.sentence_transformer import ACTIVATIONS as NAMES
 from trainers.encoders.spec import Dense
@@ -45,7 +46,7 @@ def test_latent_pooling_is_the_mean_of_what_tokens_saw(tmp_path):
     ids, mask = padded([2, 6])
     hidden = encoder.readout.latent(encoder.backbone(input_ids=ids, attention_mask=mask).last_hidden_state)
     means = torch.stack([hidden[0, :2].mean(0), hidden[1].mean(0)])
-    torch.testing.assert_close(encoder(ids, mask), F.normalize(means, dim=1))
+    torch.testing.assert_close(encoder(TowerInputs(ids, mask)), F.normalize(means, dim=1))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -66,12 +67,12 @@ def test_only_the_loss_sees_a_training_head_in_evaluation_mode_too(tmp_path):
     encoder, spec = tiny(tmp_path / "m", head=head)
     assert (encoder.dim, encoder.training_dim) == (32, 16)
     ids, mask = padded([4, 9])
-    pooled = encoder.embed(ids, mask)
+    pooled = encoder.embed(TowerInputs(ids, mask))
     plain, _ = tiny(tmp_path / "plain")
-    torch.testing.assert_close(pooled, plain(ids, mask))
+    torch.testing.assert_close(pooled, plain(TowerInputs(ids, mask)))
     hidden = plain.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
     means = torch.stack([text[: n.sum()].mean(0) for text, n in zip(hidden, mask, strict=True)])
-    torch.testing.assert_close(encoder(ids, mask), F.normalize(encoder.readout.head(means), dim=1))
+    torch.testing.assert_close(encoder(TowerInputs(ids, mask)), F.normalize(encoder.readout.head(means), dim=1))
     assert spec.exported().head == ()
 
 
@@ -79,9 +80,9 @@ def test_vectors_keep_their_length_where_the_recipe_says_so(tmp_path):
     encoder, _ = tiny(tmp_path / "m", normalize=False)
     unit, _ = tiny(tmp_path / "unit")
     ids, mask = padded([4, 9])
-    vectors = encoder(ids, mask)
+    vectors = encoder(TowerInputs(ids, mask))
     assert not torch.allclose(vectors.norm(dim=1), torch.ones(2), atol=0.1)
-    torch.testing.assert_close(F.normalize(vectors, dim=1), unit(ids, mask))
+    torch.testing.assert_close(F.normalize(vectors, dim=1), unit(TowerInputs(ids, mask)))
 
 
 def test_several_layers_stand_side_by_side_in_training_and_the_last_alone_is_kept(tmp_path):
@@ -90,10 +91,10 @@ def test_several_layers_stand_side_by_side_in_training_and_the_last_alone_is_kep
     assert (encoder.dim, encoder.training_dim) == (6, 18)
     ids, mask = padded([4, 9])
     states = encoder.backbone(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    parts = encoder(ids, mask).split(6, dim=1)
+    parts = encoder(TowerInputs(ids, mask)).split(6, dim=1)
     for state, part in zip(states, parts, strict=True):
         torch.testing.assert_close(part, encoder.readout(state, mask.bool(), training=True))
-    torch.testing.assert_close(parts[2], encoder.embed(ids, mask))
+    torch.testing.assert_close(parts[2], encoder.embed(TowerInputs(ids, mask)))
     torch.testing.assert_close(states[2], encoder.backbone(input_ids=ids, attention_mask=mask).last_hidden_state)
 
 
@@ -102,5 +103,5 @@ def test_the_mean_of_the_last_layers_is_taken_token_by_token(tmp_path):
     ids, mask = padded([4, 9])
     states = encoder.backbone(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
     want = encoder.readout((states[1] + states[2]) / 2, mask.bool(), training=True)
-    torch.testing.assert_close(encoder(ids, mask), want)
-    torch.testing.assert_close(encoder.embed(ids, mask), want)
+    torch.testing.assert_close(encoder(TowerInputs(ids, mask)), want)
+    torch.testing.assert_close(encoder.embed(TowerInputs(ids, mask)), want)

@@ -14,13 +14,16 @@ from data_services.fronts import ImageFront
 from data_services.inputs import Routed
 from data_services.schema import Media, Undecodable, UsageError
 from data_services.tokenizer import FolderTokenizer
-from tests.trainers.encoders.tiny import TEXTS, TINY, scrambled, train_tokenizer
+from tests.trainers.encoders.tiny import TEXTS, TINY, padded, scrambled, tiny, train_tokenizer
 from trainers.config import ModelConfig
 from trainers.encoders import image as image_tower
 from trainers.encoders.image import scaling
+from trainers.encoders.inputs import TowerInputs
 from trainers.encoders.local import LocalEncoder
 from trainers.encoders.model_folder import prepare_model_folder
+from trainers.encoders.text import build_encoder
 from trainers.encoders.towers import build_towers, export_towers, load_towers, prepare_towers
+from trainers.export import export_sentence_transformer, load_exported
 from trainers.tower_config import ImageConfig, ImageFromConfig
 
 SIZES = {"image_size": 16, "patch_size": 8, "hidden": 24, "layers": 2, "heads": 2, "intermediate": 40}
@@ -113,8 +116,8 @@ def test_the_image_tower_of_a_pretrained_model_gives_its_own_features(family, tm
     np.testing.assert_allclose(found, torch.nn.functional.normalize(features, dim=-1), atol=1e-5)
 
 
-def test_a_whole_clip_gives_its_own_features_and_a_siglip_is_refused_as_a_text_tower(tmp_path):
-    from transformers import AutoTokenizer, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+def test_a_whole_clip_gives_its_own_features(tmp_path):
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
     train_tokenizer(400, tmp_path / "clip")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "clip")
@@ -142,11 +145,54 @@ def test_a_whole_clip_gives_its_own_features_and_a_siglip_is_refused_as_a_text_t
         found = whole(**tokens, **processor(PICTURES, return_tensors="pt"))
     np.testing.assert_allclose(encoder.encode(TEXTS, "query"), found.text_embeds, atol=1e-5)
     np.testing.assert_allclose(encoder.encode([png(p) for p in PICTURES], "document"), found.image_embeds, atol=1e-5)
-    SiglipModel(SiglipConfig(text_config=sizes | {"vocab_size": len(tokenizer)}, vision_config=vision)).save_pretrained(
-        tmp_path / "clip"
-    )
-    with pytest.raises(UsageError, match=r"the text part of siglip in .* reads padding too"):
-        prepare_model_folder(config, tmp_path / "other")
+
+
+def test_the_text_part_of_a_siglip_reads_its_padding_too(tmp_path):
+    import transformers
+
+    train_tokenizer(400, tmp_path / "siglip")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "siglip")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+    text = sizes | {"vocab_size": len(tokenizer), "max_position_embeddings": 24}
+    torch.manual_seed(0)
+    config = transformers.SiglipConfig(text_config=text, vision_config=sizes | {"patch_size": 8})
+    whole = transformers.SiglipModel(config).eval()
+    scrambled(whole.text_model)
+    whole.save_pretrained(tmp_path / "siglip")
+    model = ModelConfig(path=str(tmp_path / "siglip"))
+    spec = prepare_model_folder(model, tmp_path / "m")
+    encoder = build_encoder(model, tmp_path / "m")
+    read = FolderTokenizer(tmp_path / "m", spec.max_tokens, spec.prompts)
+    found = LocalEncoder(encoder, read, 30).encode(TEXTS, "query")
+    filled = tokenizer(TEXTS, padding="max_length", truncation=True, max_length=24, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        wanted = whole.get_text_features(input_ids=filled)
+    wanted = getattr(wanted, "pooler_output", wanted)
+    np.testing.assert_allclose(found, torch.nn.functional.normalize(wanted, dim=-1), atol=1e-5)
+    out = export_sentence_transformer(encoder.state_dict(), spec, tmp_path / "m", tmp_path / "out", model)
+    back = LocalEncoder(load_exported(out), read).encode(TEXTS, "query")
+    np.testing.assert_allclose(back, found, atol=1e-5)
+    assert "exported_encoder" in (out / "README.md").read_text()
+    with pytest.raises(UsageError, match="pools by itself"):
+        prepare_model_folder(model.model_copy(update={"pooling": "mean"}), tmp_path / "other")
+
+
+def test_a_siglip_text_tower_of_random_weights_trains_every_weight(tmp_path):
+    tower = TINY.model_copy(update={"architecture": "siglip_text_model", "dropout": 0.0})
+    encoder, spec = tiny(tmp_path / "m", tower, max_tokens=12)
+    assert (spec.filler is not None, spec.own_pooling) == (True, True)
+    encoder.train()(TowerInputs(*padded([3, 9]))).sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters())
+
+
+def test_a_processor_of_another_size_than_the_model_reads_is_one_sentence(tmp_path):
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
+    SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(tmp_path / "vision")
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vision")
+    with pytest.raises(UsageError, match=r"brings images to 32 x 32 pixels, which the model doesn't read"):
+        dual(tmp_path / "m", ImageConfig(path=str(tmp_path / "vision")))
 
 
 def test_weights_that_reach_no_vector_are_left_alone_and_patterns_freeze(tmp_path):

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from data_services.tokenizer import FolderTokenizer
 from tests.trainers.encoders.tiny import TEXTS, of, padded, tiny
+from trainers.encoders.inputs import TowerInputs
 from trainers.encoders.late_interaction import fill_queries, kept_first, without_skipped
 from trainers.encoders.local import LocalEncoder
 
@@ -47,8 +48,8 @@ def test_the_encoder_gives_projected_unit_vectors_of_each_text_and_their_count(t
     encoder, spec = tiny(tmp_path / "m", pooling="tokens", token_dim=6)
     assert (spec.dim, spec.training_dim, spec.hidden) == (6, 6, 32)
     ids, mask = padded([3, 9])
-    vectors = encoder(ids, mask)
-    assert torch.equal(encoder.token_counts(ids, mask), torch.tensor([3, 9]))
+    vectors = encoder(TowerInputs(ids, mask))
+    assert torch.equal(encoder.token_counts(TowerInputs(ids, mask)), torch.tensor([3, 9]))
     hidden = encoder.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
     want = F.normalize(hidden @ encoder.readout.head[0].weight.T, dim=-1) * mask[..., None]
     torch.testing.assert_close(vectors, want)
@@ -66,9 +67,10 @@ def test_queries_and_documents_of_one_chunk_have_the_tokens_of_their_kind(colber
     encoder, tokenize = colbert
     ids, mask = (torch.from_numpy(x) for x in tokenize(["a, b.", "a, b."], "document").padded())
     with pytest.raises(ValueError, match=r"queries \[n\] is needed"):
-        encoder(ids, mask)
-    assert encoder.token_counts(ids, mask, queries=torch.tensor([True, False])).tolist() == [12, 3]  # [CLS] a b
-    assert encoder(ids, mask, queries=torch.tensor([True, False])).shape == (2, 12, 16)
+        encoder(TowerInputs(ids, mask))
+    inputs = TowerInputs(ids, mask, queries=torch.tensor([True, False]))
+    assert encoder.token_counts(inputs).tolist() == [12, 3]  # [CLS] a b
+    assert encoder(inputs).shape == (2, 12, 16)
 
 
 def test_token_vectors_do_not_depend_on_the_batch_and_are_those_that_training_sees(colbert):
@@ -80,7 +82,7 @@ def test_token_vectors_do_not_depend_on_the_batch_and_are_those_that_training_se
             (alone,) = local.encode_tokens([text], field)
             np.testing.assert_allclose(vectors, alone, atol=1e-5)
             ids, mask = (torch.from_numpy(x) for x in tokenize([text], field).padded())
-            seen = encoder(ids, mask, queries=torch.tensor([field == "query"]))
+            seen = encoder(TowerInputs(ids, mask, queries=torch.tensor([field == "query"])))
             np.testing.assert_allclose(seen[0, : len(vectors)].detach().numpy(), vectors, atol=1e-5)
     assert local.encode_tokens([], "query") == []
     with pytest.raises(ValueError, match="call encode_tokens"):

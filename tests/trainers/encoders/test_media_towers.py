@@ -18,7 +18,7 @@ from trainers.config import ModelConfig
 from trainers.encoders.local import LocalEncoder
 from trainers.encoders.model_folder import prepare_model_folder
 from trainers.encoders.towers import build_towers, export_towers, prepare_towers
-from trainers.tower_config import AudioConfig, FieldsConfig, ImageConfig, ImageFromConfig, OwnConfig
+from trainers.tower_config import AudioConfig, EncoderSizes, FieldsConfig, ImageConfig, ImageFromConfig, OwnConfig
 
 SOUND = AudioConfig(rate=8000, mels=12, window=200, hop=80, max_seconds=1, hidden=16, layers=2, kernel=3)
 TONES = [tone(hertz, seconds) for hertz, seconds in ((440, 0.02), (880, 0.5), (220, 1.4), (300, 0.2))]
@@ -58,6 +58,51 @@ def test_a_sound_has_one_vector_whatever_is_encoded_beside_it(tmp_path):
     assert inputs.lengths.tolist() == [-(-n // 4) for n in frames]
     with pytest.raises(Undecodable, match="a sound is declared"):
         tokenizer_of(tmp_path / "m")([Media("audio", b"\x89PNG\r\n\x1a\n")], "document")
+
+
+WHISPER = AudioConfig(
+    encoder=EncoderSizes(hidden=16, layers=2, heads=2, intermediate=24), rate=8000, mels=12, window=200, hop=80,
+    max_seconds=0.6,
+)  # fmt: skip
+
+
+def test_a_whispers_encoder_is_a_tower_of_sounds(tmp_path):
+    config, towers = made(tmp_path / "m", audio=WHISPER)
+    comes_back(config, towers, tmp_path / "m", tmp_path / "out", TONES)
+    inputs = tokenizer_of(tmp_path / "m")(TONES, "document")
+    assert inputs.arrays["frames"].lengths.tolist() == [2, 50, 60, 20]
+    assert inputs.lengths.tolist() == [30] * 4  # it computes as much of every sound
+    with pytest.raises(ValueError, match="kernel is of convolutions"):
+        AudioConfig(encoder=WHISPER.encoder, kernel=3)
+
+
+def test_a_pretrained_whisper_brings_its_spectrogram_and_what_its_encoder_makes_of_it(tmp_path):
+    """Of a sound as long as it reads its states are those of Transformers' front and encoder."""
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+
+    from data_services.media.audio import decode_audio
+
+    sizes = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24}
+    sizes |= {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "vocab_size": 60}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    torch.manual_seed(4)
+    whole = WhisperModel(WhisperConfig(**sizes, **ids, num_mel_bins=80, max_source_positions=50)).eval()
+    whole.save_pretrained(tmp_path / "whisper")
+    front = WhisperFeatureExtractor(feature_size=80, chunk_length=1)
+    front.save_pretrained(tmp_path / "whisper")
+    audio = AudioConfig(path=str(tmp_path / "whisper"), freeze=["backbone.*"])
+    config = ModelConfig(config=TINY, max_tokens=40, audio=audio)
+    prepare_model_folder(config, tmp_path / "m", train_tokenizer)
+    prepare_towers(config, tmp_path / "m")
+    towers = build_towers(config, tmp_path / "m").eval()
+    assert {name for name, p in towers.audio.named_parameters() if p.requires_grad} == {"readout.head.0.weight"}
+    sound = tone(440, 1.0, rate=16_000)
+    with torch.inference_mode():
+        features = front(decode_audio(sound.data, 16_000), sampling_rate=16_000, return_tensors="pt").input_features
+        states = whole.encoder(features).last_hidden_state
+        wanted = torch.nn.functional.normalize(towers.audio.readout.head[0](states.mean(1)), dim=1)
+    found = LocalEncoder(towers, tokenizer_of(tmp_path / "m")).encode([sound], "document")
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
 @pytest.fixture
@@ -129,12 +174,12 @@ def test_weights_of_parts_are_learned_and_a_chunk_without_a_part_runs_its_tower_
         towers.zero_grad()
         some, none = inputs.take(np.array(rows, np.int64)), np.zeros(len(rows), np.int64)
         chunk = chunk_of(some, none, none == 1, torch.device("cpu"), tower=towers.names.index("parts"))
-        towers(**chunk.inputs).sum().backward()
+        towers(chunk.inputs).sum().backward()
         assert all(p.grad is not None for p in towers.image.parameters() if p.requires_grad)
         assert all(p.grad is not None for p in towers.text.parameters() if p.requires_grad)
         assert bool(towers.text.backbone.get_input_embeddings().weight.grad.any()) == (rows == [1, 3])
         assert bool(towers.image.readout.head[0].weight.grad.any()) == (rows == [2])
     towers.zero_grad()
     chunk = chunk_of(inputs, np.zeros(4, np.int64), np.zeros(4, bool), torch.device("cpu"), tower=2)
-    towers(**chunk.inputs)[:, 0].sum().backward()
+    towers(chunk.inputs)[:, 0].sum().backward()
     assert towers.parts.log_weights.grad.abs().min() > 0

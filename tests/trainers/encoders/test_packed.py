@@ -10,6 +10,7 @@ from tests.trainers.encoders.tiny import tiny
 from trainers.config import AdapterConfig, ModelConfig
 from trainers.encoders import packed
 from trainers.encoders.adapters import add_adapter
+from trainers.encoders.inputs import TowerInputs
 from trainers.encoders.packed import Layout, jagged, prepare, run, text_by_text
 from trainers.encoders.spec import ModelSpec
 from trainers.encoders.text import TextEncoder
@@ -204,7 +205,7 @@ def test_prompts_stay_out_of_pooling_and_hidden_tokens_out_of_attention(mode):
     for encoder in encoders(token_dropout=0.3):
         object.__setattr__(encoder.spec, "pooling", mode)
         torch.manual_seed(4)
-        vectors = encoder.train()(ids, mask, torch.tensor([2, 1, 0]))
+        vectors = encoder.train()(TowerInputs(ids, mask, torch.tensor([2, 1, 0])))
         vectors.backward(torch.linspace(-1, 1, vectors.numel()).view(vectors.shape))
         results.append((vectors, {name: p.grad for name, p in encoder.named_parameters()}))
     check_equal(results[1], results[0])
@@ -216,7 +217,7 @@ def test_dropout_works_on_packed_texts_and_is_replayed_by_the_generator():
 
     def train(seed):
         torch.manual_seed(seed)
-        return encoder.train()(ids, mask, torch.zeros(3, dtype=torch.int64))
+        return encoder.train()(TowerInputs(ids, mask, torch.zeros(3, dtype=torch.int64)))
 
     assert torch.equal(train(1), train(1))
     assert not torch.allclose(train(1), train(2), atol=1e-3)
@@ -263,7 +264,7 @@ def test_an_encoder_of_a_recipe_is_the_same_packed(tmp_path, keys):
     results = []
     for each in (padded, encoder):
         torch.manual_seed(4)
-        vectors = each.train()(*texts([9, 3, 0, 30]))
+        vectors = each.train()(TowerInputs(*texts([9, 3, 0, 30])))
         vectors.backward(torch.linspace(-1, 1, vectors.numel()).view(vectors.shape))
         results.append((vectors, {name: p.grad for name, p in each.named_parameters()}))
     check_equal(*results)
@@ -274,7 +275,7 @@ def test_operations_per_token_are_counted_as_they_are_done():
     _, encoder = encoders()
     lengths = [10] * 7 + [0]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        encoder.eval()(*texts(lengths), torch.zeros(8, dtype=torch.int64))
+        encoder.eval()(TowerInputs(*texts(lengths), torch.zeros(8, dtype=torch.int64)))
     pooling = 2 * 8 * 10 * WIDTH
     forward = counter.get_total_flops() - pooling
     assert forward == pytest.approx(sum(lengths) * encoder.flops_per_token(10) / 3, rel=0.02)

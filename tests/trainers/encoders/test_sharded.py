@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from tests.trainers.encoders.tiny import TINY, padded, tiny
 from trainers.config import EngineConfig, ModelConfig, OptimizerConfig
+from trainers.encoders.inputs import TowerInputs
 from trainers.encoders.text import build_encoder
 from trainers.engine import Engine
 
@@ -34,11 +35,11 @@ def weights_after_a_step(keys: dict, folder: Path, stage: int) -> dict[str, torc
     engine = Engine(encoder, EngineConfig(zero_stage=stage, precision="fp32"), optimizer, 2)
     torch.manual_seed(1)
     ids, mask = padded([3, 9, 5, 9, 2])
-    inputs = {"input_ids": ids, "attention_mask": mask, "queries": torch.tensor([True, False, True, False, False])}
+    queries = torch.tensor([True, False, True, False, False])
     engine.train()
-    upstream = torch.randn_like(engine.forward(**inputs))
+    upstream = torch.randn_like(engine.forward(inputs=TowerInputs(ids, mask, queries=queries)))
     mine = slice(dist.get_rank(), None, dist.get_world_size())
-    output = engine.forward(**{name: x[mine] for name, x in inputs.items()})
+    output = engine.forward(inputs=TowerInputs(ids[mine], mask[mine], queries=queries[mine]))
     engine.backward([output], [upstream[mine]], last=True)
     engine.step()
     return engine.full_weights()

@@ -9,6 +9,7 @@ import torch
 from data_services.tokenizer import FolderTokenizer
 from tests.trainers.encoders.tiny import TEXTS, TINY, of, padded, tiny, train_tokenizer
 from trainers.config import ModelConfig
+from trainers.encoders.inputs import TowerInputs
 from trainers.encoders.local import LocalEncoder
 from trainers.encoders.model_folder import prepare_model_folder
 from trainers.encoders.text import build_encoder
@@ -17,18 +18,18 @@ from trainers.encoders.text import build_encoder
 def test_vectors_are_unit_and_do_not_depend_on_padding_or_neighbours(qwen):
     encoder, _ = qwen
     ids, mask = padded([3, 9, 20])
-    together = encoder(ids, mask)
+    together = encoder(TowerInputs(ids, mask))
     assert together.dtype == torch.float32
     torch.testing.assert_close(together.norm(dim=1), torch.ones(3))
     for i, length in enumerate([3, 9, 20]):
-        alone = encoder(ids[i : i + 1, :length], mask[i : i + 1, :length])
+        alone = encoder(TowerInputs(ids[i : i + 1, :length], mask[i : i + 1, :length]))
         torch.testing.assert_close(alone[0], together[i], rtol=1e-5, atol=1e-6)
 
 
 def test_a_text_of_no_tokens_is_the_zero_vector_with_finite_gradients(qwen):
     encoder, _ = qwen
     ids, mask = padded([0, 3])
-    vectors = encoder(ids, mask)
+    vectors = encoder(TowerInputs(ids, mask))
     vectors.sum().backward()
     assert vectors[0].abs().sum() == 0
     assert all(torch.isfinite(p.grad).all() for p in encoder.parameters())
@@ -56,14 +57,14 @@ def test_dropout_is_replayed_by_the_generator_and_gone_in_evaluation(tmp_path):
 
     def train(seed):
         torch.manual_seed(seed)
-        return encoder.train()(ids, mask)
+        return encoder.train()(TowerInputs(ids, mask))
 
     assert torch.equal(train(1), train(1))
     assert not torch.allclose(train(1), train(2), atol=1e-3)
     encoder.eval()
-    assert torch.equal(encoder(ids, mask), encoder(ids, mask))
+    assert torch.equal(encoder(TowerInputs(ids, mask)), encoder(TowerInputs(ids, mask)))
     encoder.train().token_dropout, encoder.dropout.p = 0.0, 0.0
-    torch.testing.assert_close(encoder(ids, mask), encoder.eval()(ids, mask))
+    torch.testing.assert_close(encoder(TowerInputs(ids, mask)), encoder.eval()(TowerInputs(ids, mask)))
 
 
 def test_an_architecture_with_its_own_dropout_gets_none_added(tmp_path):
@@ -108,6 +109,6 @@ def test_leaving_the_prompt_out_of_pooling_needs_its_length(tmp_path):
     encoder, _ = tiny(tmp_path / "m", query_prompt="find: ", pool_prompt=False)
     ids, mask = padded([8])
     with pytest.raises(ValueError, match="prompt_tokens"):
-        encoder(ids, mask)
-    without = encoder(ids, mask, torch.tensor([3]))
-    assert not torch.allclose(without, encoder(ids, mask, torch.tensor([0])))
+        encoder(TowerInputs(ids, mask))
+    without = encoder(TowerInputs(ids, mask, torch.tensor([3])))
+    assert not torch.allclose(without, encoder(TowerInputs(ids, mask, torch.tensor([0]))))

@@ -11,25 +11,21 @@ from data_services.collate import share_batch
 from data_services.inputs import Routed
 from data_services.schema import Inputs, UsageError
 from data_services.tokenizer import FolderTokenizer
+from tests.trainers.encoders.steps import CPU, DECAY, assert_twins, make_step, take, twin_of
 from tests.trainers.encoders.tiny import TEXTS, TINY, padded, scrambled, train_tokenizer, train_tokenizer_with_mask
-from tests.trainers.test_step import BETA, DIM, Tower, batch_of
-from tests.twins import dense_contrastive
-from trainers.chunks import chunks_of, keys_of
+from tests.trainers.test_step import DIM, Tower, batch_of
+from trainers.chunks import chunks_of
 from trainers.collectives import Group
-from trainers.config import EngineConfig, ModelConfig, MomentumConfig, OptimizerConfig
+from trainers.config import ModelConfig
+from trainers.encoders.inputs import TowerInputs
 from trainers.encoders.local import LocalEncoder
 from trainers.encoders.model_folder import prepare_model_folder
 from trainers.encoders.text import build_encoder
 from trainers.encoders.towers import Layout, Towers, build_towers, export_towers, load_towers, prepare_towers
 from trainers.export import export_sentence_transformer
 from trainers.model import Trained
-from trainers.objectives.compose import Sum
-from trainers.objectives.embedded import Embedded
-from trainers.objectives.sections.contrastive import ContrastiveSection
-from trainers.step import ContrastiveStep, Memory
 
 RECIPE = {"max_tokens": 40, "towers": "separate", "query_prompt": "find: ", "pool_prompt": False}
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +44,10 @@ def test_a_chunk_runs_through_the_tower_of_its_texts(folder):
     _, _, towers = folder
     ids, mask = padded([5, 9])
     prompts = torch.zeros(2, dtype=torch.int64)
-    inputs = {"input_ids": ids, "attention_mask": mask, "prompt_tokens": prompts, "queries": prompts == 0}
-    for number, tower in enumerate((towers.query, towers.document)):
-        assert torch.equal(towers(number, **inputs), tower(**inputs))
-    assert not torch.allclose(towers(0, **inputs), towers(1, **inputs))
+    first, second = (TowerInputs(ids, mask, prompts, prompts == 0, tower=number) for number in range(2))
+    assert torch.equal(towers(first), towers.query(first))
+    assert torch.equal(towers(second), towers.document(second))
+    assert not torch.allclose(towers(first), towers(second))
 
 
 def test_both_start_equal_and_take_no_more_from_the_generator_than_one(folder):
@@ -102,66 +98,24 @@ def test_a_momentum_pass_over_one_side_runs_the_chunks_of_its_tower_alone(side):
     assert len(passes[0]) == len(passes[1]) < len(shares[0].chunks)
     for share, chunks in zip(shares, passes, strict=True):
         b, d = len(share.queries), len(share.documents)
-        assert {bool(its) for chunk in chunks if len(chunk.rows) for its in chunk.queries} == {side == "queries"}
+        assert {bool(its) for chunk in chunks if len(chunk.rows) for its in chunk.inputs.queries} == {side == "queries"}
         rows = torch.cat([chunk.rows for chunk in chunks]).sort().values.tolist()
         assert rows == (list(range(b)) if side == "queries" else list(range(b, b + d)))
 
 
-def make_step(stage, cached):
-    from trainers.ema import MomentumEncoder
-    from trainers.engine import Engine
-
-    group, optimizer = Group(), OptimizerConfig(clip_norm=0, betas=(BETA, 0.98), weight_decay=0)
-    engine = Engine(two_towers(), EngineConfig(zero_stage=stage, precision="fp32"), optimizer, 10, CPU)
-    memory = Memory(MomentumEncoder(engine, MomentumConfig(decay=0.9)), None)
-    objective = Sum([ContrastiveSection(temperature=0.1)], group)
-    return ContrastiveStep(engine, objective, memory, cached=cached, seed=0, group=group)
-
-
 def first_gradients(stage, cached):
-    """The loss, this worker's share of every gradient, and how the averaged towers encode the batch after a step."""
-    step, group = make_step(stage, cached), Group()
+    """What a worker has of the step, how the averaged towers encode the batch after it, and the weights."""
+    step, group = make_step(two_towers(), stage, cached), Group()
     batch = shares_of(group.size)[group.rank]
-    metrics = step(batch)
-    averaged = [step.memory.encoder.forward(**chunk.inputs)[0] for chunk in chunks_of(batch, CPU)]
-    state = step.engine.state()
-    moments = {n.removeprefix("exp_avg/"): t / (1 - BETA) for n, t in state.items() if n.startswith("exp_avg/")}
-    return metrics["loss"], moments, state["layout"], averaged, step.engine.full_weights()
-
-
-def twin():
-    """(loss, gradients) of the whole batch in one process in float64."""
-    model, batch = two_towers().double(), global_batch()
-    (queries, documents) = (
-        tower(*map(torch.from_numpy, texts.padded()))
-        for tower, texts in ((model.tower.query, batch.queries), (model.tower.document, batch.documents))
-    )
-    share = Embedded(
-        queries.detach(),
-        documents.detach(),
-        *keys_of(batch, None, CPU),
-        torch.from_numpy(batch.owners),
-        len(queries),
-        momentum_queries=torch.zeros_like(queries),
-        momentum_documents=torch.zeros_like(documents),
-    )
-    dense = dense_contrastive([share], ContrastiveSection(temperature=0.1), None, {})
-    torch.autograd.backward([queries, documents], [dense.query_gradients[0], dense.document_gradients[0]])
-    return dense.loss, {name: p.grad for name, p in model.named_parameters()}
+    taken = take(step, batch)
+    averaged = [step.memory.encoder.forward(inputs=chunk.inputs)[0] for chunk in chunks_of(batch, CPU)]
+    return taken, averaged, step.engine.full_weights()
 
 
 @pytest.mark.parametrize(("world_size", "stage", "cached"), [(1, 0, True), (2, 2, False), (2, 3, True), (2, 3, False)])
 def test_a_step_of_two_towers_has_the_gradients_of_the_dense_twin(gloo, world_size, stage, cached):
-    loss, gradients = twin()
     answers = gloo(world_size, first_gradients, stage, cached)
-    assert [answer[0] for answer in answers] == pytest.approx([loss] * world_size, abs=1e-5)
-    for i, (name, gradient) in enumerate(gradients.items()):
-        found = torch.full((gradient.numel(),), torch.nan)
-        for _, moments, layout, *_ in answers:
-            start, length, _ = layout[i].tolist()
-            if length:
-                found[start : start + length] = moments[name]
-        torch.testing.assert_close(found.double(), gradient.flatten(), rtol=1e-4, atol=1e-5, msg=name)
+    assert_twins([taken for taken, *_ in answers], twin_of(two_towers(), global_batch()))
 
 
 def test_the_momentum_encoder_averages_both_towers_and_workers_call_them_in_the_same_order(gloo):
@@ -169,10 +123,10 @@ def test_the_momentum_encoder_averages_both_towers_and_workers_call_them_in_the_
     start = two_towers().state_dict()
     model = two_towers()
     # average <- 0.9 average + 0.1 weights
-    model.load_state_dict({name: w.lerp(answers[0][-1][name], 0.1) for name, w in start.items()})
-    for batch, (_, _, _, averaged, *_) in zip(shares_of(2), answers, strict=True):
+    model.load_state_dict({name: w.lerp(answers[0][-1][name], 1 - DECAY) for name, w in start.items()})
+    for batch, (_, averaged, _) in zip(shares_of(2), answers, strict=True):
         for chunk, vectors in zip(chunks_of(batch, CPU), averaged, strict=True):
-            torch.testing.assert_close(vectors, model(**chunk.inputs)[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(vectors, model(chunk.inputs)[0], rtol=1e-4, atol=1e-5)
     assert vectors.shape[1] == DIM
 
 

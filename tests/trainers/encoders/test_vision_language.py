@@ -7,30 +7,20 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from cluster.models import tokenizer_of
 from data_services.assemble import GlobalBatch
-from data_services.collate import share_batch
 from data_services.schema import Media, Undecodable
 from data_services.vision_text import IMAGE_TOKEN, PLACEHOLDER, Patches
+from tests.trainers.encoders.steps import assert_twins, make_step, share_of, take, twin_of
 from tests.trainers.encoders.test_image import PICTURES, picture, png
 from tests.trainers.encoders.tiny import TEXTS, TINY, scrambled, train_tokenizer
-from tests.trainers.test_step import BETA
-from tests.twins import dense_contrastive
-from trainers.chunks import chunk_of, keys_of
-from trainers.collectives import Group
-from trainers.config import AdapterConfig, EngineConfig, ModelConfig, MomentumConfig, OptimizerConfig, VisionConfig
+from trainers.config import AdapterConfig, ModelConfig, VisionConfig
 from trainers.encoders.local import LocalEncoder
 from trainers.encoders.model_folder import prepare_model_folder
 from trainers.encoders.text import build_encoder
 from trainers.export import export_sentence_transformer, load_exported
 from trainers.model import Trained
-from trainers.objectives.compose import Sum
-from trainers.objectives.embedded import Embedded
-from trainers.objectives.sections.contrastive import ContrastiveSection
-from trainers.step import ContrastiveStep, Memory
 from trainers.tower_config import VisionFromConfig as Vision
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-CPU = torch.device("cpu")
-OBJECTIVE = ContrastiveSection(temperature=0.1)
 SIDE, MERGE, MOST = 4, 2, 12
 ITEMS = [
     TEXTS[0],
@@ -151,49 +141,12 @@ def model_of(family, folder, lora):
 
 
 def first_gradients(family, folder, stage, cached, lora):
-    from trainers.ema import MomentumEncoder
-    from trainers.engine import Engine
-
-    group, optimizer = Group(), OptimizerConfig(clip_norm=0, betas=(BETA, 0.98), weight_decay=0)
-    engine = Engine(
-        model_of(family, folder, lora), EngineConfig(zero_stage=stage, precision="fp32"), optimizer, 10, CPU
-    )
-    memory = Memory(MomentumEncoder(engine, MomentumConfig(decay=0.9)), None)
-    step = ContrastiveStep(engine, Sum([OBJECTIVE], group), memory, cached=cached, seed=0, group=group)
-    before = {name: average.clone() for name, average in memory.encoder.full_weights().items()}
-    metrics = step(share_batch(global_batch(folder), group.size, 60)[group.rank])
-    after = memory.encoder.full_weights()
-    state = step.engine.state()
-    moments = {n.removeprefix("exp_avg/"): t / (1 - BETA) for n, t in state.items() if n.startswith("exp_avg/")}
-    trained = [name for name, p in engine.module.named_parameters() if p.requires_grad]
-    moved = {name for name in after if not torch.equal(after[name], before[name])}
-    return metrics["loss"], moments, state["layout"], trained, moved
-
-
-def twin(family, folder, lora):
-    """(loss, gradients) of the whole batch in one process in float64, each item by itself."""
-    model, batch = model_of(family, folder, lora).double().train(), global_batch(folder)
-
-    def encoded(items, queries):
-        rows = []
-        for i in range(len(items)):
-            chunk = chunk_of(items.take(np.array([i])), np.zeros(1, np.int64), np.array([queries]), CPU)
-            rows.append(model.tower(**chunk.inputs).double())
-        return torch.cat(rows)
-
-    queries, documents = encoded(batch.queries, True), encoded(batch.documents, False)
-    share = Embedded(
-        queries.detach(),
-        documents.detach(),
-        *keys_of(batch, None, CPU),
-        torch.from_numpy(batch.owners),
-        len(queries),
-        momentum_queries=torch.zeros_like(queries),
-        momentum_documents=torch.zeros_like(documents),
-    )
-    dense = dense_contrastive([share], OBJECTIVE, None, {})
-    torch.autograd.backward([queries, documents], [dense.query_gradients[0], dense.document_gradients[0]])
-    return dense.loss, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    """What a worker has of the step, and the names of the averages that it moved."""
+    step = make_step(model_of(family, folder, lora), stage, cached)
+    before = {name: average.clone() for name, average in step.memory.encoder.full_weights().items()}
+    taken = take(step, share_of(global_batch(folder), 60))
+    after = step.memory.encoder.full_weights()
+    return taken, {name for name in after if not torch.equal(after[name], before[name])}
 
 
 @pytest.mark.parametrize(
@@ -203,24 +156,16 @@ def twin(family, folder, lora):
         ("qwen2_vl", 2, 2, False, True),
         ("qwen3_vl", 2, 3, True, False),
         ("qwen2_vl", 2, 3, False, False),
+        pytest.param("qwen2_5_vl", 2, 2, True, False, marks=pytest.mark.proof),
+        pytest.param("qwen3_vl", 2, 3, False, True, marks=pytest.mark.proof),
     ],
 )
 def test_a_step_has_the_gradients_of_the_dense_twin(gloo, folders, family, world_size, stage, cached, lora):
-    loss, gradients = twin(family, folders[family], lora)
-    answers = gloo(world_size, first_gradients, family, folders[family], stage, cached, lora)
-    assert [answer[0] for answer in answers] == pytest.approx([loss] * world_size, abs=1e-5)
-    names = answers[0][3]
-    assert set(names) == set(gradients)
-    for i, name in enumerate(names):
-        gradient = gradients[name]
-        gradient = torch.zeros(1) if gradient is None else gradient
-        found = torch.full((gradient.numel(),), torch.nan)
-        for _, moments, layout, *_ in answers:
-            start, length, _ = layout[i].tolist()
-            if length:
-                found[start : start + length] = moments[name]
-        torch.testing.assert_close(found.double(), gradient.flatten().double(), rtol=1e-3, atol=2e-5, msg=name)
-    moved = answers[0][4]
+    folder = folders[family]
+    answers = gloo(world_size, first_gradients, family, folder, stage, cached, lora)
+    twin = twin_of(model_of(family, folder, lora), global_batch(folder))
+    assert_twins([taken for taken, _ in answers], twin, rtol=1e-3, atol=2e-5)
+    moved = answers[0][1]
     assert moved
     if lora:
         assert all("lora_" in name or "modules_to_save" in name for name in moved)
