@@ -21,7 +21,15 @@ from data_services.stream import DataConfig
 from evaluation.gates import GateConfig
 from evaluation.metrics import metric_names
 from evaluation.retrieval import EvaluationConfig
-from trainers.config import CheckpointConfig, EngineConfig, ModelConfig, MomentumConfig, OptimizerConfig, QueueConfig
+from trainers.config import (
+    CheckpointConfig,
+    EngineConfig,
+    FaultsConfig,
+    ModelConfig,
+    MomentumConfig,
+    OptimizerConfig,
+    QueueConfig,
+)
 from trainers.objectives.config import AnyTerm, CustomSection, MainTerm
 from trainers.objectives.sections.contrastive import ContrastiveSection
 from trainers.objectives.sections.distill import EmbeddingDistillSection
@@ -94,6 +102,7 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     registry: RegistryConfig = RegistryConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -235,7 +244,7 @@ class Recipe(Section):
 
 
 # Keys that may change between the parts of one run: none of them enters a batch, a loss or a weight.
-FREE_ON_RESUME = ("cluster.", "checkpoint.", "registry.", "evaluation.", "search")
+FREE_ON_RESUME = ("cluster.", "checkpoint.", "faults.", "registry.", "evaluation.", "search")
 
 
 def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ import importlib
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from cluster.prepare import Prepared, check_resumable, check_sources, data_finge
 from cluster.revision import code_revision
 from data_services.schema import RunError, UsageError
 from trainers.checkpoint import aside_of, check_whole, committed, latest, set_aside, write_json
+from trainers.fault_log import read_faults
 
 if TYPE_CHECKING:
     from cluster.tracking import Tracker
@@ -47,6 +49,8 @@ class TrainResult:
     """What a finished run gives.
 
     metrics, validation  {"bm25" | "untrained" | "trained": {metric: value}} on the held-out and validation split
+    workers              of each, a step on average: seconds encoding and waiting for data, up to the last comparison
+    faults               how many of each kind were met: not_finite, spike, slow, diverged
     over_bm25            {split: nDCG of trained less BM25, its 95 % interval `low`, `high`, and `p`}, paired bootstrap
     geometry, probes     {split: {"untrained" | "trained": {figure: value}}}, where `evaluation:` asks for them
     """
@@ -67,6 +71,8 @@ class TrainResult:
     zero_stage: int
     geometry: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     probes: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    workers: list[dict[str, Any]] = field(default_factory=list)
+    faults: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -255,6 +261,8 @@ def conclude(ready: Prepared, tracker: Tracker, tell: Progress, began: float, fi
         zero_stage=recipe.engine.zero_stage,
         geometry={split: found.geometry for split, found in scored.items() if found.geometry},
         probes={split: found.probes for split, found in scored.items() if found.probes},
+        workers=json.loads(run.workers.read_text()) if run.workers.exists() else [],
+        faults=dict(Counter(fault["kind"] for fault in read_faults(run.faults))),
     )
     write_json(run.result, result.as_dict())
     tracker.log_artifacts(run.recipe)

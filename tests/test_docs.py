@@ -219,7 +219,8 @@ def _metrics_of_a_step() -> dict[str, float]:
     from data_services.schema import Batch, Ragged
     from trainers import loop
     from trainers.collectives import Group
-    from trainers.config import CheckpointConfig, QueueConfig
+    from trainers.config import CheckpointConfig, FaultsConfig, QueueConfig
+    from trainers.faults import Faults
     from trainers.negative_queue import Queues
     from trainers.objectives.compose import Sum
     from trainers.objectives.sections.contrastive import ContrastiveSection
@@ -274,6 +275,7 @@ def _metrics_of_a_step() -> dict[str, float]:
             sink=lambda at, metrics: seen.update(metrics),
             stop_requested=lambda: False,
             peak_flops=1.0,
+            faults=Faults(FaultsConfig(), group),
         )
     )
     return seen

@@ -55,6 +55,11 @@ class NegativeQueue:
         return len(self._store)
 
     @property
+    def numbered(self) -> int:
+        """Rows that were ever enqueued, over all workers; with `per`, of the class that has had most."""
+        return self._newest.most
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the queue takes on this worker."""
         return self._store.nbytes

@@ -10,6 +10,7 @@ lost its lease (another attempt of the run has started) can't commit.
 
 from __future__ import annotations
 
+import copy
 import json
 import secrets
 import time
@@ -76,6 +77,7 @@ class CheckpointStore:
         rank 0's is written. Raises RunError as `advance`, for the checkpoint before too.
         """
         self._settle()
+        state = copy.deepcopy(state)  # as it is now: what a thread writes, later steps must not change
         self._step, copied = step, self._copies.in_use if self._copies else []
         self._beside.begin(
             lambda: self._write_share(self._folder, tensors), lambda shares: self._commit(shares, state, copied)

@@ -164,6 +164,8 @@ def test_train_hands_over_the_recipe_and_says_what_to_type_next(gyre, monkeypatc
         seconds={},
         world_size=1,
         zero_stage=2,
+        workers=[],
+        faults={},
     )
     seen = []
 
