@@ -87,6 +87,7 @@ def ours(home: str, batch: int, length: dict[str, int], precision: str, caching:
     from data_services.stream import LocalStream, plan_of, reader_of
     from trainers import loop
     from trainers.collectives import Group
+    from trainers.faults import Faults
 
     root, steps, watch, group = Path(home), Length(**length), Stopwatch(), Group()
     recipe = our_recipe(root, batch, steps, precision, caching)
@@ -107,6 +108,7 @@ def ours(home: str, batch: int, length: dict[str, int], precision: str, caching:
             sink=lambda step, metrics: watch.step_done(),
             stop_requested=lambda: False,
             peak_flops=1.0,
+            faults=Faults(recipe.faults, group),
         )
     )
     return watch.result(batch, steps) | {"cached": contrast.cached} | grown(before)

@@ -142,7 +142,7 @@ def stored(root: Path, rows: int) -> StoredSource:
     return StoredSource(
         name="rows",
         folder=root / "stored",
-        files=tuple(root / "stored" / f"part-{i:05}.parquet" for i in range(len(of_files))),
+        names=tuple(f"part-{i:05}.parquet" for i in range(len(of_files))),
         row_groups=tuple(size for sizes in groups for size in sizes),
         groups_per_file=tuple(len(sizes) for sizes in groups),
         fingerprint=f"{rows} rows",

@@ -151,6 +151,7 @@ def ours(home: str, batch: int, length: dict[str, int], memory: bool = False, ca
     from data_services.stream import LocalStream
     from trainers import loop
     from trainers.collectives import Group
+    from trainers.faults import Faults
 
     steps, watch, group = Length(**length), Stopwatch(), Group()
     task, reader = our_task(Path(home), batch, steps, QUEUE_ROWS if memory else 0, caching)
@@ -185,6 +186,7 @@ def ours(home: str, batch: int, length: dict[str, int], memory: bool = False, ca
             sink=sink,
             stop_requested=lambda: False,
             peak_flops=1.0,
+            faults=Faults(task.recipe.faults, group),
         )
     )
     result = watch.result(batch, steps) | {"cached": contrast.cached}

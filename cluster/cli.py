@@ -16,8 +16,10 @@ import typer
 
 from cluster.commands.corpus import embed, mine
 from cluster.commands.data import data_app
+from cluster.commands.doctor import doctor
 from cluster.commands.jobs import REST_OF_THE_LINE, jobs, stop, submit
 from cluster.commands.options import Json, Model, Overrides, Recipe, check_json, open_console, write_json
+from cluster.commands.plan import plan
 from cluster.commands.registry import compare, list_models, promote, rollback
 from cluster.commands.report import report
 from cluster.commands.serve import serve
@@ -42,6 +44,10 @@ def train(
     recipe: Recipe,
     overrides: Overrides = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this run.")] = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option(metavar="STEP", help="With --resume: from the checkpoint of that step, not the newest."),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Train, evaluate, register and export what a recipe says."""
@@ -54,7 +60,7 @@ def train(
     from cluster import launch
 
     with Progress(console) as progress:
-        result = launch.train(loaded, resume=resume, on_progress=progress).as_dict()
+        result = launch.train(loaded, resume=resume, from_step=from_step, on_progress=progress).as_dict()
     write_json(json_file, result)
     show_trained(console, result, run_home(loaded.cluster.storage))
 
@@ -134,6 +140,7 @@ app.command(epilog="Example: gyre compare models:/quickstart@champion models:/qu
 app.command("models", epilog="Example: gyre models quickstart")(list_models)
 app.command(epilog="Example: gyre promote quickstart 2 --gates team-gates.yaml --sign-off ann")(promote)
 app.command(epilog="Example: gyre rollback quickstart")(rollback)
+app.command(epilog="Example: gyre plan recipes/finetune_llm.yaml --nodes 4 --gpu-memory 80 --json plan.json")(plan)
 app.command(epilog="Example: gyre report quickstart-2026 --out report.html")(report)
 app.command(epilog="Example: gyre serve models:/quickstart@champion --port 8000")(serve)
 
@@ -191,18 +198,7 @@ def query(
     show_hits(console, found)
 
 
-@app.command(epilog="Example: gyre doctor --json doctor.json")
-def doctor(json_file: Json = None) -> None:
-    """Say what this machine can and can't do, with versions; exit 1 where something must be mended."""
-    from cluster.console import show_diagnosis
-    from cluster.doctor import examine
-
-    check_json(json_file)
-    found = examine()
-    write_json(json_file, found.as_dict())
-    show_diagnosis(open_console(), found)
-    if not found.healthy:
-        raise typer.Exit(FAILED)
+app.command(epilog="Examples: gyre doctor --json doctor.json; RAY_ADDRESS=head:6379 gyre doctor --cluster")(doctor)
 
 
 @app.command(epilog="Example: gyre checkpoints 3f2a9c")

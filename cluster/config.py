@@ -21,7 +21,15 @@ from data_services.stream import DataConfig
 from evaluation.gates import GateConfig
 from evaluation.metrics import metric_names
 from evaluation.retrieval import EvaluationConfig
-from trainers.config import CheckpointConfig, EngineConfig, ModelConfig, MomentumConfig, OptimizerConfig, QueueConfig
+from trainers.config import (
+    CheckpointConfig,
+    EngineConfig,
+    FaultsConfig,
+    ModelConfig,
+    MomentumConfig,
+    OptimizerConfig,
+    QueueConfig,
+)
 from trainers.objectives.config import AnyTerm, CustomSection, MainTerm
 from trainers.objectives.sections.contrastive import ContrastiveSection
 from trainers.objectives.sections.distill import EmbeddingDistillSection
@@ -94,6 +102,7 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     registry: RegistryConfig = RegistryConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -114,6 +123,7 @@ class Recipe(Section):
         self._check_losses()
         self._check_teacher()
         self._check_mining()
+        self._check_kept()
         if self.evaluation.prompts and self.model.pooling == "tokens":
             raise ValueError("evaluation.prompts needs one vector an item: leave it out with model.pooling: tokens")
         gate, evaluation, first = self.registry.gate, self.evaluation, self.data.sources[0]
@@ -148,6 +158,17 @@ class Recipe(Section):
             raise ValueError(
                 "mine.every_steps finds pairs that data.teacher hasn't scored before training: take a teacher with "
                 "vectors (model or embeddings)"
+            )
+
+    def _check_kept(self) -> None:
+        """The best checkpoints are among those of steps that are scored."""
+        every, keep_best = self.evaluation.every_steps, self.checkpoint.keep_best
+        if keep_best and self.evaluation.best_by is None:
+            raise ValueError("checkpoint.keep_best chooses by scores beside training: name evaluation.best_by")
+        if keep_best and every is not None and every % self.checkpoint.every_steps:
+            raise ValueError(
+                f"evaluation.every_steps ({every}) is no multiple of checkpoint.every_steps "
+                f"({self.checkpoint.every_steps}): checkpoint.keep_best couldn't keep the steps that are scored"
             )
 
     def _check_teacher(self) -> None:
@@ -223,7 +244,7 @@ class Recipe(Section):
 
 
 # Keys that may change between the parts of one run: none of them enters a batch, a loss or a weight.
-FREE_ON_RESUME = ("cluster.", "checkpoint.", "registry.", "evaluation.", "search")
+FREE_ON_RESUME = ("cluster.", "checkpoint.", "faults.", "registry.", "evaluation.", "search")
 
 
 def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

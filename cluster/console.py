@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
     from cluster.data_plan import PlannedBatch
-    from cluster.doctor import Diagnosis
+    from cluster.doctor import Diagnosis, Finding
     from cluster.embedding import EmbeddingResult
     from cluster.models import QueryResult, SavedStep
     from cluster.registry import Move, Version
@@ -326,7 +326,11 @@ def show_diagnosis(console: Console, found: Diagnosis) -> None:
     versions = ((name, version or "not installed") for name, version in found.versions.items())
     show_table(console, ("package", "version"), versions)
     console.print(f"{found.cores} cores, {found.memory_gib:.1f} GiB memory", highlight=False)
-    rows = [(f.what, _MARKS[f.verdict], escape(f.value), escape(f.remedy)) for f in found.findings]
+    show_findings(console, found.findings)
+
+
+def show_findings(console: Console, findings: Iterable[Finding]) -> None:
+    rows = [(f.what, _MARKS[f.verdict], escape(f.value), escape(f.remedy)) for f in findings]
     show_table(console, ("what", "", "found", "what to do"), rows)
 
 

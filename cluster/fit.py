@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
 import signal
 import threading
 import time
@@ -16,14 +18,19 @@ from cluster.paths import RunPaths
 from cluster.prepare import Prepared
 from cluster.worker import Task, train_on_worker
 from data_services.schema import RunError, UsageError
-from trainers.checkpoint import latest
+from trainers.checkpoint import last_copy, latest, reasons_aside
+from trainers.fault_log import read_faults
 from trainers.hooks import first_line_at
+from trainers.stuck import take_stacks
 
 if TYPE_CHECKING:
     from cluster.tracking import Tracker
 
 Progress = Callable[[dict[str, Any]], None]
 POLL_S = 0.3
+# Ray Train's controller asks every worker how it is so often, and notices a death no sooner; its own choice is 2 s.
+HEALTH_CHECK_S = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+MOST_CHECKED_OFTEN = 100  # workers; the controller is one process
 # What the signals that ask a run to stop do to any other program.
 AT_ONCE: Mapping[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 # Errors that a restart of the workers would meet again. A lost peer or node raises others.
@@ -111,6 +118,8 @@ def ray_trainer(ready: Prepared) -> Any:
 
     recipe, run = ready.recipe, ready.run
     cluster = recipe.cluster
+    if cluster.workers <= MOST_CHECKED_OFTEN:
+        os.environ |= {k: v for k, v in HEALTH_CHECK_S.items() if k not in os.environ}
     task = Task(
         recipe=recipe,
         run=run,
@@ -120,6 +129,7 @@ def ray_trainer(ready: Prepared) -> Any:
 
     def dataset() -> Any:
         """Evaluated whenever a group of workers starts."""
+        keep_stacks(run)
         if run.failure.exists():
             raise RunError(run.failure.read_text())
         return dataset_of(ready)
@@ -133,7 +143,7 @@ def ray_trainer(ready: Prepared) -> Any:
         scaling_config=ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
         ),
-        torch_config=TorchConfig(timeout_s=300),
+        torch_config=TorchConfig(timeout_s=math.ceil(recipe.faults.timeout_s)),
         run_config=RunConfig(
             name="ray_train",
             storage_path=str(run.root),
@@ -184,16 +194,23 @@ def start_of(run: RunPaths) -> int:
 
 def run_error(error: BaseException, run: RunPaths, newest: Any) -> RunError:
     """The failing worker's own sentence where it left one, else the last line of its traceback."""
-    log = run.root / "failure.log"
-    with contextlib.suppress(OSError):  # the disk may be what failed
-        log.write_text(str(error))
+    keep_stacks(run)
+    with contextlib.suppress(OSError), open(run.failure_log, "a") as log:  # the disk may be what failed
+        log.write(f"{error}\n")
     sentence = run.failure.read_text() if run.failure.exists() else ""
     told = (sentence or str(error)).strip().splitlines() or [repr(error)]
     kept = f"the last checkpoint is step {newest.step}" if newest else "there is no checkpoint yet"
     return RunError(
-        f"training failed: {told[-1]} ({kept}; tracebacks in {log}; go on with: "
+        f"training failed: {told[-1]} ({kept}; tracebacks in {run.failure_log}; go on with: "
         f"gyre train RECIPE --resume {run.run_id})"
     )
+
+
+def keep_stacks(run: RunPaths) -> None:
+    """Takes what stuck workers have left of their stacks into the run's failure.log."""
+    if told := take_stacks(run.stacks):
+        with contextlib.suppress(OSError), open(run.failure_log, "a") as log:
+            log.write(told)
 
 
 @contextmanager
@@ -242,15 +259,28 @@ class Follower:
         self.tracker, self.tell = tracker, tell
         self.first_step_at = time.time()
         self._seen, self._next = 0, tracker.last_step + 1  # the tracker has the steps before
-        self._watched, self._scored = run, set(scores_of(run))
+        self._run, self._scored, self._aside = run, set(scores_of(run)), set(reasons_aside(run.checkpoints))
+        self._uncopied, _ = last_copy(run.checkpoints)
+        self._faults = len(read_faults(run.faults))
 
     def poll(self) -> None:
-        """Takes in the whole lines of steps that are new, and tells new scores.
+        """Takes in the whole lines of steps that are new, and tells scores, checkpoints set aside, failed copies.
 
         They are found by their step, not by an offset: after a restart rank 0 has cut the file, and may have
         written on past the old offset before this looks again.
         """
-        for step, scores in scores_of(self._watched).items():
+        step, failure = last_copy(self._run.checkpoints)
+        if failure and step != self._uncopied:
+            self._uncopied = step
+            self.tell({"kind": "note", "text": f"the checkpoint of step {step} was not copied: {failure}"})
+        for folder, why in reasons_aside(self._run.checkpoints).items():
+            if folder not in self._aside:
+                self._aside.add(folder)
+                self.tell({"kind": "note", "text": f"{why}; set aside in {folder}, an older one is taken"})
+        for fault in read_faults(self._run.faults)[self._faults :]:
+            self._faults += 1
+            self.tell({"kind": "note", "text": fault["text"]})
+        for step, scores in scores_of(self._run).items():
             if step not in self._scored:
                 self._scored.add(step)
                 told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
@@ -261,7 +291,7 @@ class Follower:
             file.seek(first_line_at(file, self._next))
             text = file.read()
         for line in text[: text.rfind(b"\n") + 1].splitlines():
-            metrics = json.loads(line)
+            metrics: dict[str, Any] = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
             self._next = metrics["step"] + 1
             self._take(metrics.pop("step"), metrics)
 

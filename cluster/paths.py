@@ -48,11 +48,16 @@ class RunPaths:
     data         fingerprint of every source (JSON)
     parent       the weights that training began from: folder, hub id, NAME/VERSION, or "random weights"
     tracker      id of the run in the tracking store (JSON)
-    startup      when rank 0 entered training and when its model and engine stood, seconds since 1970, and what
-                 the run chose: cached, precision, reduction (JSON)
+    startup      when rank 0's process began, when it entered training, when its model and engine stood, and when it
+                 was ready to go on from step `start`, seconds since 1970; what the run chose: cached, precision,
+                 reduction (JSON)
     environment  versions, cores, memory and accelerators of the machine that the command ran on (JSON)
     report       what `gyre report` made of all this
     failure      a worker's last sentence, where it failed in a way that a restart would repeat
+    faults       one JSON line for each step that was skipped, loss that jumped, worker that diverged or was slow
+    workers      every worker's time a step, at the last comparison (JSON)
+    stacks       where stuck workers stood, a file each, until they are taken into failure.log
+    failure_log  tracebacks and stacks of workers that failed
     quarantine   rows that could not be decoded while training, a JSON file each
     mined        hard negatives mined while training, a folder for each step they were mined after
     watched      models scored while training, and their scores, a folder for each step
@@ -97,6 +102,22 @@ class RunPaths:
     @property
     def failure(self) -> Path:
         return self.root / "failure.txt"
+
+    @property
+    def failure_log(self) -> Path:
+        return self.root / "failure.log"
+
+    @property
+    def faults(self) -> Path:
+        return self.root / "faults.jsonl"
+
+    @property
+    def workers(self) -> Path:
+        return self.root / "workers.json"
+
+    @property
+    def stacks(self) -> Path:
+        return self.root / "stacks"
 
     @property
     def startup(self) -> Path:

@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 
 from cluster.config import ClusterConfig
+from cluster.nodes.report import versions
+from cluster.nodes.verdicts import differing_versions
 from data_services.schema import RunError, UsageError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -60,12 +62,23 @@ def cluster_address(config: ClusterConfig) -> str | None:
 def connect(
     config: ClusterConfig, storage: Path, env: dict[str, str] | None = None, cpus: int | None = None
 ) -> Iterator[Session]:
-    """Connects, checks that workers can be placed and that every node sees `storage`; disconnects at the end.
+    """`join`, and before anything starts: workers can be placed, the nodes are alike and all see `storage`.
+
+    Raises UsageError (no such cluster, more workers than it can hold) or RunError (storage not shared, a node with
+    other versions), within seconds.
+    """
+    with join(config, env, cpus) as session:
+        check_placement(config, nodes_to_be(config.workers + 1))
+        check_nodes(storage)
+        yield session
+
+
+@contextmanager
+def join(config: ClusterConfig, env: dict[str, str] | None = None, cpus: int | None = None) -> Iterator[Session]:
+    """Connects, and disconnects at the end.
 
     `env` joins the environment of every Ray process. cpus: logical ones of a cluster in this process, None: room for
-    one run. A connection that exists already is used and left open.
-    Raises UsageError (no such cluster, more workers than it can hold) or RunError (storage not shared), within
-    seconds.
+    one run. A connection that exists already is used and left open. Raises UsageError where there is no such cluster.
     """
     address = cluster_address(config)
     wanted = _QUIET if address else _QUIET | _ALONE
@@ -81,10 +94,7 @@ def connect(
         else:
             _join(address, runtime_env)
     try:
-        session = Session(address, ray.cluster_resources(), sum(n["Alive"] for n in ray.nodes()))
-        check_placement(config, nodes_to_be(config.workers + 1))
-        check_storage(storage)
-        yield session
+        yield Session(address, ray.cluster_resources(), sum(n["Alive"] for n in ray.nodes()))
     finally:
         if ours:
             ray.shutdown()
@@ -197,8 +207,11 @@ def check_placement(config: ClusterConfig, nodes: list[dict[str, float]]) -> Non
         )
 
 
-def check_storage(storage: Path) -> None:
-    """Writes a file here, reads it on every other node. Raises RunError that names the node and the path."""
+def check_nodes(storage: Path) -> None:
+    """Every other node reads what is written here, and has the versions that are here.
+
+    Raises RunError that names the node, and the path or the versions.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -211,13 +224,16 @@ def check_storage(storage: Path) -> None:
     except OSError as error:
         raise RunError(f"storage {storage} can't be written: {error.strerror}") from error
     try:
-        read = ray.remote(num_cpus=0, max_retries=0)(_read)
+        read = ray.remote(num_cpus=0, max_retries=0)(_seen)
         asked = {}
         for node in others:
             pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             asked[node["NodeManagerAddress"]] = read.options(scheduling_strategy=pinned).remote(str(probe))
         for address, answer in asked.items():
-            if _answer(answer) != secret:
+            text, there = _answer(answer)
+            if told := differing_versions({"this node": versions(), address: there}):
+                raise RunError(f"the nodes differ: {told}; install requirements.lock on each, with the same Python")
+            if text != secret:
                 raise RunError(
                     f"node {address} doesn't see {storage}, which was written on this one: all nodes must "
                     "share it; set cluster.storage (or GYRE_HOME) to a folder they share"
@@ -226,7 +242,7 @@ def check_storage(storage: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def _answer(reference: Any) -> str | None:
+def _answer(reference: Any) -> tuple[str | None, dict[str, str]]:
     import ray
 
     try:
@@ -235,8 +251,9 @@ def _answer(reference: Any) -> str | None:
         raise RunError(f"a node couldn't be asked whether it sees the storage: {error}") from error
 
 
-def _read(path: str) -> str | None:
+def _seen(path: str) -> tuple[str | None, dict[str, str]]:
+    """(what the file holds, None without one; the versions) on the node where it runs."""
     try:
-        return Path(path).read_text()
+        return Path(path).read_text(), versions()
     except OSError:
-        return None
+        return None, versions()

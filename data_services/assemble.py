@@ -9,13 +9,11 @@ import numpy as np
 
 from data_services.draws import row_keys
 from data_services.items import TEXT, Kinds, items_of_sources
-from data_services.schema import UNKNOWN, Column, Pairs, Tokenize
+from data_services.schema import SOURCE_SHIFT, UNKNOWN, Column, Pairs, Tokenize
 from data_services.views.config import Shown, Views
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-SOURCE_SHIFT = 40  # a row's key is source << 40 | row
 
 
 class GlobalBatch(Pairs):

@@ -100,5 +100,5 @@ def wait_for(folder: Path, sources: Sequence[StoredSource]) -> tuple[StoredSourc
 
 def mined_source(source: StoredSource, folder: Path, fingerprint: str) -> StoredSource:
     """The source with the files that `mine.write_source` wrote to the folder: the same row groups."""
-    files = tuple(folder / f"part-{number:05}.parquet" for number in range(len(source.files)))
-    return replace(source, folder=folder, files=files, fingerprint=fingerprint)
+    names = tuple(f"part-{number:05}.parquet" for number in range(len(source.names)))
+    return replace(source, folder=folder, names=names, fingerprint=fingerprint)

@@ -160,6 +160,9 @@ class Pairs:
         return np.where(self.relations > 0, self.query_ids[self.owners], UNKNOWN)
 
 
+SOURCE_SHIFT = 40
+"""One of `Batch.rows` is source << SOURCE_SHIFT | row."""
+
 SIDES = {"queries": 1, "documents": 2}
 """Bits of `Batch.chunk_sides`."""
 

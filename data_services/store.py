@@ -25,7 +25,7 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,9 @@ _UNFINISHED = ".unfinished"
 
 @dataclass(frozen=True)
 class StoredSource:
-    """A source in Parquet, addressed by rows 0 … rows-1; pickles as paths and counts.
+    """A source in Parquet, addressed by rows 0 … rows-1; pickles as names and counts, a few bytes a file and row group.
 
+    names            of its files, below `folder`
     row_groups       rows of each row group, through all files
     groups_per_file  row groups of each file
     quarantined      rows left out, by reason
@@ -63,7 +64,7 @@ class StoredSource:
 
     name: str
     folder: Path
-    files: tuple[Path, ...]
+    names: tuple[str, ...]
     row_groups: tuple[int, ...]
     groups_per_file: tuple[int, ...]
     fingerprint: str
@@ -71,6 +72,15 @@ class StoredSource:
     columns: frozenset[str] = frozenset()
     layout: str = ""
     kinds: Kinds = TEXT
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields, without what was computed from them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def files(self) -> Iterator[Path]:
+        """One by one: a hundred thousand paths take seconds to make."""
+        return (self.folder / name for name in self.names)
 
     @property
     def rows(self) -> int:
@@ -80,6 +90,11 @@ class StoredSource:
     def _ends(self) -> np.ndarray:
         """[groups] the row after each row group's last."""
         return np.cumsum(self.row_groups)
+
+    @cached_property
+    def _file_ends(self) -> np.ndarray:
+        """[files] the row group after each file's last."""
+        return np.cumsum(self.groups_per_file)
 
     def read(self, rows: np.ndarray) -> pa.Table:
         """Those rows [m], in that order, repetitions included, as a table of `columns.schema_of(kinds)`.
@@ -119,13 +134,13 @@ class StoredSource:
 
     def _columns(self, groups: np.ndarray, names: Sequence[str]) -> pa.Table:
         """Those columns alone of those row groups, in the order of `groups`."""
-        ends = np.cumsum(self.groups_per_file)
+        ends = self._file_ends
         files = np.searchsorted(ends, groups, side="right")
         order = np.argsort(files, kind="stable")
         parts = []
         for file in np.unique(files):
             path, its = (
-                self.files[file],
+                self.folder / self.names[file],
                 groups[order][files[order] == file] - (ends[file] - self.groups_per_file[file]),
             )
             reader = pq.ParquetFile(path, metadata=_metadata(path))
@@ -143,9 +158,9 @@ class StoredSource:
         return pa.concat_tables([pq.read_table(path, schema=schema_of(self.kinds)) for path in self.files])
 
     def _group(self, group: int) -> pa.Table:
-        ends = np.cumsum(self.groups_per_file)
+        ends = self._file_ends
         file = int(np.searchsorted(ends, group, side="right"))
-        return _CACHE.read(self.files[file], group - int(ends[file] - self.groups_per_file[file]))
+        return _CACHE.read(self.folder / self.names[file], group - int(ends[file] - self.groups_per_file[file]))
 
 
 class _RowGroupCache:
@@ -353,7 +368,7 @@ def _load(name: str, folder: Path) -> StoredSource:
     return StoredSource(
         name=name,
         folder=folder,
-        files=tuple(folder / file for file in manifest["files"]),
+        names=tuple(manifest["files"]),
         row_groups=tuple(manifest["row_groups"]),
         groups_per_file=tuple(manifest["groups_per_file"]),
         fingerprint=manifest["fingerprint"],

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_services.assemble import SOURCE_SHIFT, GlobalBatch, tokenise
+from data_services.assemble import GlobalBatch, tokenise
 from data_services.collate import share_batch
 from data_services.faults import BadRow, BadRows, patiently
 from data_services.items import TEXT, Kinds
 from data_services.order import Plan, RowGroups, SourceShape, Stage
-from data_services.schema import Batch, Column, RunError, Section, Tokenize, Undecodable, text_id
+from data_services.schema import SOURCE_SHIFT, Batch, Column, RunError, Section, Tokenize, Undecodable, text_id
 from data_services.sources import SourceConfig
 from data_services.store import StoredSource
 from data_services.teacher import Teacher, TeacherConfig

@@ -354,8 +354,55 @@ class EngineConfig(Section):
     deterministic: bool = Field(False, description="deterministic GPU kernels, so that a resume is bit-equal there")
 
 
+class FaultsConfig(Section):
+    """`faults:` what a run does about errors that end no process."""
+
+    skip_in_a_row: int = Field(
+        5,
+        ge=0,
+        description="steps whose loss or gradient isn't finite are skipped; more of them in a row end the run; "
+        "0: the first one does",
+    )
+    skip_in_all: int = Field(100, ge=0, description="the same, over the whole run")
+    spike: float | None = Field(
+        8.0,
+        gt=0,
+        description="a loss so many deviations above the median of the last 50 is told and counted; None: none is",
+    )
+    compare_every_steps: int = Field(
+        50,
+        gt=0,
+        description="steps between two comparisons of the workers: of the weights that all of them should hold alike, "
+        "also before each checkpoint, and of their times",
+    )
+    slow_factor: float = Field(
+        1.5, gt=1, description="a worker that takes so many times the median of the others is told"
+    )
+    timeout_s: float = Field(
+        300,
+        gt=0,
+        description="workers that wait for each other for longer begin again from the last checkpoint, and the run's "
+        "failure.log has the stack of every one",
+    )
+
+
 class CheckpointConfig(Section):
     """`checkpoint:` when to save and what to keep."""
 
     every_steps: int = Field(50, gt=0)
+    asynchronous: bool = Field(
+        True, description="write beside training, from a copy in host memory; false: training waits for the disk"
+    )
+    copy_to: str | None = Field(
+        None,
+        pattern=r"^(s3|gs)://[^/]+",
+        description="s3:// or gs:// folder: each committed checkpoint is copied below it, with what a machine that has "
+        "nothing else needs to go on; null: nothing is",
+    )
     keep: int = Field(2, ge=1, description="newest committed checkpoints that stay")
+    keep_best: int = Field(
+        0, ge=0, description="checkpoints that stay for their scores beside training, by evaluation.best_by"
+    )
+    keep_every_hours: float | None = Field(
+        None, gt=0, description="of the checkpoints of so many hours one stays for ever; null: none does"
+    )

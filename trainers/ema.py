@@ -28,10 +28,12 @@ from trainers.objectives.sections.numbers import value_at
 class _Copies(Protocol):
     """The averages in the compute type, cut as the stage needs them.
 
-    pairs  tensors of the model, and what stands under each of them in a momentum forward
+    pairs     tensors of the model, and what stands under each of them in a momentum forward
+    gathered  of these copies, what every worker holds whole
     """
 
     pairs: list[tuple[Tensor, Tensor]]
+    gathered: list[Tensor]
 
     def fill(self, averages: Sequence[Tensor]) -> None:
         """From fp32 averages laid out like the engine's shards. Collective."""
@@ -58,6 +60,7 @@ class _FlatCopies:
                 self.pairs.append((p, flat[begin : begin + p.numel()].view(p.shape)))
             self._flat.append(flat)
             self._mine.append(flat[rank * n : (rank + 1) * n])
+        self.gathered = self._flat
 
     def fill(self, averages: Sequence[Tensor]) -> None:
         torch._foreach_copy_(self._mine, list(averages))
@@ -87,6 +90,7 @@ class _PartitionedCopies:
                     self._parts.append(part)
                     wholes.append(whole)
             self._flat.append(flat)
+        self.gathered = wholes
         if wholes:
             lengths = [len(part) for part in self._parts]
             self._received = torch.cat(wholes, 1)
@@ -153,6 +157,10 @@ class MomentumEncoder:
         self._copies.fill(self._averages)
         for buffer, copy in self._buffers:
             copy.copy_(buffer)
+
+    def replicas(self) -> list[Tensor]:
+        """What every worker should hold alike: the copies that are gathered, at ZeRO-0 the averages."""
+        return [*self._copies.gathered, *(self._averages if self._engine.config.zero_stage == 0 else [])]
 
     def state(self) -> dict[str, Tensor]:
         """This worker's share of the averages (`average/` + parameter name, 1-D fp32) and their `layout`."""

@@ -36,10 +36,14 @@ GATHERED_SHARE = 0.05
 
 @dataclass(frozen=True)
 class StepInfo:
-    """grad_norm: norm of dL/dw over all workers, before clipping; lr: the learning rate of this step."""
+    """grad_norm  norm of dL/dw over all workers, before clipping
+    lr         the learning rate of this step
+    taken      False where the gradient wasn't finite and nothing was updated, on all workers alike
+    """
 
     grad_norm: float
     lr: float
+    taken: bool
 
 
 def initialize(model: nn.Module, settings: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -62,8 +66,18 @@ def initialize(model: nn.Module, settings: dict[str, Any], optimizer: torch.opti
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         compiler.compile = decorator
+    _let_groups_time_out()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
+
+
+def _let_groups_time_out() -> None:
+    """DeepSpeed talks over a copy of the default group, which would wait half an hour whatever that group's limit."""
+    from deepspeed.utils import groups
+
+    if groups._WORLD_GROUP is None and dist.get_world_size() > 1:
+        default = dist.distributed_c10d._get_default_group()
+        groups._WORLD_GROUP = dist.new_group(timeout=default._get_backend(default._device_types[0]).options._timeout)
 
 
 @contextmanager
@@ -126,6 +140,8 @@ class Engine:
             owner=config.zero_stage > 0 or dist.get_rank() == 0,
         )
         self._fill_masters({name: weight for name, (_, weight) in trained.items()})
+        self._kept = list(self._buffers().values())
+        self._before = [buffer.clone() for buffer in self._kept]
         masters = [shard.master for shard in self.shards]
         self._reduction = Reduction(self._deepspeed, config, self._trainable(), masters)
 
@@ -228,7 +244,9 @@ class Engine:
             }
 
     def train(self) -> None:
+        """Begins a step: what its forwards do to buffers is undone if it isn't taken."""
         self._deepspeed.train()
+        self._before = [buffer.clone() for buffer in self._kept]
 
     def eval(self) -> None:
         self._deepspeed.eval()
@@ -253,7 +271,7 @@ class Engine:
         self._reduction.backward(torch.stack(products).sum(), last)
 
     def step(self) -> StepInfo:
-        """One AdamW step. Raises RunError, before anything is updated, where the gradient isn't finite."""
+        """One AdamW step, or none: where the gradient isn't finite everything stays as it was."""
         assert not self._reduction.open, "step() before the backward pass that is `last`"
         lr = learning_rate(self.optimizer, self.global_steps, self.total_steps)
         for group in self._adamw.param_groups:
@@ -261,22 +279,35 @@ class Engine:
         if self.config.zero_stage == 0:
             limit = self.optimizer.clip_norm or math.inf
             grad_norm = float(torch.nn.utils.clip_grad_norm_(self._trainable(), limit))
-            self._refuse_if_not_finite(grad_norm)
-            self._deepspeed.step()
+            if math.isfinite(grad_norm):
+                self._deepspeed.step()
         else:
             self._deepspeed.step()  # skips the update by itself where the norm isn't finite
             grad_norm = float(self._deepspeed.get_global_grad_norm())
-            self._refuse_if_not_finite(grad_norm)
-        self.global_steps += 1
-        return StepInfo(grad_norm, lr)
+        taken = math.isfinite(grad_norm)
+        if taken:
+            self.global_steps += 1
+        else:
+            self._undo()
+        return StepInfo(grad_norm, lr, taken)
 
-    def _refuse_if_not_finite(self, grad_norm: float) -> None:
-        if not math.isfinite(grad_norm):
-            rate = learning_rate(self.optimizer, self.global_steps, self.total_steps)
-            raise RunError(
-                f"the gradient of step {self.global_steps} is not finite: lower optimizer.lr ({rate:g} there), or look "
-                "at the batch of that step, and resume from the last checkpoint"
-            )
+    @torch.no_grad()
+    def _undo(self) -> None:
+        """What a step that isn't taken has left: gradients, and what its forwards did to buffers."""
+        for p in self._trainable():
+            p.grad = None
+        for buffer, before in zip(self._kept, self._before, strict=True):
+            buffer.copy_(before)
+
+    def replicas(self) -> dict[str, Tensor]:
+        """What every worker should hold alike, by name: at ZeRO 0 to 2 the weights it computes with, at ZeRO-3 those
+        of them that stay gathered; at ZeRO-0 masters and moments too. Buffers are each worker's own."""
+        partitioned = self.config.zero_stage == 3
+        held = {name: p for p, name in self.names.items() if not partitioned or p.ds_persist}
+        if self.config.zero_stage == 0:
+            for kind, tensors in self._kinds().items():
+                held |= {f"{kind}.{i}": tensor for i, tensor in enumerate(tensors)}
+        return held
 
     @torch.no_grad()
     def publish(self) -> None:

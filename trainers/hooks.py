@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -17,7 +18,8 @@ class MetricsSink(Protocol):
 
 
 class MetricsLog:
-    """One JSON line a step in `path`. Opening it at `start` cuts off the steps that will be replayed."""
+    """One JSON line a step in `path`, null for what isn't finite. Opening it at `start` cuts off the steps that will
+    be replayed."""
 
     def __init__(self, path: Path, start: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,11 +31,16 @@ class MetricsLog:
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         try:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.write(json.dumps({"step": step, **finite_or_null(metrics)}) + "\n")
         except OSError as error:
             raise RunError(
                 f"the metrics of step {step} could not be written: {error.strerror}: {self._path}"
             ) from error
+
+
+def finite_or_null(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON knows no other numbers."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def first_line_at(file: BinaryIO, step: int) -> int:

@@ -12,6 +12,7 @@ See `data_services/schema.py` for the shape legend.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,10 +25,12 @@ from data_services.schema import Batch
 from trainers.chunks import Chunk, chunks_of, in_batch_order, keys_of, rows_by_tower
 from trainers.collectives import Group
 from trainers.encoders.inputs import TowerInputs
+from trainers.faults import rows_not_finite
 from trainers.objectives.embedded import Counts, Embedded, Objective
 from trainers.objectives.keys import Keys
 from trainers.objectives.masked_lm import HeadLoss, share_of_head
 from trainers.objectives.sections.numbers import Number, value_at
+from trainers.pace import Stopwatch
 
 if TYPE_CHECKING:
     from trainers.ema import MomentumEncoder
@@ -55,6 +58,12 @@ class ContrastiveStep:
     agreement   a number that must be the same on all workers: the hash of what they were configured with
     head_weight of the auxiliary head's loss, where the model has one
     compares    the sides whose momentum encodings the objective compares
+
+    A step whose loss or gradient isn't finite, on any worker, is skipped by all: metric `skipped` is 1, and weights,
+    optimizer, average and queue are as before. It takes its usual way, so that every worker makes the same calls.
+
+    encoding    time of this worker's own work in the last step, up to where it needs the others (ZeRO-3: not quite)
+    suspects    [n] of this worker's `rows` of a skipped batch, those whose own vectors or weights aren't finite
     """
 
     def __init__(
@@ -73,26 +82,33 @@ class ContrastiveStep:
         self.engine, self.objective, self.memory = engine, objective, memory
         self.cached, self.seed, self.group, self.agreement = cached, seed, group, agreement
         self.head_weight, self.compares = head_weight, compares
+        self.encoding = Stopwatch(engine.device)
+        self.suspects = np.zeros(0, np.int64)
 
     def __call__(self, batch: Batch) -> dict[str, float]:
         counts = self._agreed(batch)
         chunks = chunks_of(batch, self.engine.device)
         keys = keys_of(batch, self._lengths(batch, chunks), self.engine.device)
+        self.encoding.start()
         fresh = self._momentum(batch, keys)
         self.engine.train()
         with torch.set_grad_enabled(not self.cached):
             encoded = [self._encode(batch.step, i, chunk) for i, chunk in enumerate(chunks)]
+        self.encoding.stop()
 
         texts = len(batch.queries) + len(batch.documents)
         embeddings = in_batch_order([output[0] for output in encoded], chunks, texts).requires_grad_()
         learned = encoded[0][1].detach().clone().requires_grad_()
         embedded = self.embedded(batch, embeddings, learned, keys, fresh, counts)
-        metrics = self._loss_backward(embedded, fresh)
+        metrics = self._loss_backward(embedded, fresh, (embeddings, learned))
         of_head = self._head_share(batch.step, encoded, metrics)
         self._chunks_backward(batch.step, chunks, encoded, (embeddings, learned, of_head))
         info = self.engine.step()
-        self._remember(batch.step, fresh, counts)
-        return metrics | {"grad_norm": info.grad_norm, "lr": info.lr}
+        if info.taken:
+            self._remember(batch.step, fresh, counts)
+        else:
+            self.suspects = rows_not_finite(batch, embeddings.detach())
+        return metrics | {"grad_norm": info.grad_norm, "lr": info.lr, "skipped": float(not info.taken)}
 
     @property
     def packed(self) -> bool:
@@ -112,12 +128,15 @@ class ContrastiveStep:
         torch.manual_seed(key(self.seed, step, self.group.rank, index))
         return self.engine.forward(inputs=chunk.inputs)
 
-    def _loss_backward(self, embedded: Embedded, fresh: Fresh) -> dict[str, float]:
+    def _loss_backward(self, embedded: Embedded, fresh: Fresh, leaves: tuple[Tensor, Tensor]) -> dict[str, float]:
         """Fills the gradients of the embeddings [b+d, D] and the learned scalars [k] with that of the whole batch's
-        loss."""
+        loss; with NaN where a loss isn't finite, which reaches every worker with the gradients."""
         share = self.objective(embedded)
         share.loss.backward()
         metrics = {name: float(value) for name, value in share.metrics.items()}
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(float(share.loss))):
+            for leaf in leaves:
+                leaf.grad = torch.full_like(leaf, math.nan)
         queues = self.memory.queues if self.memory else None
         return metrics | (queues.observe(fresh, embedded.step) if queues else {})
 

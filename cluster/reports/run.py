@@ -19,7 +19,7 @@ from evaluation.report import label, results_cells
 # Curves by section; what is logged beside these has its own.
 TRAINING = ("loss", "accuracy", "grad_norm", "lr")
 SPEED = ("pairs_per_s", "tokens_per_s", "mfu", "peak_memory_bytes", "traffic_bytes")
-ELSEWHERE = ("padding_share", "data_wait_s", "seconds", "alignment", "uniformity", "nothing_to_compare")
+ELSEWHERE = ("padding_share", "data_wait_s", "seconds", "alignment", "uniformity", "nothing_to_compare", "rows_hash")
 _PATH_POINTS = 40
 _NAMES = {
     "grad_norm": "gradient norm",

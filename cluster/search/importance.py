@@ -9,7 +9,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from cluster.search.config import AnyDistribution, Choice, Integer, LogUniform
-from cluster.search.record import TrialRecord
+from cluster.search.record import Check, TrialRecord
 from cluster.search.space import Space
 
 LEAST_TRIALS = 6
@@ -21,11 +21,7 @@ def importance(space: Space, trials: Sequence[TrialRecord], objective: str) -> d
     Of trials that reached the check most trials reached, so that they were trained equally long; keys that only some
     of them have are left out. Empty where fewer than LEAST_TRIALS did, or all came out the same.
     """
-    steps = [check.step for trial in trials for check in trial.checks]
-    if not steps:
-        return {}
-    at = max(set(steps), key=lambda step: (steps.count(step), step))
-    found = {trial.number: check for trial in trials for check in trial.checks if check.step == at}
+    found = equally_long(trials)
     values = {n: check.measured[objective] for n, check in found.items() if objective in check.measured}
     if len(values) < LEAST_TRIALS or len(set(values.values())) < 2:
         return {}
@@ -33,6 +29,7 @@ def importance(space: Space, trials: Sequence[TrialRecord], objective: str) -> d
     keys = [key for key in space.config.space if all(key in settings[n] for n in values)]
     if not keys:
         return {}
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize")
     of = {key: distribution_of(space.config.space[key]) for key in keys}
     for n, value in values.items():
@@ -42,6 +39,13 @@ def importance(space: Space, trials: Sequence[TrialRecord], objective: str) -> d
         warnings.simplefilter("ignore")
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+
+
+def equally_long(trials: Sequence[TrialRecord]) -> dict[int, Check]:
+    """By number, the trials that reached the check most trials reached, as they were found there."""
+    steps = [check.step for trial in trials for check in trial.checks]
+    at = max(set(steps), key=lambda step: (steps.count(step), step), default=0)
+    return {trial.number: check for trial in trials for check in trial.checks if check.step == at}
 
 
 def distribution_of(of: AnyDistribution) -> BaseDistribution:

@@ -108,6 +108,7 @@ class Population(Searcher):
 
 def first_settings(space: Space, count: int, seed: int) -> list[Settings]:
     """The warm starts, and others at random."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=RandomSampler(seed))
     for start in space.config.start[:count]:
         study.enqueue_trial(start)

@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.console import duration
 from cluster.search.config import Choice, Integer, LogUniform
-from cluster.search.importance import importance
+from cluster.search.importance import equally_long, importance
 from cluster.search.record import TrialRecord
 from cluster.search.results import SearchResult
 from cluster.search.space import Space, short_names, shown, value_text
@@ -139,16 +139,21 @@ def _mattered(space: Space, found: SearchResult, objective: str) -> str:
 
 
 def _geometry(found: SearchResult) -> str:
-    """What temperature does to the vectors (Wang & Isola 2020), of trials trained whole."""
-    whole = [t for t in found.trials if t.outcome.state == "completed" and TEMPERATURE in t.settings]
+    """What temperature does to the vectors (Wang & Isola 2020), of trials trained equally long."""
+    at, by_number = equally_long(found.trials), {t.number: t for t in found.trials}
+    step = next((check.step for check in at.values()), 0)
 
-    def chart(metric: str, caption: str) -> str:
-        points = {f"trial {t.number}": (t.settings[TEMPERATURE], t.last[metric]) for t in whole if metric in t.last}
-        return point_chart(points, TEMPERATURE, metric, caption=caption, log_x=True)
+    def chart(metric: str, told: str) -> str:
+        points = {
+            f"trial {n}": (by_number[n].settings[TEMPERATURE], check.measured[metric])
+            for n, check in at.items()
+            if TEMPERATURE in by_number[n].settings and metric in check.measured
+        }
+        return point_chart(points, TEMPERATURE, metric, caption=f"{told} Training's batch at step {step}.", log_x=True)
 
     return section(
         "Temperature, alignment and uniformity",
-        chart("alignment", "Mean squared distance of a query and its positive at the last step; smaller is closer."),
+        chart("alignment", "Mean squared distance of a query and its positive; smaller is closer."),
         chart("uniformity", "Log mean exp(−2 · squared distance) over pairs of queries; smaller is more spread out."),
     )
 

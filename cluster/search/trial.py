@@ -249,4 +249,5 @@ def training_metrics(metrics: Path) -> dict[str, float]:
     steps = [json.loads(line) for line in lines]
     if not steps:
         return {}
-    return {k: v for k, v in steps[-1].items() if k in TRAINING_METRICS} | {"seconds": sum(s["seconds"] for s in steps)}
+    newest = {k: math.nan if v is None else v for k, v in steps[-1].items() if k in TRAINING_METRICS}
+    return newest | {"seconds": sum(s["seconds"] for s in steps)}

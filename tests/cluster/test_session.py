@@ -110,9 +110,15 @@ def test_two_nodes_are_joined_and_must_share_the_storage(tmp_path, monkeypatch):
             assert ray.get(read.remote()) == ["1", "yes"]
             with pytest.raises(UsageError, match="room for 4"), connect(ClusterConfig(workers=40), storage):
                 pass
-            monkeypatch.setattr(session, "_read", lambda path: None)
+            have = session.versions()
+            monkeypatch.setattr(session, "_seen", lambda path: (None, have))
             with pytest.raises(RunError, match=r"node .* doesn't see .*/storage"):
-                session.check_storage(storage)
+                session.check_nodes(storage)
+            monkeypatch.setattr(session, "_seen", lambda path: (None, have | {"torch": "1.0"}))
+            with pytest.raises(
+                RunError, match=r"the nodes differ: torch .* on this node, 1\.0 on .*requirements\.lock"
+            ):
+                session.check_nodes(storage)
             assert list(storage.iterdir()) == []
         assert not ray.is_initialized()
     finally:

@@ -292,16 +292,14 @@ def poisoned(stage, precision):
     before = engine.state()
     h = engine.forward(input_ids=mine()[0], rare=True)
     engine.backward([h], [torch.full_like(h, math.nan)], last=True)
-    with pytest.raises(RunError, match="step 1 is not finite"):
-        engine.step()
-    return same(engine.state(), before)
+    return not engine.step().taken and same(engine.state(), before)
 
 
 POISONED = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")]
 
 
 @pytest.mark.parametrize(("stage", "precision"), POISONED)
-def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(gloo, stage, precision):
+def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(gloo, stage, precision):
     assert all(gloo(2, poisoned, stage, precision))
 
 

@@ -63,13 +63,15 @@ def begun(found):
 
 def test_trials_of_every_fate_and_the_search_goes_on(ray_here, recipe):
     seeds = {"kind": "choice", "values": [0, surface.NAN, surface.DIES_ONCE, surface.FAILS]}
-    start = [{"seed": seed, "objective.temperature": 0.2, "optimizer.warmup_steps": 2} for seed in seeds["values"]]
-    start.append(start[0] | {"optimizer.warmup_steps": 50})
-    warmup = {"kind": "int", "low": 0, "high": 50}
-    space = {"objective.temperature": TEMPERATURE, "seed": seeds, "optimizer.warmup_steps": warmup}
+    sound = {"objective.temperature": 0.2, "optimizer.warmup_steps": 2, "data.steps": 9}
+    start = [sound | {"seed": seed} for seed in seeds["values"]]
+    start.append(start[0] | {"optimizer.warmup_steps": 8, "data.steps": 5})  # either alone would do
+    ends = {"optimizer.warmup_steps": (0, 8), "data.steps": (5, 9)}
+    space = {"objective.temperature": TEMPERATURE, "seed": seeds}
+    space |= {key: {"kind": "int", "low": low, "high": high} for key, (low, high) in ends.items()}
     found = search(recipe(space=space, trials=5, start=start, retries=1, stop_early=False), work=WORK)
     assert found.trials[4].outcome.state == "failed"
-    assert found.trials[4].outcome.reason.startswith("optimizer.warmup_steps (50) leaves none of the plan's 9 steps")
+    assert "optimizer.warmup_steps (8) leaves nothing of data.steps (5)" in found.trials[4].outcome.reason
     reasons = {t.settings["seed"]: (t.outcome.state, t.outcome.reason) for t in found.trials[:4]}
     assert reasons[0] == ("completed", "")
     assert reasons[surface.NAN] == ("failed", "ndcg@10 is nan at step 1")

@@ -1,0 +1,1 @@
+"""Every node of a cluster looked at, one beside the other: `gyre doctor --cluster`."""
