@@ -44,6 +44,10 @@ def train(
     recipe: Recipe,
     overrides: Overrides = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this run.")] = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option(metavar="STEP", help="With --resume: from the checkpoint of that step, not the newest."),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Train, evaluate, register and export what a recipe says."""
@@ -56,7 +60,7 @@ def train(
     from cluster import launch
 
     with Progress(console) as progress:
-        result = launch.train(loaded, resume=resume, on_progress=progress).as_dict()
+        result = launch.train(loaded, resume=resume, from_step=from_step, on_progress=progress).as_dict()
     write_json(json_file, result)
     show_trained(console, result, run_home(loaded.cluster.storage))
 

@@ -123,6 +123,7 @@ class Recipe(Section):
         self._check_losses()
         self._check_teacher()
         self._check_mining()
+        self._check_kept()
         if self.evaluation.prompts and self.model.pooling == "tokens":
             raise ValueError("evaluation.prompts needs one vector an item: leave it out with model.pooling: tokens")
         gate, evaluation, first = self.registry.gate, self.evaluation, self.data.sources[0]
@@ -157,6 +158,17 @@ class Recipe(Section):
             raise ValueError(
                 "mine.every_steps finds pairs that data.teacher hasn't scored before training: take a teacher with "
                 "vectors (model or embeddings)"
+            )
+
+    def _check_kept(self) -> None:
+        """The best checkpoints are among those of steps that are scored."""
+        every, keep_best = self.evaluation.every_steps, self.checkpoint.keep_best
+        if keep_best and self.evaluation.best_by is None:
+            raise ValueError("checkpoint.keep_best chooses by scores beside training: name evaluation.best_by")
+        if keep_best and every is not None and every % self.checkpoint.every_steps:
+            raise ValueError(
+                f"evaluation.every_steps ({every}) is no multiple of checkpoint.every_steps "
+                f"({self.checkpoint.every_steps}): checkpoint.keep_best couldn't keep the steps that are scored"
             )
 
     def _check_teacher(self) -> None:

@@ -18,7 +18,7 @@ from cluster.paths import RunPaths
 from cluster.prepare import Prepared
 from cluster.worker import Task, train_on_worker
 from data_services.schema import RunError, UsageError
-from trainers.checkpoint import latest
+from trainers.checkpoint import last_copy, latest, reasons_aside
 from trainers.fault_log import read_faults
 from trainers.hooks import first_line_at
 from trainers.stuck import take_stacks
@@ -259,15 +259,24 @@ class Follower:
         self.tracker, self.tell = tracker, tell
         self.first_step_at = time.time()
         self._seen, self._next = 0, tracker.last_step + 1  # the tracker has the steps before
-        self._run, self._scored = run, set(scores_of(run))
+        self._run, self._scored, self._aside = run, set(scores_of(run)), set(reasons_aside(run.checkpoints))
+        self._uncopied, _ = last_copy(run.checkpoints)
         self._faults = len(read_faults(run.faults))
 
     def poll(self) -> None:
-        """Takes in the whole lines of steps that are new, and tells new scores.
+        """Takes in the whole lines of steps that are new, and tells scores, checkpoints set aside, failed copies.
 
         They are found by their step, not by an offset: after a restart rank 0 has cut the file, and may have
         written on past the old offset before this looks again.
         """
+        step, failure = last_copy(self._run.checkpoints)
+        if failure and step != self._uncopied:
+            self._uncopied = step
+            self.tell({"kind": "note", "text": f"the checkpoint of step {step} was not copied: {failure}"})
+        for folder, why in reasons_aside(self._run.checkpoints).items():
+            if folder not in self._aside:
+                self._aside.add(folder)
+                self.tell({"kind": "note", "text": f"{why}; set aside in {folder}, an older one is taken"})
         for fault in read_faults(self._run.faults)[self._faults :]:
             self._faults += 1
             self.tell({"kind": "note", "text": fault["text"]})

@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
+from cluster.copied import check_store, find_or_fetch
 from cluster.doctor import environment
 from cluster.evidence.scoring import Scored, score_everywhere
 from cluster.evidence.watching import keep_best
 from cluster.fit import Progress, Stopped, stopped_by_signal, training
 from cluster.model_card import CardFacts, write_card
-from cluster.paths import find_run, run_home
+from cluster.paths import RunPaths, run_home
 from cluster.prepare import Prepared, check_resumable, check_sources, data_fingerprint, prepare
 from cluster.revision import code_revision
-from data_services.schema import RunError
-from trainers.checkpoint import latest, write_json
+from data_services.schema import RunError, UsageError
+from trainers.checkpoint import aside_of, check_whole, committed, latest, set_aside, write_json
 from trainers.fault_log import read_faults
 
 if TYPE_CHECKING:
@@ -77,23 +78,32 @@ class TrainResult:
         return asdict(self)
 
 
-def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | None = None) -> TrainResult:
+def train(
+    recipe: Recipe, *, resume: str | None = None, from_step: int | None = None, on_progress: Progress | None = None
+) -> TrainResult:
     """Trains, evaluates, registers and exports; blocks until done.
 
     resume       id or folder of a run to go on with; the recipe must be the one it was made with
+    from_step    go on with the checkpoint of that step; newer ones are set aside. None: with the newest
     on_progress  receives {"kind": "phase" | "parts" | "step" | "table" | "note", …} as things happen
 
-    Raises UsageError for a recipe or resume that can't be, RunError for a run that failed or was stopped (its
-    checkpoints stay), within seconds where it is the cluster that can't hold the workers.
+    Raises UsageError for a recipe or resume that can't be, within seconds where it is the cluster that can't hold the
+    workers; RunError for a run that failed or was stopped (its checkpoints stay), or whose checkpoint is damaged.
     """
     from cluster.session import connect
 
     tell = on_progress or (lambda event: None)
     began = time.time()
     root = run_home(recipe.cluster.storage)
-    earlier = find_run(resume, root) if resume else None
+    copy_to = recipe.checkpoint.copy_to
+    earlier = find_or_fetch(resume, root, copy_to, from_step) if resume else None
+    if from_step is not None and earlier is None:
+        raise UsageError("--from-step chooses a checkpoint of a run that goes on: name the run with --resume")
     if earlier:
         check_resumable(earlier, recipe)
+        take_up(earlier, from_step, tell)
+    if copy_to:
+        check_store(copy_to)
     check_sources(recipe, root)
     tell({"kind": "phase", "text": "connecting to Ray"})
     before = stopped_by_signal("stopped before training began; the same command begins it")
@@ -121,6 +131,26 @@ def train(recipe: Recipe, *, resume: str | None = None, on_progress: Progress | 
                 with stopped_by_signal(again):
                     result = conclude(ready, tracker, tell, began, first_step)
     return result
+
+
+def take_up(run: RunPaths, step: int | None, tell: Progress) -> None:
+    """Makes the checkpoint of that step the newest, or leaves the newest as it is; every file is read.
+
+    Raises UsageError where there is none of that step, RunError where it is damaged.
+    """
+    every = committed(run.checkpoints)
+    there = [c.step for c in every]
+    if step is not None and step not in there:
+        known = f"there are {', '.join(map(str, there))}" if there else "there are none"
+        raise UsageError(f"run {run.run_id} has no checkpoint of step {step}; {known}")
+    if not every:
+        return
+    tell({"kind": "phase", "text": f"verifying the checkpoint of step {there[-1] if step is None else step}"})
+    chosen = [c for c in every if step is None or c.step == step][-1]
+    check_whole(chosen, every)
+    for newer in every[every.index(chosen) + 1 :]:
+        set_aside(newer, f"checkpoint {newer.folder} was set aside: training went on from step {step}")
+        tell({"kind": "note", "text": f"the checkpoint of step {newer.step} is set aside in {aside_of(newer.folder)}"})
 
 
 @contextmanager

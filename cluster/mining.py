@@ -200,7 +200,7 @@ def cross_encoder(model: str, key: str = "--cross-encoder") -> Callable[[Sequenc
     from sentence_transformers import CrossEncoder
 
     try:
-        loaded = CrossEncoder(model)
+        loaded = CrossEncoder(model, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as error:
         raise UsageError(f"{key} {model}: {str(error).splitlines()[0]}") from error
 

@@ -10,13 +10,15 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from cluster.config import Recipe
-from cluster.evidence.watching import Watcher
+from cluster.copied import copy_of, files_to_copy
+from cluster.evidence.watching import Watcher, scores_by
 from cluster.paths import RunPaths
 from cluster.refresh import Refresher
 from data_services.imports import import_object
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from trainers.checkpoint import Checkpoint
     from trainers.collectives import Group
+    from trainers.copies import Copies
     from trainers.encoders.spec import ModelSpec
     from trainers.encoders.text import TextEncoder
     from trainers.hooks import MetricsSink
@@ -51,7 +54,7 @@ class Task:
 
 
 def train_on_worker(task: Task, batches: BatchStream) -> int:
-    """Restores the newest committed checkpoint, trains to the end, exports; returns the step reached.
+    """Restores the newest whole checkpoint, trains to the end, exports; returns the step reached.
 
     Collective over the default process group. A request to stop ends it early, after a checkpoint.
     """
@@ -68,7 +71,7 @@ def train_on_worker(task: Task, batches: BatchStream) -> int:
 
 
 class Training:
-    """A run on this worker, from its newest committed checkpoint on. Collective over the default process group.
+    """A run on this worker, from its newest whole checkpoint on. Collective over the default process group.
 
     reached  steps taken of the run
     """
@@ -79,15 +82,16 @@ class Training:
 
         from data_services.order.plan import Plan
         from trainers import loop
-        from trainers.checkpoint import CheckpointStore, latest, write_json
+        from trainers.checkpoint import newest_whole, write_json
         from trainers.collectives import Group
         from trainers.fault_log import FaultLog
         from trainers.faults import Faults
         from trainers.hooks import MetricsLog
+        from trainers.saving import CheckpointStore
 
         self.task, self.group = task, Group()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", task.recipe.cluster.threads)))
-        newest: Checkpoint | None = self.group.broadcast_object(latest(task.run.checkpoints))
+        newest = newest_whole(task.run.checkpoints, self.group)
         self.step = build_step(task, self.group, newest.state if newest else {})
         self._chosen = choices_of(self.step)
         kept = newest.state.get("faults") if newest else None
@@ -100,7 +104,10 @@ class Training:
         self._refresher.resume(self.reached)
         self._watcher = Watcher(task.run, task.recipe.evaluation, task.steps, self.group.rank, self._watched)
         self._watcher.resume(self.reached)
-        self._store = CheckpointStore(task.run.checkpoints, task.recipe.checkpoint, self.group)
+        scores = partial(scores_by, task.run, task.recipe.evaluation, task.steps)
+        self._store = CheckpointStore(
+            task.run.checkpoints, task.recipe.checkpoint, self.group, scores, copies_of(task, self.group)
+        )
         self._sink: MetricsSink = MetricsLog(task.run.metrics, self.reached) if first else lambda step, metrics: None
         if first:
             began = {"process": psutil.Process().create_time(), "entered": entered, "built": built}
@@ -126,6 +133,7 @@ class Training:
                     start=self.reached,
                     stop=stop,
                     save=self._save,
+                    saving=self._store,
                     after_step=self._after_step,
                     checkpoint=self.task.recipe.checkpoint,
                     group=self.group,
@@ -164,6 +172,16 @@ class Training:
     def _save(self, at: int) -> None:
         state = {"step": at, "lineage": self.task.lineage, "faults": self._faults.state(), **self._chosen}
         self._store.save(at, tensors_of(self.step), state)
+
+
+def copies_of(task: Task, group: Group) -> Copies | None:
+    """Of the run's checkpoints, where the recipe wants some."""
+    from trainers.copies import Copies
+
+    if (copy_to := task.recipe.checkpoint.copy_to) is None:
+        return None
+    run = task.run
+    return Copies(run.checkpoints, copy_of(copy_to, run.run_id), group, partial(files_to_copy, run))
 
 
 def build_step(task: Task, group: Group, kept: Mapping[str, Any]) -> ContrastiveStep:
@@ -273,8 +291,7 @@ def tensors_of(step: ContrastiveStep) -> dict[str, torch.Tensor]:
 
 
 def restore(step: ContrastiveStep, checkpoint: Checkpoint) -> int:
-    """Takes up a checkpoint, of any number of workers; returns the step to go on with. Collective."""
-    checkpoint.verify(step.group.rank)
+    """Takes up a whole checkpoint, of any number of workers; returns the step to go on with. Collective."""
     step.engine.restore(checkpoint.tensors("engine."))
     if step.memory:
         step.memory.encoder.restore(checkpoint.tensors("momentum."))

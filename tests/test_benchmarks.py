@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import (
     caching,
+    checkpoint,
     common,
     data,
     data_sides,
@@ -27,7 +28,21 @@ from trainers.collectives import Group
 
 
 @pytest.mark.parametrize(
-    "name", ["step", "startup", "quality", "caching", "padding", "ema", "mine", "embed", "data", "evaluate", "serve"]
+    "name",
+    [
+        "step",
+        "startup",
+        "quality",
+        "caching",
+        "padding",
+        "ema",
+        "mine",
+        "embed",
+        "data",
+        "evaluate",
+        "serve",
+        "checkpoint",
+    ],
 )
 def test_help_tells_what_is_measured_without_importing_what_measures(name):
     code = (
@@ -323,3 +338,11 @@ def test_a_watch_counts_the_batches_after_those_that_warm_up():
     assert found["rows_per_s"] > 0
     assert found["first_batch_s"] >= 0
     assert found["peak_bytes"] > 1 << 20
+
+
+def test_a_delay_is_what_a_stretch_took_longer_and_the_copy_is_told_apart():
+    stretches = {"without": [10.0, 20.0], "waited_for": [13.0, 22.0], "beside": [11.0, 21.0]}
+    found = checkpoint.summary({"stretches": stretches, "copies": [0.5, 1.0], "steps": 10, "bytes": 7})
+    assert found["delay_waited_for_s"] == {"median": 2.5, "min": 2.0, "max": 3.0}
+    assert found["delay_beside_s"]["median"] == 1.0
+    assert found["beside_beyond_copy_share_of_step"] == {"median": 0.25, "min": 0.0, "max": 0.5}

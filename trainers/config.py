@@ -390,4 +390,19 @@ class CheckpointConfig(Section):
     """`checkpoint:` when to save and what to keep."""
 
     every_steps: int = Field(50, gt=0)
+    asynchronous: bool = Field(
+        True, description="write beside training, from a copy in host memory; false: training waits for the disk"
+    )
+    copy_to: str | None = Field(
+        None,
+        pattern=r"^(s3|gs)://[^/]+",
+        description="s3:// or gs:// folder: each committed checkpoint is copied below it, with what a machine that has "
+        "nothing else needs to go on; null: nothing is",
+    )
     keep: int = Field(2, ge=1, description="newest committed checkpoints that stay")
+    keep_best: int = Field(
+        0, ge=0, description="checkpoints that stay for their scores beside training, by evaluation.best_by"
+    )
+    keep_every_hours: float | None = Field(
+        None, gt=0, description="of the checkpoints of so many hours one stays for ever; null: none does"
+    )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trainers.collectives import Group
     from trainers.faults import Faults
     from trainers.hooks import MetricsSink
+    from trainers.saving import CheckpointStore
     from trainers.step import ContrastiveStep
 
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 class Job:
     """What a loop runs.
 
-    save             writes and commits a checkpoint of the state before the step it is given
+    save             begins a checkpoint of the state before the step it is given; collective
+    saving           writes it beside the steps that follow; None where `save` does all there is to do
     faults           what is done about steps and workers that go wrong
     beat             is called as this worker gets on
     after_step       is called with the number of steps taken, before a checkpoint of them; collective
@@ -45,29 +47,42 @@ class Job:
     faults: Faults
     beat: Callable[[], Any] = lambda: None
     after_step: Callable[[int], Any] = lambda taken: None
+    saving: CheckpointStore | None = None
+
+
+class OutOfStep(Exception):
+    """The batches begin at another step than training: whoever began to read them took another checkpoint."""
 
 
 def run(job: Job) -> int:
-    """Trains from `job.start` to `job.stop`; returns the step reached, which a request to stop makes earlier."""
+    """Trains from `job.start` to `job.stop`; returns the step reached, which a request to stop makes earlier, with its
+    checkpoint committed. Raises OutOfStep where the batches don't begin at `job.start`."""
     clock, reached = Clock(), job.start
     if job.start == job.stop:
         return reached
     for batch in job.batches(job.start):
+        if batch.step != reached:
+            raise OutOfStep(f"batches come from step {batch.step} and training stands at {reached}: begin again")
         clock.received()
         job.beat()
         job.group.reset_traffic()  # what restoring or saving sent is not the step's
         metrics = job.step(batch)
         metrics |= job.faults.judge(batch, metrics, job.step.suspects)
         reached = batch.step + 1
-        stopping = report(job, batch, metrics, clock)
+        stopping, busy = report(job, batch, metrics, clock)
         job.after_step(reached)
         job.beat()
-        saving = reached == job.stop or stopping or reached % job.checkpoint.every_steps == 0
+        if job.saving:
+            job.saving.advance(busy)
+        last = reached == job.stop or stopping
+        saving = last or reached % job.checkpoint.every_steps == 0
         job.faults.compare(job.step, reached, clock.wait_s, saving)
         if saving:
             job.save(reached)
             job.beat()
-        if reached == job.stop or stopping:
+        if last:
+            if job.saving:
+                job.saving.settle()
             return reached
         clock.waiting()
     raise RunError(f"the data ended at step {reached} of {job.stop}; see the log for the reader's error")
@@ -91,13 +106,18 @@ class Clock:
         return time.perf_counter() - self._mark
 
 
-def report(job: Job, batch: Batch, metrics: Mapping[str, float], clock: Clock) -> bool:
-    """Sums the workers' counters, hands the step's metrics to the sink on rank 0; True where a stop was asked for."""
+def report(job: Job, batch: Batch, metrics: Mapping[str, float], clock: Clock) -> tuple[bool, tuple[bool, bool]]:
+    """Sums the workers' counters, hands the step's metrics to the sink on rank 0.
+
+    Returns whether a stop was asked for, and whether any worker is busy with a checkpoint, as `CheckpointStore.busy`;
+    equal on all workers.
+    """
     stop = job.group.rank == 0 and job.stop_requested()
     computed = batch.tokens if job.step.packed else batch.padded_tokens
-    counts = [job.step.flops(batch), batch.tokens, computed, stop, rows_hash(batch.rows)]
+    writes = job.saving.busy if job.saving else (False, False)
+    counts = [job.step.flops(batch), batch.tokens, computed, stop, rows_hash(batch.rows), *writes]
     sums = torch.tensor(counts, dtype=torch.float64, device=job.step.engine.device)
-    flops, tokens, padded, stop, taken = job.group.all_reduce(sums, "sum").tolist()
+    flops, tokens, padded, stop, taken, writing, copying = job.group.all_reduce(sums, "sum").tolist()
     seconds = clock.computed()
     slowest = sums.new_tensor([seconds, clock.wait_s, float(peak_memory_bytes())])
     seconds, wait_s, memory = job.group.all_reduce(slowest, "max").tolist()
@@ -118,7 +138,7 @@ def report(job: Job, batch: Batch, metrics: Mapping[str, float], clock: Clock) -
                 "traffic_bytes": float(sum(job.group.traffic.values())),
             },
         )
-    return stop > 0
+    return stop > 0, (writing > 0, copying > 0)
 
 
 def rows_hash(rows: np.ndarray) -> float:

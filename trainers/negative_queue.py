@@ -124,14 +124,17 @@ class NegativeQueue:
         dealt out in turn, so that every worker holds old and new rows alike and loses them at the same pace.
         Raises UsageError where the rows aren't of this queue's kind.
         """
+        same = len(states) == self._group.size
+        if same:  # nobody opens what only others need
+            states = [states[self._group.rank]]
         self._newest.restore(states)
         self._store = self._new_store()
         if self._newest.most == 0:
             return
         for state in states:
             self._check_saved(state)
-        if len(states) == self._group.size:
-            self._take(states[self._group.rank], slice(None))
+        if same:
+            self._take(states[0], slice(None))
         else:
             for state, mine in zip(states, self._dealt(states), strict=True):
                 self._take(state, mine)

@@ -14,7 +14,7 @@ import json
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,18 @@ def scores_of(run: RunPaths) -> dict[int, dict[str, float]]:
     """{step: {metric: value}} of the steps that are scored, in their order."""
     files = sorted(run.watched.glob(f"step-*/{SCORES}"))
     return {int(file.parent.name.removeprefix("step-")): json.loads(file.read_text()) for file in files}
+
+
+def scores_by(run: RunPaths, config: EvaluationConfig, last: int, steps: Collection[int]) -> dict[int, float | None]:
+    """Of those of `steps` that are scored beside training: the value of `best_by`, None while it isn't there.
+
+    last  step of the run. A step that couldn't be scored is left out.
+    """
+    metric, scores = config.best_by, scores_of(run)
+    if metric is None:
+        return {}
+    watched = [step for step in steps if config.watches(step, last) and not (step_folder(run, step) / FAILED).exists()]
+    return {step: scores[step][metric] if step in scores else None for step in watched}
 
 
 def best_of(scores: Mapping[int, Mapping[str, float]], metric: str) -> int | None:

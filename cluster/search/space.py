@@ -142,8 +142,8 @@ class Space:
 
     @property
     def _for_trials(self) -> dict[str, Any]:
-        """What every trial has otherwise. The held-out split isn't even opened for one."""
-        return {**self.config.trial, "evaluation.heldout": None}
+        """What every trial has otherwise. The held-out split isn't even opened for one, and nothing is copied."""
+        return {**self.config.trial, "evaluation.heldout": None, "checkpoint.copy_to": None}
 
     def _conditions(self, key: str) -> Iterator[tuple[str, list[Any]]]:
         """(key, values it must have) for `key` to be on: its own conditions and those of theirs, first ones first."""

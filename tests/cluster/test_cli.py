@@ -169,8 +169,8 @@ def test_train_hands_over_the_recipe_and_says_what_to_type_next(gyre, monkeypatc
     )
     seen = []
 
-    def train(recipe, *, resume, on_progress):
-        seen.append((recipe.seed, resume))
+    def train(recipe, *, resume, from_step, on_progress):
+        seen.append((recipe.seed, resume, from_step))
         on_progress({"kind": "phase", "text": "preparing [data]"})
         for step in (1, 2, 300):
             on_progress({**STEP, "step": step, "eta_s": 75})
@@ -181,9 +181,9 @@ def test_train_hands_over_the_recipe_and_says_what_to_type_next(gyre, monkeypatc
     (tmp_path / "r.yaml").write_text(
         "name: small\nmodel: {path: m}\ndata: {sources: [{path: 'builtin:stdlib-code'}], steps: 3}\n"
     )
-    code, out, err = gyre("train", "r.yaml", "seed=7", "--resume", "small-1", "--json", "out.json")
+    code, out, err = gyre("train", "r.yaml", "seed=7", "--resume", "small-1", "--from-step", "4", "--json", "out.json")
     assert (code, err) == (0, "")
-    assert seen == [(7, "small-1")]
+    assert seen == [(7, "small-1", 4)]
     for text in ("preparing [data]", "step 1/300", "step 300/300", "0.4200", "gyre query", "gyre report small-1"):
         assert text in out
     assert "step 2/300" not in out, "plain lines come every few seconds"

@@ -75,17 +75,19 @@ def test_export_is_whole_or_not_at_all(runs, tmp_path):
 def test_a_damaged_checkpoint_is_told_from_a_whole_one(runs):
     import torch
 
-    from trainers.checkpoint import CheckpointStore
+    from trainers.checkpoint import latest
     from trainers.collectives import Group
     from trainers.config import CheckpointConfig
+    from trainers.saving import CheckpointStore
 
     run = RunPaths(runs / "small-20260101-aaaa")
     store = CheckpointStore(run.checkpoints, CheckpointConfig(keep=2), Group())
     assert checkpoints(run.run_id) == []
     for step in (5, 10):
-        saved = store.save(step, {"engine.w": torch.ones(4)}, {"step": step})
+        store.save(step, {"engine.w": torch.ones(4)}, {"step": step})
+        store.settle()
     assert [(s.step, s.damage) for s in checkpoints(run.run_id)] == [(5, ""), (10, "")]
-    file = next(saved.folder.glob("*.safetensors"))
+    file = next(latest(run.checkpoints).folder.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
     whole, damaged = checkpoints(run.run_id)
     assert whole.damage == ""

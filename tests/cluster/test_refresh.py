@@ -21,7 +21,7 @@ def recipe(tmp_path_factory):
     filters = {"negatives": 2, "relative_margin": None, "from_rank": 1}
     raw["mine"] = {"every_steps": EVERY, "delay_steps": DELAY, "filters": filters}
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(merged(raw, HERE | {"checkpoint": {"every_steps": 1}})))
+    path.write_text(yaml.safe_dump(merged(raw, HERE | {"checkpoint": {"every_steps": 1, "asynchronous": False}})))
     return path
 
 

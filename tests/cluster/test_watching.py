@@ -6,7 +6,17 @@ import pytest
 import yaml
 
 from cluster.config import load_recipe
-from cluster.evidence.watching import MODEL, SCORES, best_of, is_stalled, keep_best, scores_of, step_folder
+from cluster.evidence.watching import (
+    FAILED,
+    MODEL,
+    SCORES,
+    best_of,
+    is_stalled,
+    keep_best,
+    scores_by,
+    scores_of,
+    step_folder,
+)
 from cluster.fit import is_trained
 from cluster.paths import RunPaths
 from cluster.prepare import prepare
@@ -90,6 +100,16 @@ def test_the_best_model_becomes_the_export_and_the_others_go(recipes, tmp_path, 
     assert bool(told) == (best_by is not None)
 
 
+def test_checkpoints_are_told_their_scores_and_those_that_are_still_to_come(recipes, tmp_path):
+    run, config = RunPaths(tmp_path / "run"), load_recipe(recipes["watched"]).evaluation
+    plant(run, 2, SCORED[2], "scored")
+    plant(run, 6, {}, "failed")
+    (step_folder(run, 6) / SCORES).unlink()
+    (step_folder(run, 6) / FAILED).write_text("why")
+    # Step 3 isn't watched, 4 waits for its score, that of 6 won't come, and the last is scored after training.
+    assert scores_by(run, config, 8, [2, 3, 4, 6, 8]) == {2: 0.5, 4: None}
+
+
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
@@ -97,6 +117,8 @@ def test_the_best_model_becomes_the_export_and_the_others_go(recipes, tmp_path, 
         (["evaluation.every_steps=null"], "best_by chooses among the models of every_steps"),
         (["evaluation.best_by=null", "evaluation.patience=2"], "name the metric in `best_by`"),
         (["evaluation.validation=null"], "every_steps scores the validation split"),
+        (["evaluation.best_by=null", "checkpoint.keep_best=1"], "keep_best chooses by scores beside training"),
+        (["evaluation.every_steps=3", "checkpoint.keep_best=1"], "no multiple of checkpoint.every_steps"),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(recipes, keys, told):

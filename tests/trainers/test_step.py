@@ -301,3 +301,26 @@ def test_caching_is_chosen_from_what_a_graph_keeps(gloo):
     size, choices = gloo(1, caching_choices)[0]
     assert 8 * DIM * 4 < size < 8 * DIM * 4 * 20
     assert choices == [True, False, False, True]
+
+
+def _held(cached):
+    from cluster.worker import tensors_of
+
+    step, group = make_step(2, cached, True)
+    batches = [share_batch(batch_of(t), group.size, budget_tokens=24)[group.rank] for t in range(3)]
+    step(batches[0])
+    held = tensors_of(step)
+    before = {name: tensor.clone() for name, tensor in held.items()}
+    for batch in batches[1:]:
+        step(batch)
+    now = tensors_of(step)
+    return (
+        all(torch.equal(held[name], before[name]) for name in held),
+        {name.partition(".")[0] for name in held if not torch.equal(held[name], now[name])},
+    )
+
+
+def test_what_a_checkpoint_writes_is_a_copy_that_later_steps_do_not_change(gloo):
+    for unchanged, moved in gloo(2, _held, True):
+        assert unchanged
+        assert moved == {"engine", "momentum", "queue"}

@@ -146,6 +146,8 @@ def load_adapted(folder: Path, attention: str, trust_remote_code: bool) -> PreTr
     """The backbone of a folder with an adapter alone: its base, with the updates merged."""
     from peft import PeftModel
 
+    if not (folder / ADAPTER_FILE).exists():
+        raise UsageError(f"{folder} has no {ADAPTER_FILE}; convert the adapter, gyre loads no pickles")
     base = json.loads((folder / CONFIG_FILE).read_text())["base_model_name_or_path"]
     place = resolve(base, trust_remote_code, key=f"{folder / CONFIG_FILE}: base_model_name_or_path")
     backbone = load_backbone(place, attention, trust_remote_code)

@@ -1,5 +1,8 @@
 """Model folders: what they refuse."""
 
+import json
+import shutil
+
 import pytest
 
 from data_services.schema import UsageError
@@ -38,6 +41,51 @@ def test_pickled_weights_are_refused(minilm, tmp_path):
     (source / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UsageError, match="no safetensors weights"):
         prepare_model_folder(ModelConfig(path=str(source)), tmp_path / "m")
+
+
+class Malicious:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return open, (str(self.proof), "w")
+
+
+def _poisoned(folder, proof):
+    """Every name under which a library would look for pickled weights."""
+    import pickle
+
+    for name in ("pytorch_model.bin", "adapter_model.bin", "model.pt", "pytorch_model-00001-of-00001.bin"):
+        (folder / name).write_bytes(pickle.dumps(Malicious(proof)))
+    index = {"metadata": {}, "weight_map": {"x": "pytorch_model-00001-of-00001.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def test_a_malicious_pickle_is_refused_and_never_run(minilm, tmp_path):
+    source, proof = tmp_path / "source", tmp_path / "was-run"
+    shutil.copytree(minilm, source, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
+    _poisoned(source, proof)
+    with pytest.raises(UsageError, match="no safetensors weights; convert them, gyre loads no pickles"):
+        prepare_model_folder(ModelConfig(path=str(source)), tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    shutil.copy(minilm / "model.safetensors", source / "model.safetensors")
+    prepare_model_folder(ModelConfig(path=str(source)), tmp_path / "m")  # beside safetensors it is left aside
+    assert not list((tmp_path / "m").glob("*.bin"))
+    assert not proof.exists()
+
+
+def test_a_pickled_adapter_is_refused_and_never_run(tmp_path):
+    from trainers.encoders.adapters import CONFIG_FILE, load_adapted
+
+    folder, proof = tmp_path / "adapter", tmp_path / "was-run"
+    folder.mkdir()
+    (folder / CONFIG_FILE).write_text(json.dumps({"base_model_name_or_path": "base"}))
+    _poisoned(folder, proof)
+    with pytest.raises(UsageError, match=r"has no adapter_model\.safetensors; convert the adapter"):
+        load_adapted(folder, "eager", False)
+    assert not proof.exists()
 
 
 def test_weights_that_would_begin_at_random_are_refused(minilm, tmp_path):
