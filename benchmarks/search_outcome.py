@@ -23,7 +23,7 @@ from benchmarks.common import machine, machine_line, options, write
 from benchmarks.search import METRIC, RECIPE, searched
 
 TEMPERATURE = "objective.temperature"
-POINTS, SEEDS = 12, (0, 1, 2)
+SEEDS = (0, 1, 2)
 STUDENT_975 = 4.303  # of two degrees of freedom: three seeds
 
 
@@ -32,8 +32,11 @@ def main() -> None:
     parser.add_argument("found", type=Path, help="what `gyre search --json` wrote")
     parser.add_argument("--steps", type=int, default=72, help="of every training")
     parser.add_argument("--batch", type=int, default=128, help="pairs of a step")
+    parser.add_argument("--sweep", type=int, default=12, help="temperatures tried by hand; 0: none")
     parser.add_argument("--svg", type=Path, help="draw what temperature does")
     args = parser.parse_args()
+    if args.svg and not args.sweep:
+        parser.error("--svg draws the sweep: leave out --sweep 0")
     about = machine()
     print(machine_line(about))
     with tempfile.TemporaryDirectory(prefix="gyre-search-") as home:
@@ -48,22 +51,20 @@ def outcome(args: argparse.Namespace, home: Path) -> dict[str, Any]:
 
     default, search = load_recipe(RECIPE).search.start[0], json.loads(args.found.read_text())  # type: ignore[union-attr]
     best = search["best"]["settings"]
-    points = 3 if args.quick else POINTS
-    sweep = [default | {TEMPERATURE: round(0.01 * 30 ** (i / (points - 1)), 4)} for i in range(points)]
+    points = min(args.sweep, 3) if args.quick else args.sweep
+    sweep = [default | {TEMPERATURE: round(0.01 * 30 ** (i / max(points - 1, 1)), 4)} for i in range(points)]
     runs = [{**settings, "seed": seed} for settings in (best, default) for seed in SEEDS]
-    runs += [{**settings, "seed": SEEDS[0]} for settings in sweep]
-    trained = train(runs, args, home)
-    swept = trained[2 * len(SEEDS) :]
-    strongest = max(swept, key=lambda run: run[METRIC])
-    others = [{**sweep[swept.index(strongest)], "seed": seed} for seed in SEEDS[1:]]
-    of_sweep = [strongest, *train(others, args, home)]
-    sides = {"found": trained[:3], "default": trained[3:6], "sweep's best": of_sweep}
+    trained = train([*runs, *({**settings, "seed": SEEDS[0]} for settings in sweep)], args, home)
+    sides, swept = {"found": trained[:3], "default": trained[3:6]}, trained[6:]
+    if swept:
+        strongest = max(swept, key=lambda run: run[METRIC])
+        others = [{**sweep[swept.index(strongest)], "seed": seed} for seed in SEEDS[1:]]
+        sides[f"sweep's best ({strongest[TEMPERATURE]:g})"] = [strongest, *train(others, args, home)]
     print(f"{METRIC} on the held-out modules, {args.steps} steps of {args.batch} pairs, seeds {SEEDS}")
     for name, side in sides.items():
         values = [run[METRIC] for run in side]
-        told = f", temperature {strongest[TEMPERATURE]:g}" if side is of_sweep else ""
-        print(f"  {name:14}{statistics.mean(values):.4f}  ({', '.join(f'{v:.4f}' for v in values)}){told}")
-    figures = {name: difference(sides["found"], sides[name]) for name in ("default", "sweep's best")}
+        print(f"  {name:24}{statistics.mean(values):.4f}  ({', '.join(f'{v:.4f}' for v in values)})")
+    figures = {name: difference(sides["found"], sides[name]) for name in list(sides)[1:]}
     for name, (mean, low, high) in figures.items():
         print(f"found - {name}: {mean:+.4f} (95 %: {low:+.4f} to {high:+.4f})")
     print(f"the search took {search['worker_seconds']:,.0f} worker-seconds, {len(search['trials'])} trials")
