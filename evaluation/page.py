@@ -28,7 +28,7 @@ pre { background: var(--card); border-radius: 6px; padding: .6rem .8rem; white-s
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; margin: 1rem 0; }
 .tile { background: var(--card); border-radius: 6px; padding: .6rem .8rem; }
 .tile b { display: block; font-size: 1.35rem; line-height: 1.3; font-weight: 600; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin: .5rem 0 1.25rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; min-width: 100%; }
 th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 500; }

@@ -242,9 +242,11 @@ def _metrics_of_a_step() -> dict[str, float]:
         train=lambda: None,
         forward=lambda inputs: (torch.eye(8)[inputs.ids[:, 0]], torch.zeros(0), torch.zeros(0)),
         backward=lambda *_, **__: None,
-        step=lambda: SimpleNamespace(grad_norm=1.0, lr=0.1),
+        step=lambda: SimpleNamespace(grad_norm=1.0, lr=0.1, taken=True),
+        replicas=dict,
+        global_steps=1,
     )
-    encoder: Any = SimpleNamespace(update=lambda: None, forward=engine.forward)
+    encoder: Any = SimpleNamespace(update=lambda: None, forward=engine.forward, replicas=list)
     memory = Memory(encoder, Queues(QueueConfig(rows=4), 8, group))
     objective = Sum([ContrastiveSection(temperature=Schedule(start=0.1, end=0.05))], group)
     step = ContrastiveStep(engine, objective, memory, cached=True, seed=0, group=group)
