@@ -121,7 +121,6 @@ def peer(
 
     accum_freq  its caching: so many batches of batch / accum_freq pairs make a step
     """
-    without_compiled_operators()
     import torch
     from open_clip import CLIP, ClipLoss, image_transform
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
@@ -220,4 +219,5 @@ def grown(before: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    without_compiled_operators()  # transformers imports torchvision where it is there, on our side too
     child_main({"prepare": prepare, "ours": ours, "peer": peer})

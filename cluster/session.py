@@ -106,18 +106,25 @@ def _start_local(config: ClusterConfig, runtime_env: dict[str, Any], cpus: int |
     # Logical CPUs: data tasks must find some beside the workers, however few the machine has.
     cpus = cpus or config.workers * config.cpus_per_worker + config.cpus_for_data + 1
     free = psutil.virtual_memory().available
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        num_gpus=None if config.gpus_per_worker else 0,
-        object_store_memory=min(OBJECT_STORE_BYTES, max(free // 8, 128 << 20)),
-        # The dashboard would be a dozen processes and 900 MB. Without it an actor of Ray Train logs an error
-        # every second, so nothing of the workers' logs is printed: failures come back as exceptions.
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env=runtime_env,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=None if config.gpus_per_worker else 0,
+            object_store_memory=min(OBJECT_STORE_BYTES, max(free // 8, 128 << 20)),
+            # The dashboard would be a dozen processes and 900 MB. Without it an actor of Ray Train logs an error
+            # every second, so nothing of the workers' logs is printed: failures come back as exceptions.
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env=runtime_env,
+        )
+    except Exception as error:  # Ray has no class of its own for a node that didn't come up in its 30 s
+        load = psutil.getloadavg()[0]
+        raise RunError(
+            f"Ray didn't start on this machine: {str(error).splitlines()[0]} The load is {load:.1f} on "
+            f"{psutil.cpu_count()} cores; run the command again when the machine is less busy"
+        ) from error
 
 
 def _join(address: str, runtime_env: dict[str, Any]) -> None:

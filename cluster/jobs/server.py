@@ -77,7 +77,9 @@ def job_server(address: str | None = None) -> Iterator[JobSubmissionClient]:
     for talker in TALKERS:
         logging.getLogger(talker).setLevel(logging.ERROR)
     try:
-        yield JobSubmissionClient(where)
+        with _instead_of_ray_address(where):
+            client = JobSubmissionClient(where)
+        yield client
     except AuthenticationError as error:
         raise UsageError(
             f"the job server at {where} doesn't take this shell's token: it wants RAY_AUTH_MODE=token and the "
@@ -91,6 +93,20 @@ def job_server(address: str | None = None) -> Iterator[JobSubmissionClient]:
     except RuntimeError as error:
         told = str(error).strip().splitlines() or [repr(error)]
         raise RunError(f"the cluster at {where} refused: {told[0]}") from error
+
+
+@contextmanager
+def _instead_of_ray_address(where: str) -> Iterator[None]:
+    """Ray's client puts RAY_ADDRESS before the address that it is given, and this variable before both."""
+    name = "RAY_API_SERVER_ADDRESS"
+    before = os.environ.get(name)
+    os.environ[name] = where
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _check_reachable(where: str) -> None:

@@ -1,10 +1,14 @@
 """`gyre submit` ships the tree without what is local or secret, and ends as the job ended."""
 
 import asyncio
+import json
 import os
+import re
 import shlex
 import subprocess
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -170,6 +174,55 @@ def test_wrong_use_is_one_sentence(tree, tmp_path):
     for call in (lambda **o: submit(["doctor"], tree=tree, **o), list_jobs, lambda **o: stop("x", **o)):
         with pytest.raises(UsageError, match="no job server answers at http"):
             call(address="http://127.0.0.1:1")
+
+
+@pytest.fixture
+def server():
+    """An HTTP server on loopback that says what `answers` holds, {path: (status, JSON)}; gives (address, answers)."""
+    answers = {"/api/version": (200, {"ray_version": "2.60.0", "ray_commit": "", "session_name": "s"})}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, body = answers.get(self.path, (404, {}))
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.server_port}", answers
+        listening.shutdown()
+        thread.join()
+
+
+def test_the_address_that_is_given_goes_before_the_shells(server, monkeypatch):
+    address, answers = server
+    answers["/api/jobs/"] = (200, [])
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert list_jobs(address) == []
+    assert "RAY_API_SERVER_ADDRESS" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        (401, {}, "doesn't take this shell's token: it wants RAY_AUTH_MODE=token"),
+        (403, {}, "doesn't take this shell's token"),
+        (200, {"hello": "world"}, "is no job server of Ray"),
+        (500, {}, "is no job server of Ray"),
+    ],
+)
+def test_a_server_that_refuses_or_is_another_is_one_sentence(server, status, body, told):
+    address, answers = server
+    answers["/api/version"] = (status, body)
+    with pytest.raises(UsageError, match=re.escape(told)):
+        list_jobs(address)
 
 
 class FakeClient:

@@ -41,7 +41,7 @@ def test_a_model_is_resolved_from_each_of_its_forms(runs, tmp_path, monkeypatch)
     done = RunPaths(runs / "small-20260101-aaaa")
     for name in ("small-20260101-aaaa", str(done.root), str(done.export)):
         assert resolve(name).folder == done.export
-    monkeypatch.setattr("cluster.registry.model_folder", lambda uri, root: (done.export, _Version("small", 3)))
+    monkeypatch.setattr("cluster.registry.folder.model_folder", lambda uri, root: (done.export, _Version("small", 3)))
     assert resolve("models:/small@champion") == models.ModelRef("small/3", done.export)
 
 

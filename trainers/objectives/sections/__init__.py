@@ -1,0 +1,1 @@
+"""The keys of the objectives in a recipe, a file a family."""
