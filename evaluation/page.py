@@ -114,9 +114,10 @@ def item(what: str, text: str, picture: str = "", right: bool | None = None) -> 
     return f'<div class="item{kind}"><span class="soft">{escape(what)}{mark}</span>{image}{told}</div>'
 
 
-def example(asked: str, *found: str) -> str:
-    """What was asked, and below it what was found, as `item` gives them."""
-    return f'<div class="example">{asked}<div class="items">{"".join(found)}</div></div>'
+def example(asked: str, *rows: Sequence[str]) -> str:
+    """What was asked, and below it rows of what was found, as `item` gives them."""
+    below = (f'<div class="items">{"".join(row)}</div>' for row in rows)
+    return f'<div class="example">{asked}{"".join(below)}</div>'
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

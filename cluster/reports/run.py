@@ -179,7 +179,7 @@ def _example(kind: str, its: Example) -> str:
         )
         for rank, hit in enumerate(its.hits, 1)
     ]
-    return example(asked, *answers, *hits)
+    return example(asked, [*answers, *hits])
 
 
 def _cost(found: RunEvidence) -> str:

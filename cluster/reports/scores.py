@@ -79,7 +79,7 @@ def _extremes(per_query: PerQuery, metric: str, excerpts: Excerpts) -> Iterable[
     for row in [*order[:most], *order[::-1][:most]]:
         id = per_query.query_ids[row]
         asked = _item(f"{label(metric)} {per_query.scores[metric][row]:.4f}", id, excerpts.queries)
-        yield example(asked, *_hits("hit", per_query.hits[row], excerpts.documents))
+        yield example(asked, _hits("hit", per_query.hits[row], excerpts.documents))
 
 
 def comparison_page(found: Comparison) -> str:
@@ -109,9 +109,7 @@ def _change(task: TaskComparison, change: QueryChange) -> str:
     moved = f"{label(task.metric)} {change.a:.4f} to {change.b:.4f}, {change.b - change.a:+.4f}"
     asked = _item(moved, change.query_id, task.excerpts.queries)
     sides = (("A", change.hits_a), ("B", change.hits_b))
-    return example(
-        asked, *(hit for side, hits in sides for hit in _hits(f"{side}: hit", hits, task.excerpts.documents))
-    )
+    return example(asked, *(_hits(f"{side}: hit", hits, task.excerpts.documents) for side, hits in sides))
 
 
 def _hits(what: str, ids: Iterable[str], shown: Mapping[str, Excerpt]) -> list[str]:

@@ -36,7 +36,7 @@ def everything():
         ),
     ]
     blocks = [paragraph(EVIL), command(EVIL), tiles({EVIL: EVIL}), table([EVIL, "n"], [[EVIL, "1.5"], ["b", "−2"]])]
-    shown = example(item(EVIL, EVIL, EVIL), item(EVIL, "", "", True), item("x", EVIL, "", False))
+    shown = example(item(EVIL, EVIL, EVIL), [item(EVIL, "", "", True)], [item("x", EVIL, "", False)])
     return page(EVIL, [section(EVIL, *blocks, shown, columns(*charts))], EVIL)
 
 
