@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test test-cluster test-rooms proof test-gpu lint audit clean
+.PHONY: install quickstart test test-cluster test-rooms proof faults test-gpu lint audit clean
 install: $(VENV)/installed
 
 # torch first and alone: on a machine that offers a CPU build, whatever pulls torch before that brings CUDA.
@@ -28,7 +28,7 @@ test: install
 	$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync=target test-cluster lint test-rooms
 
 # A test that fails is tried once more and named in the summary: real clusters on a busy machine.
-PYTEST := $(BIN)/python -m pytest -m "not proof and not gpu" --reruns 1 -rR
+PYTEST := $(BIN)/python -m pytest -m "not proof and not gpu and not faults" --reruns 1 -rR
 CLUSTER_TESTS := tests/cluster tests/e2e
 
 test-cluster: install
@@ -39,8 +39,12 @@ test-rooms: install
 
 # The exhaustive matrices: world sizes x ZeRO stages x caching x queue; and the property tests on fresh examples.
 proof: install
-	$(BIN)/python -m pytest -m "not gpu" --hypothesis-profile fresh $$(grep -rl '^from hypothesis' tests --include 'test_*.py')
+	$(BIN)/python -m pytest -m "not gpu and not faults" --hypothesis-profile fresh $$(grep -rl '^from hypothesis' tests --include 'test_*.py')
 	$(BIN)/python -m pytest -m proof --timeout 3600
+
+# One run on three nodes of this machine through 50 kills, another in 48 attempts with broken disks and clocks.
+faults: install
+	$(BIN)/python -m pytest -m faults -s --timeout 3600 tests/faults
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu

@@ -148,10 +148,11 @@ class Sharding:
 
     def _needed(self, states: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
         """One state, where one has all that this worker needs: of a thousand files each worker opens one or two."""
-        first, rank = states[0]["layout"], dist.get_rank()
+        first = states[0]["layout"]
         if torch.equal(first[:, 1], first[:, 2]):  # one worker had everything
             return states[:1]
-        same = len(states) == dist.get_world_size() and torch.equal(states[rank]["layout"], self.layout())
+        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        same = len(states) == size and torch.equal(states[rank]["layout"], self.layout())
         return [states[rank]] if same else states
 
     def gather(self, tensors: Sequence[Tensor], device: torch.device) -> dict[str, Tensor]:
