@@ -134,7 +134,7 @@ class ContrastiveStep:
         share = self.objective(embedded)
         share.loss.backward()
         metrics = {name: float(value) for name, value in share.metrics.items()}
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(float(share.loss))):
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(float(share.loss.detach()))):
             for leaf in leaves:
                 leaf.grad = torch.full_like(leaf, math.nan)
         queues = self.memory.queues if self.memory else None

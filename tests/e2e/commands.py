@@ -99,7 +99,8 @@ class Shell:
 
     def __init__(self, folder: Path, temporary: Path) -> None:
         self.home = folder / "home"
-        self._folder, self._started = folder, []
+        self._folder = folder
+        self._started: list[Running] = []
         # Ray's sockets lie under its temporary folder and their paths are limited to 107 bytes.
         self.env = SHELL | {
             "GYRE_HOME": str(self.home),

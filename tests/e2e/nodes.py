@@ -92,7 +92,7 @@ class Nodes:
         size = (f"--num-cpus={cpus}", "--object-store-memory=200000000")
         # The agent takes jobs; at its usual port it would find that of any other Ray on this machine.
         places = (f"--temp-dir={own}", "--dashboard-agent-listen-port=0")
-        command = [RAY, "start", "--block", *places, *size, *options]
+        command: list[str | Path] = [RAY, "start", "--block", *places, *size, *options]
         log = own.with_suffix(".log")
         with open(log, "wb") as out:
             node = subprocess.Popen(command, env=self._env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)

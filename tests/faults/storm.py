@@ -81,7 +81,7 @@ class Storm:
 
     def __init__(self, shell: Shell, recipe: Path, nodes: Nodes) -> None:
         self._shell, self._recipe, self._nodes = shell, recipe, nodes
-        self._running: Running | None = None
+        self._running: Running
         self._missing = False  # whether a node was lost for which none has joined
         self.overcome: list[Overcome] = []
 

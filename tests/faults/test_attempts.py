@@ -71,6 +71,7 @@ def through_faults(gloo, pairs, disk, folder, seed, count):
     return attempts.met
 
 
+@pytest.mark.proof  # four minutes
 def test_a_run_in_attempts_gives_the_weights_of_an_undisturbed_one(gloo, pairs, disk, tmp_path):
     through_faults(gloo, pairs, disk, tmp_path, seed=0, count=SAMPLE)
 
