@@ -33,6 +33,21 @@ print(json.dumps(found))
 """
 
 
+def said_elsewhere(folder, script, *arguments):
+    """What a script says of TEXTS in a fresh process that knows nothing of the working tree."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script, *arguments],
+        input=json.dumps(TEXTS),
+        cwd=folder,
+        env={k: v for k, v in os.environ.items() if not k.startswith(("GYRE_", "PYTHON"))},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
@@ -45,17 +60,8 @@ def test_a_fresh_process_elsewhere_loads_the_exporters_vectors_with_mlflow_alone
     scores = {"validation": {}, "heldout": {}}
     version = register("tiny", export, run_id=run_id, scores=scores, gate=None, tags={LINEAGE["run"]: "r"})
     assert "champion" in version.aliases
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", ELSEWHERE, "models:/tiny@champion", tracking_uri(root)],
-        input=json.dumps(TEXTS),
-        cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if not k.startswith(("GYRE_", "PYTHON"))},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    found, encoder = json.loads(done.stdout.splitlines()[-1]), exported_encoder(export)
+    found = said_elsewhere(tmp_path, ELSEWHERE, "models:/tiny@champion", tracking_uri(root))
+    encoder = exported_encoder(export)
     for part, field in (("document", "document"), ("query", "query"), ("flavour", "query")):
         np.testing.assert_allclose(found[part], encoder.encode(TEXTS, field), atol=1e-5)
     assert found["example"]
@@ -106,17 +112,7 @@ def test_two_towers_and_token_vectors_load_elsewhere_with_mlflow_too(root, tmp_p
     for name, folder in exports.items():
         run_id = Tracker.start("exp", name, {}, root).run_id
         register(name, folder, run_id=run_id, scores={"validation": {}, "heldout": {}}, gate=None, tags={})
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", SEVERAL, tracking_uri(root)],
-        input=json.dumps(TEXTS),
-        cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if not k.startswith(("GYRE_", "PYTHON"))},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = said_elsewhere(tmp_path, SEVERAL, tracking_uri(root))
     for field in ("query", "document"):
         ours = exported_encoder(exports["towers"]).encode(TEXTS, field)
         np.testing.assert_allclose(found["towers"][field], ours, atol=1e-5)
